@@ -1,0 +1,1 @@
+"""What partial training saves, measured."""

@@ -1,0 +1,194 @@
+"""Data: whatever holds batches becomes something that can be gone through once per epoch."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tapeloop.errors import DataError
+from tapeloop.objective import shapes
+
+
+class Batches:
+    """Batches of data, gone through epoch by epoch.
+
+    Attributes:
+        per_epoch: How many batches an epoch has, or None where nobody can say before its end.
+    """
+
+    def __init__(self, source: Iterable[Any], steps_per_epoch: int | None = None, name: str = "data") -> None:
+        self._source = source
+        self._name = name
+        self._steps_per_epoch = steps_per_epoch
+        self._running: Iterator[Any] | None = None
+        self._first: list[Any] = []
+        self.per_epoch = steps_per_epoch if steps_per_epoch is not None else _length(source)
+
+    def peek(self) -> Any:
+        """Return the first batch of the next epoch, which will still be part of it.
+
+        Raises:
+            DataError: There is none.
+        """
+        if not self._first:
+            for running in (self._running, None):  # what is left of the last epoch, then from the start
+                self._running = iter(self._source) if running is None else running
+                batch = next(self._running, None)
+                if batch is not None:
+                    self._first = [_as_tensors(batch)]
+                    return self._first[0]
+            raise DataError(
+                f"`{self._name}` is empty: it was asked for a batch and has none. Pass a dataset with at least "
+                "one batch; a generator that has been gone through cannot start again."
+            )
+        return self._first[0]
+
+    def epoch(self) -> Iterator[Any]:
+        """Go through one epoch."""
+        self.peek()
+        first, self._first = self._first, []
+        assert self._running is not None
+        batches = itertools.chain(first, map(_as_tensors, self._running))
+        if self._steps_per_epoch is None:
+            self._running = None
+            return batches
+        return itertools.islice(batches, self._steps_per_epoch)
+
+
+def as_batches(
+    data: Any,
+    *,
+    batch_size: int = 32,
+    shuffle: bool = False,
+    seed: int | None = None,
+    steps_per_epoch: int | None = None,
+    name: str = "data",
+) -> Batches:
+    """Make batches of what a user passes as data.
+
+    Args:
+        data: A `tf.data.Dataset` of batches, a `keras.utils.PyDataset`, any other iterable of batches (a list is one),
+            or arrays: one array, a dict of inputs, or a tuple `(inputs[, targets[, sample_weight]])` whose members
+            may be nested in dicts and lists.
+        batch_size: Examples per batch, for arrays.
+        shuffle: Whether arrays are shuffled anew each epoch.
+        seed: The seed of the shuffling.
+        steps_per_epoch: Batches per epoch, for data without end.
+        name: What the caller calls the data, for errors.
+
+    Raises:
+        DataError: Arrays of different lengths, or no data at all.
+    """
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise DataError(f"`batch_size` must be a whole number of examples, 1 or more. Received: {batch_size!r}.")
+    if data is None:
+        raise DataError(f"`{name}` is None. Pass a `tf.data.Dataset`, arrays `(x, y)`, or an iterable of batches.")
+    if _is_arrays(data):
+        source: Iterable[Any] = _from_arrays(data, batch_size, shuffle, seed, name)
+    elif isinstance(data, keras.utils.PyDataset):
+        source = _PyDatasetBatches(data)
+    elif isinstance(data, Iterable):
+        source = data
+    else:
+        raise DataError(
+            f"`{name}` must be a `tf.data.Dataset`, arrays `(x, y)`, a `keras.utils.PyDataset` or an iterable of "
+            f"batches. Received: {data!r} of type {type(data).__name__}."
+        )
+    return Batches(source, steps_per_epoch, name)
+
+
+def check_inputs(model: Any, x: Any) -> None:
+    """Check a batch of inputs against what a functional or sequential model declares.
+
+    Raises:
+        DataError: The number of inputs or a shape does not fit.
+    """
+    declared = getattr(model, "inputs", None)
+    if not declared:
+        return
+    by_name = {tensor.name: tensor for tensor in declared}
+    if isinstance(x, Mapping):
+        pairs = [(by_name[name], given) for name, given in x.items() if name in by_name]
+    else:
+        given = tf.nest.flatten(x)
+        pairs = list(zip(declared, given)) if len(given) == len(declared) else [(declared[0], None)]
+    if not all(given is not None and _fits(tensor.shape, given.shape) for tensor, given in pairs):
+        raise DataError(
+            f"The inputs do not fit the model `{model.name}`: it takes {shapes(declared)}, the batch has {shapes(x)}. "
+            "Batches are `(inputs, targets)` with the batch as the first dimension."
+        )
+
+
+def _fits(declared: tuple[int | None, ...], given: Any) -> bool:
+    """Keras lets a last dimension of one be left out, or be there unasked."""
+    given = tuple(given)
+    if len(given) == len(declared) + 1 and given[-1] == 1:
+        given = given[:-1]
+    elif len(given) == len(declared) - 1 and declared[-1] == 1:
+        given = (*given, 1)
+    return len(given) == len(declared) and all(d is None or g is None or d == g for d, g in zip(declared, given))
+
+
+def _is_arrays(data: Any) -> bool:
+    return isinstance(data, (np.ndarray, tf.Tensor, Mapping, tuple))
+
+
+def _from_arrays(data: Any, batch_size: int, shuffle: bool, seed: int | None, name: str) -> tf.data.Dataset:
+    arrays = _as_tensors(data)
+    lengths = {int(array.shape[0]) if array.shape.rank else 0 for array in tf.nest.flatten(arrays) if array is not None}
+    if len(lengths) != 1:
+        raise DataError(f"The arrays of `{name}` must have the same number of examples. Received: {shapes(arrays)}.")
+    (length,) = lengths
+    if not length:
+        raise DataError(f"`{name}` is empty: its arrays have no examples. Received: {shapes(arrays)}.")
+    indices = tf.data.Dataset.range(length)
+    if shuffle:
+        indices = indices.shuffle(length, seed=seed, reshuffle_each_iteration=True)
+
+    def gather(batch: tf.Tensor) -> Any:
+        return tf.nest.map_structure(lambda array: None if array is None else tf.gather(array, batch), arrays)
+
+    return indices.batch(batch_size).map(gather).prefetch(tf.data.AUTOTUNE)
+
+
+class _PyDatasetBatches:
+    """One epoch of a PyDataset after the other."""
+
+    def __init__(self, data: keras.utils.PyDataset) -> None:
+        self._data = data
+
+    def __len__(self) -> int:
+        return int(self._data.num_batches or 0)
+
+    def __iter__(self) -> Iterator[Any]:
+        self._data.on_epoch_begin()
+        for index in itertools.count() if self._data.num_batches is None else range(self._data.num_batches):
+            yield self._data[index]
+        self._data.on_epoch_end()
+
+
+def _length(source: Iterable[Any]) -> int | None:
+    if isinstance(source, tf.data.Dataset):
+        cardinality = int(source.cardinality())
+        return cardinality if cardinality >= 0 else None
+    try:
+        return len(source) or None  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def _as_tensors(batch: Any) -> Any:
+    """Turn a batch's arrays into tensors, floating ones in Keras' float type. None stays, where weights are missing."""
+
+    def convert(value: Any) -> Any:
+        if value is None or isinstance(value, (tf.Tensor, tf.RaggedTensor, tf.SparseTensor)):
+            return value
+        array = np.asarray(value)
+        return tf.convert_to_tensor(array.astype(keras.config.floatx()) if array.dtype == np.float64 else array)
+
+    return tf.nest.map_structure(convert, batch)

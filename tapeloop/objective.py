@@ -1,0 +1,156 @@
+"""The loss and the metrics, computed by Keras' own code, and the running means of what a step returns."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tapeloop import _compat
+from tapeloop.errors import DataError
+from tapeloop.selection import Selection
+from tapeloop.tree import VariableInfo, raw
+
+
+class Objective:
+    """A loss and metrics as `keras.Model.compile` takes them, kept apart from the model.
+
+    A model of Keras with no layers is compiled in the user's model's stead: its public `compute_loss` and
+    `compute_metrics` do what `fit` does, and the user's model is not written to.
+    """
+
+    def __init__(
+        self,
+        loss: Any,
+        loss_weights: Any,
+        metrics: Any,
+        weighted_metrics: Any,
+        output_names: list[str] | None,
+    ) -> None:
+        self.has_loss = loss is not None
+        self._stand_in = keras.Model()
+        if output_names is not None:
+            self._stand_in.output_names = output_names
+        self._stand_in.compile(
+            optimizer=None,
+            loss=loss,
+            loss_weights=loss_weights,
+            metrics=metrics,
+            weighted_metrics=weighted_metrics,
+            jit_compile=False,
+        )
+
+    def loss(self, y: Any, y_pred: Any, sample_weight: Any) -> tf.Tensor:
+        """Return the scalar loss of a batch.
+
+        Raises:
+            DataError: The targets do not fit the model's outputs, or there are none.
+        """
+        if y is None:
+            raise DataError(
+                "The loss needs targets, but the batch has none. Batches are `(inputs, targets)` or "
+                "`(inputs, targets, sample_weight)`; for a loss without targets override `compute_loss`. "
+                f"The model's output is {shapes(y_pred)}."
+            )
+        try:
+            if not self._stand_in.built:
+                _compat.outside_of_trace(lambda: self._build(y, y_pred, sample_weight))
+            return self._stand_in.compute_loss(None, y, y_pred, sample_weight)
+        except (ValueError, TypeError, KeyError, tf.errors.InvalidArgumentError) as error:
+            raise DataError(
+                f"The loss or a metric does not fit the batch: the targets are {shapes(y)}, the model's output is "
+                f"{shapes(y_pred)}, the sample weights are {shapes(sample_weight)}. "
+                f"Make the targets fit the output, or choose a loss for what they are. ({error})"
+            ) from error
+
+    def update(self, y: Any, y_pred: Any, sample_weight: Any) -> None:
+        """Take a batch into the metrics."""
+        self._stand_in.compute_metrics(None, y, tf.nest.map_structure(tf.stop_gradient, y_pred), sample_weight)
+
+    def results(self) -> dict[str, tf.Tensor]:
+        """Return the metrics since the last reset, as Keras names them."""
+        if not self._stand_in.built:
+            return {}
+        results = self._stand_in.get_metrics_result()
+        results.pop("loss", None)  # the total is the step's to report: it has the penalties too
+        return results
+
+    def reset(self) -> None:
+        """Start the metrics anew."""
+        self._stand_in.reset_metrics()
+
+    def _build(self, y: Any, y_pred: Any, sample_weight: Any) -> None:
+        """Make the variables of the loss and the metrics from one made-up example."""
+        example = _example(y), _example(y_pred), _example(sample_weight)
+        self._stand_in.compute_loss(None, *example)
+        self._stand_in.compute_metrics(None, *example)
+        self._stand_in.built = True
+        self._stand_in.reset_metrics()
+
+
+class Means:
+    """The running means of the scalars that a step returns, in variables, so that nothing is fetched unasked."""
+
+    def __init__(self) -> None:
+        self._means: dict[str, keras.metrics.Mean] = {}
+
+    def update(self, values: Mapping[str, tf.Tensor], weight: tf.Tensor) -> None:
+        """Take in one step's values, each counted `weight` times."""
+        for name, value in values.items():
+            if name not in self._means:
+                _compat.outside_of_trace(functools.partial(self._make, name))
+            self._means[name].update_state(value, sample_weight=weight)
+
+    def _make(self, name: str) -> None:
+        self._means[name] = keras.metrics.Mean(name=name, dtype=keras.config.floatx())
+
+    def results(self) -> dict[str, tf.Tensor]:
+        """Return the means since the last reset."""
+        return {name: mean.result() for name, mean in self._means.items()}
+
+    def reset(self) -> None:
+        """Start the means anew."""
+        for mean in self._means.values():
+            mean.reset_state()
+
+
+def added_losses(selection: Selection) -> list[tf.Tensor]:
+    """Return what layers added by `add_loss`, and the weight penalties, of all that trains and of nothing else."""
+    inference = frozenset(selection.inference)
+    losses = [
+        tf.reduce_sum(tf.cast(loss, keras.config.floatx()))
+        for submodel in selection.tree.layers
+        if submodel not in inference
+        for loss in _compat.added_losses(submodel.object)
+    ]
+    return losses + [_penalty(variable) for variable in selection.trained if _is_penalized(variable)]
+
+
+def _is_penalized(variable: VariableInfo) -> bool:
+    return getattr(variable.variable, "regularizer", None) is not None
+
+
+def _penalty(variable: VariableInfo) -> tf.Tensor:
+    return tf.cast(variable.variable.regularizer(raw(variable.variable)), keras.config.floatx())
+
+
+def shapes(structure: Any) -> str:
+    """Say the shapes and dtypes of a structure of tensors: `(32, 10) float32`."""
+    flat = [value for value in tf.nest.flatten(structure) if value is not None]
+    if not flat:
+        return "missing"
+    said = [f"{tuple(value.shape)} {tf.as_dtype(value.dtype).name}" for value in flat]
+    return said[0] if len(said) == 1 else f"[{', '.join(said)}]"
+
+
+def _example(structure: Any) -> Any:
+    """Return zeros of the same structure, with a batch of one."""
+
+    def zeros(tensor: Any) -> tf.Tensor:
+        shape = [1 if index == 0 or size is None else size for index, size in enumerate(tensor.shape)]
+        return tf.zeros(shape, tensor.dtype)
+
+    return tf.nest.map_structure(lambda tensor: None if tensor is None else zeros(tensor), structure)

@@ -1,0 +1,135 @@
+"""Optimizers: one per group and cohort, cloned from the user's templates, each built for what it trains alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import keras
+import tensorflow as tf
+
+from tapeloop.errors import PolicyError
+from tapeloop.selection import Selection
+from tapeloop.tree import VariableInfo
+
+Gradient: TypeAlias = "tf.Tensor | tf.IndexedSlices"
+OptimizerLike: TypeAlias = Any  # keras.optimizers.Optimizer | str | Mapping[str, either]
+
+
+@dataclass(frozen=True, eq=False)
+class Cohort:
+    """Variables that joined a group together, and the optimizer that holds their state and step count.
+
+    Attributes:
+        group: The group's name.
+        optimizer: The Keras optimizer, built for these variables alone.
+        slots: For each variable, by identity, the optimizer's variables that belong to it.
+    """
+
+    group: str
+    optimizer: keras.optimizers.Optimizer
+    slots: Mapping[int, tuple[keras.Variable, ...]]
+
+
+class Optimizers:
+    """The optimizers of all groups.
+
+    A variable's state starts when it first trains, in the cohort of those that join its group with it, and is kept
+    for its return when it leaves. What never trains never gets any.
+    """
+
+    def __init__(self, template: OptimizerLike) -> None:
+        """Check and keep the user's optimizers.
+
+        Args:
+            template: A Keras optimizer or its name, cloned for every group; or a mapping with one for each group.
+                They are templates: the trainer clones them and never changes them.
+
+        Raises:
+            TypeError: One of them is no Keras optimizer.
+        """
+        self._by_group = isinstance(template, Mapping)
+        named = template.items() if isinstance(template, Mapping) else [("", template)]
+        self._templates = {name: _as_optimizer(optimizer) for name, optimizer in named}
+        self.cohorts: list[Cohort] = []
+
+    def prepare(self, selection: Selection) -> None:
+        """Make the state of every variable that trains and has none.
+
+        Raises:
+            PolicyError: The names of the optimizers are not those of the groups.
+        """
+        if self._by_group and set(self._templates) != set(selection.groups):
+            raise PolicyError(
+                f"`optimizer` must have one entry for each group of the policy. "
+                f"The groups are {sorted(selection.groups)}, the optimizers are for {sorted(self._templates)}."
+            )
+        for group, variables in selection.groups.items():
+            known = {key for cohort in self.cohorts if cohort.group == group for key in cohort.slots}
+            joining = [variable for variable in variables if id(variable.variable) not in known]
+            if joining:
+                template = self._templates[group if self._by_group else ""]
+                self.cohorts.append(_new_cohort(group, template, joining))
+
+    def apply(self, selection: Selection, gradients: Sequence[tuple[Gradient, VariableInfo]]) -> None:
+        """Update the variables by their gradients, each by the optimizer of its group and cohort."""
+        for cohort in self.cohorts:
+            mine = [
+                (gradient, variable.variable)
+                for gradient, variable in gradients
+                if selection.group_of[variable] == cohort.group and id(variable.variable) in cohort.slots
+            ]
+            if mine:
+                cohort.optimizer.apply(*zip(*mine))
+
+    def state_bytes(self, variable: VariableInfo) -> int:
+        """Return how many bytes of optimizer state are held for one variable, in all groups that it trained in."""
+        slots = [slot for cohort in self.cohorts for slot in cohort.slots.get(id(variable.variable), ())]
+        return sum(_bytes(slot) for slot in slots)
+
+
+def _as_optimizer(optimizer: OptimizerLike) -> keras.optimizers.Optimizer:
+    if isinstance(optimizer, str):
+        optimizer = keras.optimizers.get(optimizer)
+    if not isinstance(optimizer, keras.optimizers.Optimizer):
+        raise TypeError(
+            "`optimizer` must be a Keras optimizer, its name, or a mapping from groups to such. "
+            f"Received: {optimizer!r} of type {type(optimizer).__name__}."
+        )
+    return optimizer
+
+
+def _new_cohort(group: str, template: keras.optimizers.Optimizer, variables: list[VariableInfo]) -> Cohort:
+    optimizer = type(template).from_config(template.get_config())
+    slots: dict[int, list[keras.Variable]] = {id(variable.variable): [] for variable in variables}
+    optimizer.build(_NotingSlots([variable.variable for variable in variables], optimizer, slots))
+    return Cohort(group, optimizer, {key: tuple(slot) for key, slot in slots.items()})
+
+
+class _NotingSlots(list[Any]):
+    """The variables that an optimizer is built for, noting what it makes for each.
+
+    Keras' optimizers make their state variable by variable and keep it by position, under names that need not be
+    unique; whose it is can be told only while they go through the list.
+    """
+
+    def __init__(
+        self,
+        variables: Iterable[Any],
+        optimizer: keras.optimizers.Optimizer,
+        slots: Mapping[int, list[keras.Variable]],
+    ) -> None:
+        super().__init__(variables)
+        self._optimizer = optimizer
+        self._slots = slots
+
+    def __iter__(self) -> Iterator[Any]:
+        for variable in super().__iter__():
+            made = len(self._optimizer.variables)
+            yield variable
+            self._slots[id(variable)].extend(self._optimizer.variables[made:])
+
+
+def _bytes(variable: keras.Variable) -> int:
+    return int(tf.TensorShape(variable.shape).num_elements()) * tf.as_dtype(variable.dtype).size

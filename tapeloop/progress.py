@@ -1,0 +1,90 @@
+"""Showing how training goes: a bar in a terminal or notebook, a line an epoch in a log file."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import TextIO
+
+from tqdm.auto import tqdm
+
+STYLES = ("auto", "bar", "lines", "none")
+
+
+class Progress:
+    """The progress of one pass over the data after the other.
+
+    What it shows is asked for only when it is shown, at most every `every_seconds`.
+    """
+
+    def __init__(
+        self,
+        style: str = "auto",
+        *,
+        every_seconds: float = 0.1,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """Choose how to show progress.
+
+        Args:
+            style: `"bar"` (tqdm), `"lines"` (one an epoch), `"none"`, or `"auto"`: a bar in a terminal or notebook,
+                else lines.
+            every_seconds: The shortest time between two updates of a bar.
+            stream: Where to write; standard error by default.
+            clock: Seconds, from any origin.
+
+        Raises:
+            ValueError: `style` is none of these.
+        """
+        if style not in STYLES:
+            raise ValueError(f"`progress` must be one of {', '.join(map(repr, STYLES))}. Received: {style!r}.")
+        self._stream = stream or sys.stderr
+        if style == "auto":
+            style = "bar" if self._stream.isatty() or "ipykernel" in sys.modules else "lines"
+        self._style = style
+        self._every_seconds = every_seconds
+        self._clock = clock
+        self._bar: tqdm[None] | None = None
+
+    def start(self, title: str, total: int | None) -> None:
+        """Begin a pass of `total` batches."""
+        self._title = title
+        self._examples = 0
+        self._began = self._shown = self._clock()
+        if self._style == "bar":
+            self._bar = tqdm(total=total, desc=title, unit="batch", file=self._stream, leave=True, dynamic_ncols=True)
+
+    def advance(self, examples: int, logs: Callable[[], Mapping[str, float]]) -> None:
+        """Count one batch of `examples`, and show `logs()` if it is time."""
+        self._examples += examples
+        if self._bar is not None:
+            self._bar.update(1)
+            if self._clock() - self._shown >= self._every_seconds:
+                self._bar.set_postfix_str(f"{_format(logs())}, {self._rate()}", refresh=True)
+                self._shown = self._clock()
+
+    def end(self, logs: Mapping[str, float]) -> None:
+        """Finish the pass with its final `logs`."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"{_format(logs)}, {self._rate()}", refresh=True)
+            self._bar.close()
+            self._bar = None
+        elif self._style == "lines":
+            seconds = self._clock() - self._began
+            print(f"{self._title}: {_format(logs)}, {self._rate()}, {seconds:.1f} s", file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """Leave an unfinished bar behind in good order."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _rate(self) -> str:
+        seconds = self._clock() - self._began
+        return f"{self._examples / seconds:,.0f} examples/s" if seconds > 0 else "- examples/s"
+
+
+def _format(logs: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in logs.items())

@@ -1,0 +1,118 @@
+"""Tables in plain text of what trains, what is frozen, by which rule and at what cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from tapeloop.selection import Selection
+from tapeloop.tree import SubmodelInfo, VariableInfo
+
+HEADER = ("submodel", "parameters", "group", "state", "rule", "mode", "optimizer state")
+RIGHT = {"parameters", "optimizer state"}
+
+
+def explain(selection: Selection, state_bytes: Callable[[VariableInfo], int], depth: int = 3) -> str:
+    """Return a table of what trains, a row a submodel, totals last.
+
+    Args:
+        selection: What trains.
+        state_bytes: The bytes of optimizer state held for a variable.
+        depth: How many levels are shown. Below the first, a submodel is unfolded only where what it holds differs
+            in group, rule or mode.
+
+    Raises:
+        ValueError: `depth` is less than 1.
+    """
+    if not isinstance(depth, int) or depth < 1:
+        raise ValueError(f"`depth` must be a whole number of levels, 1 or more. Received: {depth!r}.")
+    rows = [_row(selection, shown, state_bytes) for shown in _unfold(selection, selection.tree.submodels[0], depth)]
+    everything = selection.tree.variables
+    trained = sum(variable.parameters for variable in selection.trained)
+    total = sum(variable.parameters for variable in everything)
+    lines = _table(HEADER, rows, RIGHT)
+    width = max(map(len, lines))
+    return "\n".join(
+        [
+            *lines,
+            "-" * width,
+            f"parameters       {total:,}",
+            f"  train          {trained:,} ({trained / total:.1%}) in {len(selection.groups)} "
+            f"group{'s' * (len(selection.groups) > 1)}: {', '.join(selection.groups)}",
+            f"  frozen         {sum(v.parameters for v in selection.frozen):,}",
+            f"  non-trainable  {sum(v.parameters for v in selection.non_trainable):,} (Keras: statistics, seeds, flags)",
+            f"optimizer state  {format_bytes(sum(map(state_bytes, everything)))}",
+        ]
+    )
+
+
+def format_bytes(count: int) -> str:
+    """Say a number of bytes in the largest fitting unit: `1.5 MiB`."""
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def _unfold(selection: Selection, submodel: SubmodelInfo, depth: int) -> list[SubmodelInfo | VariableInfo]:
+    """List what is directly in `submodel`, and below it what is in those that differ inside, down to `depth`."""
+    tree = selection.tree
+    inside = [child for child in tree.children[submodel] if tree.held[child]]
+    held = {variable for child in inside for variable in tree.held[child]}
+    shown: list[SubmodelInfo | VariableInfo] = []
+    for child in inside:
+        shown.append(child)
+        if depth > 1 and _differs(selection, child):
+            shown += _unfold(selection, child, depth - 1)
+    return shown + [variable for variable in tree.held[submodel] if variable not in held]
+
+
+def _differs(selection: Selection, submodel: SubmodelInfo) -> bool:
+    """Tell whether the variables and submodels inside `submodel` are treated in more than one way."""
+    held = [variable for variable in selection.tree.held[submodel] if variable.trainable]
+    modes = {
+        inner in selection.inference for variable in held for inner in variable.submodels if _inside(inner, submodel)
+    }
+    return (
+        len({(selection.group_of.get(variable), selection.rules[variable]) for variable in held}) > 1 or len(modes) > 1
+    )
+
+
+def _inside(inner: SubmodelInfo, outer: SubmodelInfo) -> bool:
+    return any(path.startswith(f"{above}/") for path in inner.paths for above in outer.paths)
+
+
+def _row(
+    selection: Selection, shown: SubmodelInfo | VariableInfo, state_bytes: Callable[[VariableInfo], int]
+) -> tuple[str, ...]:
+    submodel = shown if isinstance(shown, SubmodelInfo) else shown.submodels[-1]
+    held = (shown,) if isinstance(shown, VariableInfo) else selection.tree.held[shown]
+    deciding = [variable for variable in held if variable.trainable] or list(held)
+    trained = [variable for variable in deciding if variable in selection.group_of]
+    share = sum(v.parameters for v in trained) / max(1, sum(v.parameters for v in deciding))
+    return (
+        shown.path,
+        f"{sum(variable.parameters for variable in held):,}",
+        ", ".join(_unique(selection.group_of[variable] for variable in trained)) or "-",
+        "frozen" if not trained else "trains" if len(trained) == len(deciding) else f"trains {share:.1%}",
+        "; ".join(_unique(selection.rules[variable] for variable in deciding)),
+        "inference" if submodel in selection.inference else "train",
+        format_bytes(sum(map(state_bytes, held))),
+    )
+
+
+def _unique(values: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(values))
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]], right: set[str]) -> list[str]:
+    cells = [tuple(header), *(tuple(row) for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if name in right else cell.ljust(width) for cell, width, name in zip(row, widths, header)
+        ).rstrip()
+        for row in cells
+    ]
+    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]

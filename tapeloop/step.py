@@ -1,0 +1,86 @@
+"""A selection and a body become a compiled step. Nothing here knows a policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from tapeloop.errors import DisconnectedError
+from tapeloop.modes import inference_mode
+from tapeloop.optim import Gradient
+from tapeloop.selection import Selection
+from tapeloop.tree import VariableInfo
+
+
+class GroupTape(tf.GradientTape):
+    """A gradient tape that watches the variables it was made for and nothing else.
+
+    Attributes:
+        variables: The variables that it watches.
+    """
+
+    def __init__(self, variables: Sequence[VariableInfo], persistent: bool = False) -> None:
+        super().__init__(persistent=persistent, watch_accessed_variables=False)
+        self.variables = tuple(variables)
+
+    def __enter__(self) -> GroupTape:
+        super().__enter__()
+        for variable in self.variables:
+            self.watch(variable.tensor)
+        return self
+
+
+class Step:
+    """A body compiled for one selection: traced once for each signature of a batch.
+
+    Attributes:
+        selection: What trains and what runs in inference mode while the body is traced.
+        trace_count: How often the body was traced.
+    """
+
+    def __init__(self, body: Callable[[Any], Any], selection: Selection) -> None:
+        self.selection = selection
+        self.trace_count = 0
+        self._body = body
+        self._function = tf.function(self._run)
+
+    def __call__(self, batch: Any) -> Any:
+        """Run the body on a batch."""
+        return self._function(batch)
+
+    def _run(self, batch: Any) -> Any:
+        with inference_mode(self.selection):
+            result = self._body(batch)
+        self.trace_count += 1
+        return result
+
+
+def connected_gradients(tape: GroupTape, loss: tf.Tensor) -> list[tuple[Gradient, VariableInfo]]:
+    """Return the gradient of `loss` for each variable that `tape` watches.
+
+    Raises:
+        DisconnectedError: For some of them there is none.
+    """
+    gradients = tape.gradient(loss, [variable.tensor for variable in tape.variables])
+    missing = [variable for gradient, variable in zip(gradients, tape.variables) if gradient is None]
+    if missing:
+        raise DisconnectedError(_disconnected(missing, len(tape.variables)))
+    return list(zip(gradients, tape.variables))
+
+
+def _disconnected(missing: list[VariableInfo], total: int) -> str:
+    paths = ", ".join(f"`{variable.path}`" for variable in missing[:8])
+    more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+    integers = [variable for variable in missing if not tf.as_dtype(variable.dtype).is_floating]
+    if integers:
+        cause = "They hold integers, which have no gradient"
+    elif len(missing) == total:
+        cause = "The loss does not depend on any of them: was it computed inside `with self.tape():`, in TensorFlow ops"
+    else:
+        cause = "Either their layer is not called in this step, or its output passes a `stop_gradient` or an integer"
+    return (
+        f"{len(missing)} of the {total} variables that should train get no gradient: {paths}{more}. {cause}. "
+        "Let the loss depend on them, or freeze them: `Freeze(...)` with these paths."
+    )

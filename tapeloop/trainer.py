@@ -1,0 +1,406 @@
+"""The trainer: what a user makes, subclasses and runs."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tapeloop import report
+from tapeloop.data import Batches, as_batches, check_inputs
+from tapeloop.errors import DataError, PolicyError
+from tapeloop.objective import Means, Objective, added_losses, shapes
+from tapeloop.optim import Optimizers
+from tapeloop.policy import TrainAll, VariablePolicy
+from tapeloop.progress import Progress
+from tapeloop.selection import Selection
+from tapeloop.step import GroupTape, Step, connected_gradients
+from tapeloop.tree import Model, Tree
+
+
+@dataclass
+class History:
+    """What a fit recorded.
+
+    Attributes:
+        history: For each log, its value at the end of each epoch.
+        epoch: The number of each epoch, counted over all fits of the trainer.
+    """
+
+    history: dict[str, list[float]] = field(default_factory=dict)
+    epoch: list[int] = field(default_factory=list)
+
+
+class Trainer:
+    """Trains what a policy selects of a model, and leaves the rest bit-identical.
+
+    In research code, subclass it and override the one of `forward`, `compute_loss`, `train_step` and `eval_step` that
+    gives the control needed.
+
+    Attributes:
+        model: The model as it was passed.
+        policy: What trains. Assign another between two fits: state is carried over, and nothing else need be done.
+        step: How many steps were trained, over all fits.
+        epoch: How many epochs were trained, over all fits.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        policy: VariablePolicy | None = None,
+        *,
+        loss: Any = None,
+        optimizer: Any = "adam",
+        metrics: Any = None,
+        weighted_metrics: Any = None,
+        loss_weights: Any = None,
+        seed: int | None = None,
+    ) -> None:
+        """Make a trainer. Nothing is traced or allocated before the first fit.
+
+        Args:
+            model: A Keras model or layer, a `tf.Module`, or a mapping from names to such.
+            policy: What trains; by default all that can.
+            loss: A loss as `keras.Model.compile` takes it. Not needed where `compute_loss` or `train_step` is
+                overridden, or where layers add losses.
+            optimizer: A Keras optimizer or its name, cloned for each group, or a mapping with one for each group.
+            metrics: Metrics as `keras.Model.compile` takes them.
+            weighted_metrics: Metrics to which sample weights apply, likewise.
+            loss_weights: Weights of the losses of several outputs, likewise.
+            seed: The seed by which arrays are shuffled.
+
+        Raises:
+            TypeError: An argument is of the wrong type.
+        """
+        if not isinstance(policy, (VariablePolicy, type(None))):
+            raise TypeError(
+                "`policy` must be a `VariablePolicy`, such as `Freeze('backbone')`. "
+                f"Received: {policy!r} of type {type(policy).__name__}."
+            )
+        Tree.of(model)
+        self.model = model
+        self.policy = TrainAll() if policy is None else policy
+        self.step = 0
+        self.epoch = 0
+        self._seed = seed
+        self._optimizers = Optimizers(optimizer)
+        names = getattr(model, "output_names", None)
+        self._objective = Objective(loss, loss_weights, metrics, weighted_metrics, names)
+        self._means = Means()
+        self._steps: dict[tuple[str, Selection], Step] = {}
+        self._predict = tf.function(lambda inputs: self.forward(inputs, training=False))
+        self._tracing: Selection | None = None
+        self._building = False
+        self._built = False
+
+    # What research code overrides
+
+    def forward(self, inputs: Any, training: bool) -> Any:
+        """Call the model on a batch of inputs.
+
+        Args:
+            inputs: The inputs, as the data gives them.
+            training: Whether the step trains; frozen submodels run in inference mode all the same.
+
+        Returns:
+            The model's outputs.
+        """
+        if isinstance(self.model, Mapping):
+            raise TypeError(
+                f"A trainer of several models ({', '.join(map(repr, self.model))}) cannot know which to call: override "
+                "`forward`, `compute_loss` or `train_step`."
+            )
+        if isinstance(self.model, keras.Layer) or "training" in inspect.signature(self.model).parameters:
+            return self.model(inputs, training=training)
+        return self.model(inputs)
+
+    def compute_loss(self, batch: Any, training: bool) -> Any:
+        """Return the scalar loss of a batch, or `(scalar, {"name": scalar})` to log more.
+
+        By default the batch is `(inputs, targets[, sample_weight])`; the loss is the trainer's, plus `added_losses()`,
+        and the metrics are updated.
+
+        Args:
+            batch: One batch of the data.
+            training: Whether the step trains.
+        """
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
+        check_inputs(self.model, x)
+        outputs = self.forward(x, training)
+        added = self.added_losses()
+        if self._objective.has_loss:
+            added.insert(0, self._objective.loss(y, outputs, sample_weight))
+            self._objective.update(y, outputs, sample_weight)
+        elif not added and not self._building:
+            raise ValueError(
+                "There is no loss: `loss` is None and no layer adds one. Pass `loss=...` to the trainer, or override "
+                "`compute_loss`."
+            )
+        return tf.add_n(added) if added else tf.zeros(())
+
+    def train_step(self, batch: Any) -> Mapping[str, tf.Tensor]:
+        """Train on one batch. Override it with `with self.tape(...) as tape:` and `self.update(tape, loss)`.
+
+        Args:
+            batch: One batch of the data.
+
+        Returns:
+            Scalars to log, averaged over the epoch.
+        """
+        with self.tape() as tape:
+            loss, logs = _with_logs(self.compute_loss(batch, training=True))
+        self.update(tape, loss)
+        return {"loss": loss, **logs}
+
+    def eval_step(self, batch: Any) -> Mapping[str, tf.Tensor]:
+        """Evaluate one batch.
+
+        Args:
+            batch: One batch of the data.
+
+        Returns:
+            Scalars to log, averaged over the data.
+        """
+        loss, logs = _with_logs(self.compute_loss(batch, training=False))
+        return {"loss": loss, **logs}
+
+    # What an overridden step is written with
+
+    def tape(self, *groups: str, persistent: bool = False) -> GroupTape:
+        """Return a gradient tape that watches the variables of these groups, and nothing else.
+
+        Args:
+            *groups: Names of groups; none means all of them.
+            persistent: Whether gradients can be taken from it more than once.
+
+        Raises:
+            PolicyError: The policy has no group of that name.
+        """
+        if self._building:
+            return GroupTape((), persistent)
+        selection = self._in_step("tape")
+        unknown = [group for group in groups if group not in selection.groups]
+        if unknown:
+            raise PolicyError(
+                f"`tape` was asked for the groups {unknown}, but the policy {self.policy!r} has the groups "
+                f"{list(selection.groups)}."
+            )
+        variables = [v for group in groups or selection.groups for v in selection.groups[group]]
+        return GroupTape(variables, persistent)
+
+    def update(self, tape: GroupTape, loss: tf.Tensor) -> None:
+        """Update the variables that `tape` watched by the gradient of `loss`, each by its group's optimizer.
+
+        Args:
+            tape: What `self.tape(...)` returned.
+            loss: A scalar computed inside it.
+
+        Raises:
+            DisconnectedError: A watched variable gets no gradient.
+        """
+        if not self._building:
+            self._optimizers.apply(self._in_step("update"), connected_gradients(tape, loss))
+
+    def added_losses(self) -> list[tf.Tensor]:
+        """Return what layers added by `add_loss` in the last call, and the weight penalties, of all that trains."""
+        return [] if self._building else added_losses(self._in_step("added_losses"))
+
+    # Running
+
+    def fit(
+        self,
+        data: Any,
+        *,
+        epochs: int = 1,
+        batch_size: int = 32,
+        shuffle: bool = True,
+        steps_per_epoch: int | None = None,
+        validation_data: Any = None,
+        progress: str = "auto",
+    ) -> History:
+        """Train for some more epochs.
+
+        Args:
+            data: A `tf.data.Dataset` of batches, arrays `(inputs, targets[, sample_weight])`, a
+                `keras.utils.PyDataset`, or any other iterable of batches.
+            epochs: How many epochs more.
+            batch_size: Examples per batch, for arrays.
+            shuffle: Whether arrays are shuffled anew each epoch.
+            steps_per_epoch: Batches per epoch, for data without end.
+            validation_data: Data to evaluate after each epoch.
+            progress: `"auto"`, `"bar"`, `"lines"` or `"none"`.
+
+        Returns:
+            The logs of each epoch, those of the validation as `val_...`.
+
+        Raises:
+            PolicyError: The policy cannot be resolved for the model.
+            DataError: The data is empty or does not fit the model.
+            DisconnectedError: A variable that should train gets no gradient.
+        """
+        if not isinstance(epochs, int) or epochs < 0:
+            raise ValueError(f"`epochs` must be a whole number of epochs, 0 or more. Received: {epochs!r}.")
+        seed = None if self._seed is None else self._seed + self.epoch
+        batches = as_batches(
+            data, batch_size=batch_size, shuffle=shuffle, seed=seed, steps_per_epoch=steps_per_epoch, name="data"
+        )
+        validation = None
+        if validation_data is not None:
+            validation = as_batches(validation_data, batch_size=batch_size, name="validation_data")
+            validation.peek()
+        shown = Progress(progress)
+        history = History()
+        step = self._prepare("train", batches)
+        for number in range(1, epochs + 1):
+            logs = self._run(step, batches, shown, f"epoch {number}/{epochs}", counts=True)
+            if validation is not None:
+                evaluated = self._run(self._prepare("eval", validation), validation, shown, "  validation")
+                logs |= {f"val_{name}": value for name, value in evaluated.items()}
+            self.epoch += 1
+            history.epoch.append(self.epoch)
+            for name, value in logs.items():
+                history.history.setdefault(name, []).append(value)
+        return history
+
+    def evaluate(self, data: Any, *, batch_size: int = 32, progress: str = "auto") -> dict[str, float]:
+        """Return the loss and metrics on data, which may be all that `fit` takes.
+
+        Args:
+            data: The data.
+            batch_size: Examples per batch, for arrays.
+            progress: As for `fit`.
+
+        Raises:
+            DataError: The data is empty or does not fit the model.
+        """
+        batches = as_batches(data, batch_size=batch_size)
+        return self._run(self._prepare("eval", batches), batches, Progress(progress), "evaluation")
+
+    def predict(self, data: Any, *, batch_size: int = 32) -> Any:
+        """Return the model's outputs on data as NumPy arrays, examples first.
+
+        Args:
+            data: All that `fit` takes; of batches `(inputs, targets, ...)` the inputs count. Several inputs in arrays
+                are a dict, or `([first, second],)`.
+            batch_size: Examples per batch, for arrays.
+
+        Raises:
+            DataError: The data is empty or does not fit the model.
+        """
+        outputs = []
+        for batch in as_batches(data, batch_size=batch_size).epoch():
+            x = keras.utils.unpack_x_y_sample_weight(batch)[0]
+            check_inputs(self.model, x)
+            outputs.append(tf.nest.map_structure(np.asarray, self._predict(x)))
+        return tf.nest.map_structure(lambda *arrays: np.concatenate(arrays), *outputs)
+
+    # Looking
+
+    @property
+    def selection(self) -> Selection:
+        """What trains, by the policy and the model as they are now."""
+        return self.policy.select(Tree.of(self.model))
+
+    @property
+    def trace_count(self) -> int:
+        """How often a training step was traced: once for each selection and signature of a batch."""
+        return sum(step.trace_count for (kind, _), step in self._steps.items() if kind == "train")
+
+    def explain(self, depth: int = 3) -> str:
+        """Return a table of what trains, what is frozen, by which rule, in which mode and at what cost.
+
+        Args:
+            depth: How many levels of submodels are shown; below the first, only where they differ inside.
+        """
+        selection = self.selection
+        self._optimizers.prepare(selection)
+        return report.explain(selection, self._optimizers.state_bytes, depth)
+
+    # Within
+
+    def _in_step(self, verb: str) -> Selection:
+        if self._tracing is None:
+            raise RuntimeError(
+                f"`{verb}` was called outside a step. It belongs in `train_step`, which `fit` compiles and runs."
+            )
+        return self._tracing
+
+    def _prepare(self, kind: str, batches: Batches) -> Step:
+        """Return the step for what trains now, everything that it needs being made."""
+        self._build(batches.peek())
+        selection = self.selection
+        if kind == "train":
+            self._optimizers.prepare(selection)
+        if (kind, selection) not in self._steps:
+            self._steps[kind, selection] = Step(lambda batch: self._traced(kind, selection, batch), selection)
+        return self._steps[kind, selection]
+
+    def _build(self, batch: Any) -> None:
+        """Make the variables of a model that makes them in its first call, by tracing a step that trains nothing."""
+        if self._built:
+            return
+        tree = Tree.of(self.model)
+        if any(not submodel.object.built for submodel in tree.layers) or len(tree.layers) < len(tree.submodels):
+            self._building = True
+            try:
+                tf.function(self.train_step).get_concrete_function(batch)
+            finally:
+                self._building = False
+        self._built = True
+
+    def _traced(self, kind: str, selection: Selection, batch: Any) -> None:
+        """What is compiled: one step, and its logs into the running means."""
+        with self._while_tracing(selection):
+            logs = self.train_step(batch) if kind == "train" else self.eval_step(batch)
+        self._means.update(_checked(logs, kind), tf.cast(_examples(batch), keras.config.floatx()))
+
+    @contextlib.contextmanager
+    def _while_tracing(self, selection: Selection) -> Iterator[None]:
+        self._tracing = selection
+        try:
+            yield
+        finally:
+            self._tracing = None
+
+    def _run(self, step: Step, batches: Batches, shown: Progress, title: str, counts: bool = False) -> dict[str, float]:
+        """Run a step over one epoch of batches and return its logs."""
+        self._means.reset()
+        self._objective.reset()
+        shown.start(title, batches.per_epoch)
+        try:
+            for batch in batches.epoch():
+                step(batch)
+                self.step += counts
+                shown.advance(int(_examples(batch)), self._logs)
+            logs = self._logs()
+            shown.end(logs)
+        finally:
+            shown.close()
+        return logs
+
+    def _logs(self) -> dict[str, float]:
+        return {name: float(value) for name, value in {**self._means.results(), **self._objective.results()}.items()}
+
+
+def _with_logs(loss: Any) -> tuple[tf.Tensor, Mapping[str, tf.Tensor]]:
+    return loss if isinstance(loss, tuple) else (loss, {})
+
+
+def _checked(logs: Any, kind: str) -> Mapping[str, tf.Tensor]:
+    if not isinstance(logs, Mapping):
+        raise TypeError(f'`{kind}_step` must return a mapping `{{"name": scalar}}`. Received: {logs!r}.')
+    return logs
+
+
+def _examples(batch: Any) -> Any:
+    """Return how many examples a batch has: the first dimension of its first tensor."""
+    for tensor in tf.nest.flatten(batch):
+        if tensor is not None and tensor.shape.rank:
+            return tf.shape(tensor)[0] if tensor.shape[0] is None else tensor.shape[0]
+    raise DataError(f"A batch must hold a tensor with the batch as its first dimension. Received: {shapes(batch)}.")

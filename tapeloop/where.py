@@ -1,0 +1,244 @@
+"""Wheres: frozen, hashable predicates on variables, combined with `&`, `|` and `~`.
+
+Wherever a where is taken, a string is a path glob and a submodel object means all under that very object.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import keras
+import tensorflow as tf
+
+from tapeloop.tree import Model, VariableInfo
+
+WhereLike: TypeAlias = "Where | str | Model"
+
+
+class Where:
+    """A predicate on variables. True means that the variable is meant."""
+
+    def __call__(self, variable: VariableInfo) -> bool:
+        """Tell whether `variable` is meant."""
+        raise NotImplementedError
+
+    def __and__(self, other: WhereLike) -> Where:
+        return And(self, as_where(other))
+
+    def __or__(self, other: WhereLike) -> Where:
+        return Or(self, as_where(other))
+
+    def __rand__(self, other: WhereLike) -> Where:
+        return And(as_where(other), self)
+
+    def __ror__(self, other: WhereLike) -> Where:
+        return Or(as_where(other), self)
+
+    def __invert__(self) -> Where:
+        return Not(self)
+
+    def __bool__(self) -> bool:
+        raise TypeError(f"A where has no truth value: combine wheres with `&`, `|` and `~`. Received: {self!r}.")
+
+    def patterns(self) -> tuple[str, ...]:
+        """The path globs in it, for errors that suggest what stands nearby."""
+        return ()
+
+
+@dataclass(frozen=True)
+class Glob(Where):
+    """See `glob`."""
+
+    pattern: str
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.pattern, str):
+            raise TypeError(f"`pattern` must be a string. Received: {self.pattern!r}.")
+        if not all(self.pattern.split("/")):
+            raise ValueError(
+                f"`pattern` must be segments joined by single slashes, as in 'backbone/**'. Received: {self.pattern!r}."
+            )
+
+    def __call__(self, variable: VariableInfo) -> bool:
+        pattern = tuple(self.pattern.split("/"))
+        return any(_matches(pattern, tuple(path.split("/"))) for path in variable.paths)
+
+    def __repr__(self) -> str:
+        return f"glob({self.pattern!r})"
+
+    def patterns(self) -> tuple[str, ...]:
+        return (self.pattern,)
+
+
+@dataclass(frozen=True)
+class Kind(Where):
+    """See `kind`."""
+
+    types: tuple[type, ...]
+
+    def __call__(self, variable: VariableInfo) -> bool:
+        return any(isinstance(submodel.object, self.types) for submodel in variable.submodels)
+
+    def __repr__(self) -> str:
+        return f"kind({', '.join(kind.__name__ for kind in self.types)})"
+
+
+@dataclass(frozen=True)
+class Named(Where):
+    """See `named`."""
+
+    names: tuple[str, ...]
+
+    def __call__(self, variable: VariableInfo) -> bool:
+        return any(path.rpartition("/")[2] in self.names for path in variable.paths)
+
+    def __repr__(self) -> str:
+        return f"named({', '.join(map(repr, self.names))})"
+
+    def patterns(self) -> tuple[str, ...]:
+        return self.names
+
+
+@dataclass(frozen=True)
+class Under(Where):
+    """See `under`."""
+
+    submodel: Model
+
+    def __call__(self, variable: VariableInfo) -> bool:
+        return any(submodel.object is self.submodel for submodel in variable.submodels)
+
+    def __repr__(self) -> str:
+        name = getattr(self.submodel, "name", None)
+        return f"under(<{type(self.submodel).__name__}{f' {name}' if name else ''}>)"
+
+
+@dataclass(frozen=True)
+class Matching(Where):
+    """See `matching`."""
+
+    function: Callable[[VariableInfo], bool]
+
+    def __call__(self, variable: VariableInfo) -> bool:
+        return bool(self.function(variable))
+
+    def __repr__(self) -> str:
+        return f"matching({getattr(self.function, '__qualname__', repr(self.function))})"
+
+
+@dataclass(frozen=True)
+class And(Where):
+    """Both of two wheres."""
+
+    left: Where
+    right: Where
+
+    def __call__(self, variable: VariableInfo) -> bool:
+        return self.left(variable) and self.right(variable)
+
+    def __repr__(self) -> str:
+        return f"({self.left!r} & {self.right!r})"
+
+    def patterns(self) -> tuple[str, ...]:
+        return (*self.left.patterns(), *self.right.patterns())
+
+
+@dataclass(frozen=True)
+class Or(Where):
+    """Either of two wheres."""
+
+    left: Where
+    right: Where
+
+    def __call__(self, variable: VariableInfo) -> bool:
+        return self.left(variable) or self.right(variable)
+
+    def __repr__(self) -> str:
+        return f"({self.left!r} | {self.right!r})"
+
+    def patterns(self) -> tuple[str, ...]:
+        return (*self.left.patterns(), *self.right.patterns())
+
+
+@dataclass(frozen=True)
+class Not(Where):
+    """All that a where does not mean."""
+
+    where: Where
+
+    def __call__(self, variable: VariableInfo) -> bool:
+        return not self.where(variable)
+
+    def __repr__(self) -> str:
+        return f"~{self.where!r}"
+
+    def patterns(self) -> tuple[str, ...]:
+        return self.where.patterns()
+
+
+def glob(pattern: str) -> Where:
+    """Mean the variables at the paths that `pattern` matches, and all under the submodels that it matches.
+
+    Args:
+        pattern: Segments joined by slashes. `*`, `?` and `[...]` match within a segment, `**` matches any
+            number of segments: `"backbone"` and `"backbone/**"` are all under the backbone, `"**/bias"` every bias.
+    """
+    return Glob(pattern)
+
+
+def kind(*types: type) -> Where:
+    """Mean the variables in submodels of these classes, at any depth: `kind(keras.layers.BatchNormalization)`."""
+    if not types or not all(isinstance(kind, type) for kind in types):
+        raise TypeError(f"`kind` takes one or more classes of layers. Received: {types!r}.")
+    return Kind(types)
+
+
+def named(*names: str) -> Where:
+    """Mean the variables whose last path segment is one of `names`: `named("bias")`."""
+    if not names or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"`named` takes one or more names of variables. Received: {names!r}.")
+    return Named(names)
+
+
+def under(submodel: Model) -> Where:
+    """Mean the variables under this very submodel, wherever it stands."""
+    if not isinstance(submodel, (keras.Layer, tf.Module)):
+        raise TypeError(f"`submodel` must be a Keras model or layer, or a `tf.Module`. Received: {submodel!r}.")
+    return Under(submodel)
+
+
+def matching(function: Callable[[VariableInfo], bool]) -> Where:
+    """Mean the variables for which `function` returns True: `matching(lambda v: v.parameters > 10_000)`."""
+    if not callable(function):
+        raise TypeError(f"`function` must take a `VariableInfo` and return a bool. Received: {function!r}.")
+    return Matching(function)
+
+
+def as_where(value: WhereLike) -> Where:
+    """Turn what a user may write for a where into one: a string is a glob, a submodel all that is under it."""
+    if isinstance(value, Where):
+        return value
+    if isinstance(value, str):
+        return Glob(value)
+    if isinstance(value, (keras.Layer, tf.Module)):
+        return Under(value)
+    hint = ""
+    if isinstance(value, type):
+        hint = f" For every {value.__name__}, write `kind({value.__name__})`."
+    elif callable(value):
+        hint = " For a function of a variable, write `matching(function)`."
+    elif isinstance(value, (list, tuple, set)):
+        hint = " Pass several wheres as several arguments, or join them with `|`."
+    raise TypeError(f"A where must be a path glob, a submodel or a `Where`. Received: {value!r}.{hint}")
+
+
+def _matches(pattern: tuple[str, ...], path: tuple[str, ...]) -> bool:
+    """Tell whether a glob's segments match the path or the first segments of it."""
+    if not pattern:
+        return True
+    if pattern[0] == "**":
+        return _matches(pattern[1:], path) or (bool(path) and _matches(pattern, path[1:]))
+    return bool(path) and fnmatch.fnmatchcase(path[0], pattern[0]) and _matches(pattern[1:], path[1:])
