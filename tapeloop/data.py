@@ -102,38 +102,6 @@ def as_batches(
     return Batches(source, steps_per_epoch, name)
 
 
-def check_inputs(model: Any, x: Any) -> None:
-    """Check a batch of inputs against what a functional or sequential model declares.
-
-    Raises:
-        DataError: The number of inputs or a shape does not fit.
-    """
-    declared = getattr(model, "inputs", None)
-    if not declared:
-        return
-    by_name = {tensor.name: tensor for tensor in declared}
-    if isinstance(x, Mapping):
-        pairs = [(by_name[name], given) for name, given in x.items() if name in by_name]
-    else:
-        given = tf.nest.flatten(x)
-        pairs = list(zip(declared, given)) if len(given) == len(declared) else [(declared[0], None)]
-    if not all(given is not None and _fits(tensor.shape, given.shape) for tensor, given in pairs):
-        raise DataError(
-            f"The inputs do not fit the model `{model.name}`: it takes {shapes(declared)}, the batch has {shapes(x)}. "
-            "Batches are `(inputs, targets)` with the batch as the first dimension."
-        )
-
-
-def _fits(declared: tuple[int | None, ...], given: Any) -> bool:
-    """Keras lets a last dimension of one be left out, or be there unasked."""
-    given = tuple(given)
-    if len(given) == len(declared) + 1 and given[-1] == 1:
-        given = given[:-1]
-    elif len(given) == len(declared) - 1 and declared[-1] == 1:
-        given = (*given, 1)
-    return len(given) == len(declared) and all(d is None or g is None or d == g for d, g in zip(declared, given))
-
-
 def _is_arrays(data: Any) -> bool:
     return isinstance(data, (np.ndarray, tf.Tensor, Mapping, tuple))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import TextIO
+from typing import Any, TextIO
 
 from tqdm.auto import tqdm
 
@@ -46,7 +46,7 @@ class Progress:
         self._style = style
         self._every_seconds = every_seconds
         self._clock = clock
-        self._bar: tqdm[None] | None = None
+        self._bar: Any = None
 
     def start(self, title: str, total: int | None) -> None:
         """Begin a pass of `total` batches."""

@@ -29,6 +29,7 @@ def explain(selection: Selection, state_bytes: Callable[[VariableInfo], int], de
     everything = selection.tree.variables
     trained = sum(variable.parameters for variable in selection.trained)
     total = sum(variable.parameters for variable in everything)
+    held_by_keras = sum(variable.parameters for variable in selection.non_trainable)
     lines = _table(HEADER, rows, RIGHT)
     width = max(map(len, lines))
     return "\n".join(
@@ -39,7 +40,7 @@ def explain(selection: Selection, state_bytes: Callable[[VariableInfo], int], de
             f"  train          {trained:,} ({trained / total:.1%}) in {len(selection.groups)} "
             f"group{'s' * (len(selection.groups) > 1)}: {', '.join(selection.groups)}",
             f"  frozen         {sum(v.parameters for v in selection.frozen):,}",
-            f"  non-trainable  {sum(v.parameters for v in selection.non_trainable):,} (Keras: statistics, seeds, flags)",
+            f"  non-trainable  {held_by_keras:,} (statistics, seeds, Keras' flags)",
             f"optimizer state  {format_bytes(sum(map(state_bytes, everything)))}",
         ]
     )

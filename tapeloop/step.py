@@ -37,14 +37,16 @@ class Step:
 
     Attributes:
         selection: What trains and what runs in inference mode while the body is traced.
+        trains: Whether it updates the model.
         trace_count: How often the body was traced.
     """
 
-    def __init__(self, body: Callable[[Any], Any], selection: Selection) -> None:
+    def __init__(self, body: Callable[[Any], Any], selection: Selection, autograph: bool, trains: bool) -> None:
         self.selection = selection
+        self.trains = trains
         self.trace_count = 0
         self._body = body
-        self._function = tf.function(self._run)
+        self._function = tf.function(self._run, autograph=autograph)
 
     def __call__(self, batch: Any) -> Any:
         """Run the body on a batch."""

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import inspect
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any
 
 import keras
@@ -13,28 +10,20 @@ import numpy as np
 import tensorflow as tf
 
 from tapeloop import report
-from tapeloop.data import Batches, as_batches, check_inputs
-from tapeloop.errors import DataError, PolicyError
-from tapeloop.objective import Means, Objective, added_losses, shapes
+from tapeloop.calling import call_model
+from tapeloop.data import Batches, as_batches
+from tapeloop.errors import PolicyError
+from tapeloop.loop import History, Loop
+from tapeloop.objective import Objective, added_losses
 from tapeloop.optim import Optimizers
 from tapeloop.policy import TrainAll, VariablePolicy
 from tapeloop.progress import Progress
+from tapeloop.select import select
 from tapeloop.selection import Selection
 from tapeloop.step import GroupTape, Step, connected_gradients
 from tapeloop.tree import Model, Tree
 
-
-@dataclass
-class History:
-    """What a fit recorded.
-
-    Attributes:
-        history: For each log, its value at the end of each epoch.
-        epoch: The number of each epoch, counted over all fits of the trainer.
-    """
-
-    history: dict[str, list[float]] = field(default_factory=dict)
-    epoch: list[int] = field(default_factory=list)
+OVERRIDABLE = ("forward", "compute_loss", "train_step", "eval_step")
 
 
 class Trainer:
@@ -46,8 +35,6 @@ class Trainer:
     Attributes:
         model: The model as it was passed.
         policy: What trains. Assign another between two fits: state is carried over, and nothing else need be done.
-        step: How many steps were trained, over all fits.
-        epoch: How many epochs were trained, over all fits.
     """
 
     def __init__(
@@ -78,26 +65,17 @@ class Trainer:
         Raises:
             TypeError: An argument is of the wrong type.
         """
-        if not isinstance(policy, (VariablePolicy, type(None))):
-            raise TypeError(
-                "`policy` must be a `VariablePolicy`, such as `Freeze('backbone')`. "
-                f"Received: {policy!r} of type {type(policy).__name__}."
-            )
         Tree.of(model)
         self.model = model
-        self.policy = TrainAll() if policy is None else policy
-        self.step = 0
-        self.epoch = 0
+        self.policy = _as_policy(policy)
         self._seed = seed
         self._optimizers = Optimizers(optimizer)
         names = getattr(model, "output_names", None)
         self._objective = Objective(loss, loss_weights, metrics, weighted_metrics, names)
-        self._means = Means()
-        self._steps: dict[tuple[str, Selection], Step] = {}
+        # Python's `if` and `for` over tensors are the user's to write; converting our own code costs a second.
+        autograph = any(getattr(type(self), name) is not getattr(Trainer, name) for name in OVERRIDABLE)
+        self._loop = Loop({"train": self.train_step, "eval": self.eval_step}, self._objective, autograph)
         self._predict = tf.function(lambda inputs: self.forward(inputs, training=False))
-        self._tracing: Selection | None = None
-        self._building = False
-        self._built = False
 
     # What research code overrides
 
@@ -111,14 +89,7 @@ class Trainer:
         Returns:
             The model's outputs.
         """
-        if isinstance(self.model, Mapping):
-            raise TypeError(
-                f"A trainer of several models ({', '.join(map(repr, self.model))}) cannot know which to call: override "
-                "`forward`, `compute_loss` or `train_step`."
-            )
-        if isinstance(self.model, keras.Layer) or "training" in inspect.signature(self.model).parameters:
-            return self.model(inputs, training=training)
-        return self.model(inputs)
+        return call_model(self.model, inputs, training)
 
     def compute_loss(self, batch: Any, training: bool) -> Any:
         """Return the scalar loss of a batch, or `(scalar, {"name": scalar})` to log more.
@@ -131,13 +102,12 @@ class Trainer:
             training: Whether the step trains.
         """
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
-        check_inputs(self.model, x)
         outputs = self.forward(x, training)
         added = self.added_losses()
         if self._objective.has_loss:
             added.insert(0, self._objective.loss(y, outputs, sample_weight))
             self._objective.update(y, outputs, sample_weight)
-        elif not added and not self._building:
+        elif not added and not self._loop.building:
             raise ValueError(
                 "There is no loss: `loss` is None and no layer adds one. Pass `loss=...` to the trainer, or override "
                 "`compute_loss`."
@@ -182,7 +152,7 @@ class Trainer:
         Raises:
             PolicyError: The policy has no group of that name.
         """
-        if self._building:
+        if self._loop.building:
             return GroupTape((), persistent)
         selection = self._in_step("tape")
         unknown = [group for group in groups if group not in selection.groups]
@@ -204,12 +174,12 @@ class Trainer:
         Raises:
             DisconnectedError: A watched variable gets no gradient.
         """
-        if not self._building:
+        if not self._loop.building:
             self._optimizers.apply(self._in_step("update"), connected_gradients(tape, loss))
 
     def added_losses(self) -> list[tf.Tensor]:
         """Return what layers added by `add_loss` in the last call, and the weight penalties, of all that trains."""
-        return [] if self._building else added_losses(self._in_step("added_losses"))
+        return [] if self._loop.building else added_losses(self._in_step("added_losses"))
 
     # Running
 
@@ -254,19 +224,7 @@ class Trainer:
         if validation_data is not None:
             validation = as_batches(validation_data, batch_size=batch_size, name="validation_data")
             validation.peek()
-        shown = Progress(progress)
-        history = History()
-        step = self._prepare("train", batches)
-        for number in range(1, epochs + 1):
-            logs = self._run(step, batches, shown, f"epoch {number}/{epochs}", counts=True)
-            if validation is not None:
-                evaluated = self._run(self._prepare("eval", validation), validation, shown, "  validation")
-                logs |= {f"val_{name}": value for name, value in evaluated.items()}
-            self.epoch += 1
-            history.epoch.append(self.epoch)
-            for name, value in logs.items():
-                history.history.setdefault(name, []).append(value)
-        return history
+        return self._loop.fit(self._prepare, batches, validation, epochs, Progress(progress))
 
     def evaluate(self, data: Any, *, batch_size: int = 32, progress: str = "auto") -> dict[str, float]:
         """Return the loss and metrics on data, which may be all that `fit` takes.
@@ -280,7 +238,7 @@ class Trainer:
             DataError: The data is empty or does not fit the model.
         """
         batches = as_batches(data, batch_size=batch_size)
-        return self._run(self._prepare("eval", batches), batches, Progress(progress), "evaluation")
+        return self._loop.run(self._prepare("eval", batches), batches, Progress(progress), "evaluation")
 
     def predict(self, data: Any, *, batch_size: int = 32) -> Any:
         """Return the model's outputs on data as NumPy arrays, examples first.
@@ -295,9 +253,8 @@ class Trainer:
         """
         outputs = []
         for batch in as_batches(data, batch_size=batch_size).epoch():
-            x = keras.utils.unpack_x_y_sample_weight(batch)[0]
-            check_inputs(self.model, x)
-            outputs.append(tf.nest.map_structure(np.asarray, self._predict(x)))
+            inputs = keras.utils.unpack_x_y_sample_weight(batch)[0]
+            outputs.append(tf.nest.map_structure(np.asarray, self._predict(inputs)))
         return tf.nest.map_structure(lambda *arrays: np.concatenate(arrays), *outputs)
 
     # Looking
@@ -305,12 +262,22 @@ class Trainer:
     @property
     def selection(self) -> Selection:
         """What trains, by the policy and the model as they are now."""
-        return self.policy.select(Tree.of(self.model))
+        return select(self.policy, Tree.of(self.model))
+
+    @property
+    def step(self) -> int:
+        """How many steps were trained, over all fits."""
+        return self._loop.steps_done
+
+    @property
+    def epoch(self) -> int:
+        """How many epochs were trained, over all fits."""
+        return self._loop.epochs_done
 
     @property
     def trace_count(self) -> int:
         """How often a training step was traced: once for each selection and signature of a batch."""
-        return sum(step.trace_count for (kind, _), step in self._steps.items() if kind == "train")
+        return self._loop.trace_count("train")
 
     def explain(self, depth: int = 3) -> str:
         """Return a table of what trains, what is frozen, by which rule, in which mode and at what cost.
@@ -325,82 +292,31 @@ class Trainer:
     # Within
 
     def _in_step(self, verb: str) -> Selection:
-        if self._tracing is None:
+        if self._loop.tracing is None:
             raise RuntimeError(
                 f"`{verb}` was called outside a step. It belongs in `train_step`, which `fit` compiles and runs."
             )
-        return self._tracing
+        return self._loop.tracing
 
     def _prepare(self, kind: str, batches: Batches) -> Step:
         """Return the step for what trains now, everything that it needs being made."""
-        self._build(batches.peek())
+        self._loop.build(self.model, batches.peek())
         selection = self.selection
         if kind == "train":
             self._optimizers.prepare(selection)
-        if (kind, selection) not in self._steps:
-            self._steps[kind, selection] = Step(lambda batch: self._traced(kind, selection, batch), selection)
-        return self._steps[kind, selection]
+        return self._loop.step(kind, selection)
 
-    def _build(self, batch: Any) -> None:
-        """Make the variables of a model that makes them in its first call, by tracing a step that trains nothing."""
-        if self._built:
-            return
-        tree = Tree.of(self.model)
-        if any(not submodel.object.built for submodel in tree.layers) or len(tree.layers) < len(tree.submodels):
-            self._building = True
-            try:
-                tf.function(self.train_step).get_concrete_function(batch)
-            finally:
-                self._building = False
-        self._built = True
 
-    def _traced(self, kind: str, selection: Selection, batch: Any) -> None:
-        """What is compiled: one step, and its logs into the running means."""
-        with self._while_tracing(selection):
-            logs = self.train_step(batch) if kind == "train" else self.eval_step(batch)
-        self._means.update(_checked(logs, kind), tf.cast(_examples(batch), keras.config.floatx()))
-
-    @contextlib.contextmanager
-    def _while_tracing(self, selection: Selection) -> Iterator[None]:
-        self._tracing = selection
-        try:
-            yield
-        finally:
-            self._tracing = None
-
-    def _run(self, step: Step, batches: Batches, shown: Progress, title: str, counts: bool = False) -> dict[str, float]:
-        """Run a step over one epoch of batches and return its logs."""
-        self._means.reset()
-        self._objective.reset()
-        shown.start(title, batches.per_epoch)
-        try:
-            for batch in batches.epoch():
-                step(batch)
-                self.step += counts
-                shown.advance(int(_examples(batch)), self._logs)
-            logs = self._logs()
-            shown.end(logs)
-        finally:
-            shown.close()
-        return logs
-
-    def _logs(self) -> dict[str, float]:
-        return {name: float(value) for name, value in {**self._means.results(), **self._objective.results()}.items()}
+def _as_policy(policy: VariablePolicy | None) -> VariablePolicy:
+    if policy is None:
+        return TrainAll()
+    if not isinstance(policy, VariablePolicy):
+        raise TypeError(
+            "`policy` must be a `VariablePolicy`, such as `Freeze('backbone')`. "
+            f"Received: {policy!r} of type {type(policy).__name__}."
+        )
+    return policy
 
 
 def _with_logs(loss: Any) -> tuple[tf.Tensor, Mapping[str, tf.Tensor]]:
     return loss if isinstance(loss, tuple) else (loss, {})
-
-
-def _checked(logs: Any, kind: str) -> Mapping[str, tf.Tensor]:
-    if not isinstance(logs, Mapping):
-        raise TypeError(f'`{kind}_step` must return a mapping `{{"name": scalar}}`. Received: {logs!r}.')
-    return logs
-
-
-def _examples(batch: Any) -> Any:
-    """Return how many examples a batch has: the first dimension of its first tensor."""
-    for tensor in tf.nest.flatten(batch):
-        if tensor is not None and tensor.shape.rank:
-            return tf.shape(tensor)[0] if tensor.shape[0] is None else tensor.shape[0]
-    raise DataError(f"A batch must hold a tensor with the batch as its first dimension. Received: {shapes(batch)}.")

@@ -1,0 +1,74 @@
+"""Calling a model on a batch of inputs, and saying what is wrong where they do not fit."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tapeloop.errors import DataError
+from tapeloop.objective import shapes
+from tapeloop.tree import Model
+
+
+def call_model(model: Model, inputs: Any, training: bool) -> Any:
+    """Call `model`, with `training` where it takes it.
+
+    Args:
+        model: A Keras model or layer, or a `tf.Module` that can be called.
+        inputs: A batch of inputs, as the data gives them.
+        training: Whether to call it in training mode.
+
+    Raises:
+        DataError: The inputs do not fit the model.
+        TypeError: `model` is a mapping of several models, or cannot be called.
+    """
+    if isinstance(model, Mapping):
+        raise TypeError(
+            f"A trainer of several models ({', '.join(map(repr, model))}) cannot know which to call: override "
+            "`forward`, `compute_loss` or `train_step`."
+        )
+    if not callable(model):
+        raise TypeError(
+            f"The model {model!r} cannot be called: give {type(model).__name__} a `__call__`, or override `forward`."
+        )
+    _check_declared(model, inputs)
+    takes_training = isinstance(model, keras.Layer) or "training" in inspect.signature(model).parameters
+    try:
+        return model(inputs, training=training) if takes_training else model(inputs)
+    except (ValueError, tf.errors.InvalidArgumentError) as error:
+        raise DataError(
+            f"The model cannot be called on a batch of inputs {shapes(inputs)}: {error}\n"
+            "Pass inputs that fit the model, with the batch as the first dimension."
+        ) from error
+
+
+def _check_declared(model: Model, x: Any) -> None:
+    """Check a batch of inputs against what a functional or sequential model declares."""
+    declared = getattr(model, "inputs", None)
+    if not declared:
+        return
+    by_name = {tensor.name: tensor for tensor in declared}
+    if isinstance(x, Mapping):
+        pairs = [(by_name[name], given) for name, given in x.items() if name in by_name]
+    else:
+        given = tf.nest.flatten(x)
+        pairs = list(zip(declared, given)) if len(given) == len(declared) else [(declared[0], None)]
+    if not all(given is not None and _fits(tensor.shape, given.shape) for tensor, given in pairs):
+        raise DataError(
+            f"The inputs do not fit the model `{model.name}`: it takes {shapes(declared)}, the batch has {shapes(x)}. "
+            "Batches are `(inputs, targets)` with the batch as the first dimension."
+        )
+
+
+def _fits(declared: tuple[int | None, ...], given: Any) -> bool:
+    """Keras lets a last dimension of one be left out, or be there unasked."""
+    given = tuple(given)
+    if len(given) == len(declared) + 1 and given[-1] == 1:
+        given = given[:-1]
+    elif len(given) == len(declared) - 1 and declared[-1] == 1:
+        given = (*given, 1)
+    return len(given) == len(declared) and all(d is None or g is None or d == g for d, g in zip(declared, given))

@@ -1,0 +1,153 @@
+"""Resolving a policy for a model: the one place where a policy becomes a selection, and where it is checked."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+import keras
+
+from tapeloop.errors import PolicyError
+from tapeloop.policy import VariablePolicy
+from tapeloop.selection import Selection
+from tapeloop.tree import SubmodelInfo, Tree, VariableInfo
+from tapeloop.where import Where
+
+
+def select(policy: VariablePolicy, tree: Tree) -> Selection:
+    """Resolve a policy for a model.
+
+    Args:
+        policy: What trains.
+        tree: The model.
+
+    Raises:
+        PolicyError: A where matches nothing that can train, groups overlap, `group` returns no name, or nothing is
+            left to train.
+    """
+    if not tree.variables:
+        raise PolicyError(
+            f"{policy!r} was asked what trains, but the model has no variables. Pass a model with weights; one that "
+            "makes them in its first call has them after `fit` has seen a batch, or once it was called on one."
+        )
+    for where in policy.wheres():
+        _check_match(policy, where, tree)
+    groups: dict[str, list[VariableInfo]] = {}
+    frozen, non_trainable = [], []
+    rules = {}
+    for variable in tree.variables:
+        group = policy.group(variable) if variable.trainable else None
+        if group is not None:
+            groups.setdefault(_checked_name(policy, group, variable), []).append(variable)
+        elif variable.trainable:
+            frozen.append(variable)
+        else:
+            non_trainable.append(variable)
+        rules[variable] = policy.rule(variable) if variable.trainable else _flag(variable)
+    if not groups:
+        raise PolicyError(_nothing_left(policy, frozen))
+    return Selection(
+        tree,
+        {group: tuple(variables) for group, variables in groups.items()},
+        tuple(frozen),
+        tuple(non_trainable),
+        _inference(policy, tree, {variable for group in groups.values() for variable in group}),
+        rules,
+    )
+
+
+def _checked_name(policy: VariablePolicy, group: object, variable: VariableInfo) -> str:
+    if not isinstance(group, str) or not group:
+        raise PolicyError(
+            f"`{type(policy).__name__}.group` must return the name of a group, or None to freeze. "
+            f"Received: {group!r} for the variable `{variable.path}`."
+        )
+    return group
+
+
+def _check_match(policy: VariablePolicy, where: Where, tree: Tree) -> None:
+    matches = [variable for variable in tree.variables if where(variable)]
+    if not matches:
+        raise PolicyError(f"{where!r} in {policy!r} matches no variable of the model. {_nearest(where, tree)}")
+    if not any(variable.trainable for variable in matches):
+        raise PolicyError(
+            f"{where!r} in {policy!r} matches only variables that Keras holds non-trainable: {_listed(matches)}. "
+            "Set `trainable = True` on their layers, or leave the where out; batch statistics, seed states and "
+            "weights made with `trainable=False` train in no policy."
+        )
+
+
+def _nearest(where: Where, tree: Tree) -> str:
+    paths = [path for paths in _all_paths(tree) for path in paths if path]
+    by_name: dict[str, str] = {}
+    for path in paths:
+        by_name.setdefault(path.rpartition("/")[2], path)
+    near: list[str] = []
+    for pattern in where.patterns():
+        near += difflib.get_close_matches(pattern.removesuffix("/**"), paths, n=3)
+        names = difflib.get_close_matches(pattern.removesuffix("/**").rpartition("/")[2], by_name, n=2)
+        near += [by_name[name] for name in names]
+    if near:
+        return f"The nearest paths are {', '.join(f'`{path}`' for path in dict.fromkeys(near))}."
+    top = [path for path in paths if "/" not in path]
+    return f"The model has {_listed_paths(top)} at the top."
+
+
+def _all_paths(tree: Tree) -> list[tuple[str, ...]]:
+    return [submodel.paths for submodel in tree.submodels] + [variable.paths for variable in tree.variables]
+
+
+def _listed(variables: Iterable[VariableInfo]) -> str:
+    return _listed_paths([variable.path for variable in variables])
+
+
+def _listed_paths(paths: list[str], most: int = 5) -> str:
+    rest = f" and {len(paths) - most} more" if len(paths) > most else ""
+    return ", ".join(f"`{path}`" for path in paths[:most]) + rest
+
+
+def _nothing_left(policy: VariablePolicy, frozen: list[VariableInfo]) -> str:
+    if frozen:
+        return (
+            f"{policy!r} leaves nothing to train: it freezes all {len(frozen)} variables ({_listed(frozen)}). "
+            "Freeze less."
+        )
+    return (
+        f"{policy!r} leaves nothing to train: Keras holds every variable of the model non-trainable. "
+        "Set `trainable = True` on the layers that should train."
+    )
+
+
+def _flag(variable: VariableInfo) -> str:
+    if variable.seed:
+        return "Keras: seed state"
+    off = [s for s in variable.submodels if isinstance(s.object, keras.Layer) and not s.object.trainable]
+    if off:
+        return f"Keras: {off[0].path or 'model'}.trainable=False"
+    return "Keras: non-trainable"
+
+
+def _inference(policy: VariablePolicy, tree: Tree, trained: set[VariableInfo]) -> tuple[SubmodelInfo, ...]:
+    """Find the submodels in inference mode: those the policy says, and those that stand in such ones alone."""
+    inference = {
+        submodel
+        for submodel in tree.submodels
+        if _owns(submodel, tree) and policy.inference(submodel, not trained.isdisjoint(tree.held[submodel]))
+    }
+    undecided = [submodel for submodel in tree.submodels if submodel not in inference]
+    while undecided:
+        follows = {s for s in undecided if tree.parents[s] and inference.issuperset(tree.parents[s])}
+        if not follows:
+            break
+        inference |= follows
+        undecided = [submodel for submodel in undecided if submodel not in follows]
+    return tuple(submodel for submodel in tree.submodels if submodel in inference)
+
+
+def _owns(submodel: SubmodelInfo, tree: Tree) -> bool:
+    """Tell whether a submodel owns variables that can train, or could if Keras' flag on it were lifted.
+
+    Statistics alone do not count: a BatchNormalization without scale and offset follows what encloses it.
+    """
+    flagged_off = isinstance(submodel.object, keras.Layer) and not submodel.object.trainable
+    return any(variable.trainable or (flagged_off and not variable.seed) for variable in tree.held[submodel])
