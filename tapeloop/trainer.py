@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import keras
@@ -10,23 +9,20 @@ import numpy as np
 import tensorflow as tf
 
 from tapeloop import report
-from tapeloop.calling import call_model
+from tapeloop.body import OVERRIDABLE, Body
 from tapeloop.data import Batches, as_batches
-from tapeloop.errors import PolicyError
 from tapeloop.loop import History, Loop
-from tapeloop.objective import Objective, added_losses
+from tapeloop.objective import Objective
 from tapeloop.optim import Optimizers
 from tapeloop.policy import TrainAll, VariablePolicy
 from tapeloop.progress import Progress
 from tapeloop.select import select
 from tapeloop.selection import Selection
-from tapeloop.step import GroupTape, Step, connected_gradients
+from tapeloop.step import Step
 from tapeloop.tree import Model, Tree
 
-OVERRIDABLE = ("forward", "compute_loss", "train_step", "eval_step")
 
-
-class Trainer:
+class Trainer(Body):
     """Trains what a policy selects of a model, and leaves the rest bit-identical.
 
     In research code, subclass it and override the one of `forward`, `compute_loss`, `train_step` and `eval_step` that
@@ -73,113 +69,9 @@ class Trainer:
         names = getattr(model, "output_names", None)
         self._objective = Objective(loss, loss_weights, metrics, weighted_metrics, names)
         # Python's `if` and `for` over tensors are the user's to write; converting our own code costs a second.
-        autograph = any(getattr(type(self), name) is not getattr(Trainer, name) for name in OVERRIDABLE)
+        autograph = any(getattr(type(self), name) is not getattr(Body, name) for name in OVERRIDABLE)
         self._loop = Loop({"train": self.train_step, "eval": self.eval_step}, self._objective, autograph)
         self._predict = tf.function(lambda inputs: self.forward(inputs, training=False))
-
-    # What research code overrides
-
-    def forward(self, inputs: Any, training: bool) -> Any:
-        """Call the model on a batch of inputs.
-
-        Args:
-            inputs: The inputs, as the data gives them.
-            training: Whether the step trains; frozen submodels run in inference mode all the same.
-
-        Returns:
-            The model's outputs.
-        """
-        return call_model(self.model, inputs, training)
-
-    def compute_loss(self, batch: Any, training: bool) -> Any:
-        """Return the scalar loss of a batch, or `(scalar, {"name": scalar})` to log more.
-
-        By default the batch is `(inputs, targets[, sample_weight])`; the loss is the trainer's, plus `added_losses()`,
-        and the metrics are updated.
-
-        Args:
-            batch: One batch of the data.
-            training: Whether the step trains.
-        """
-        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
-        outputs = self.forward(x, training)
-        added = self.added_losses()
-        if self._objective.has_loss:
-            added.insert(0, self._objective.loss(y, outputs, sample_weight))
-            self._objective.update(y, outputs, sample_weight)
-        elif not added and not self._loop.building:
-            raise ValueError(
-                "There is no loss: `loss` is None and no layer adds one. Pass `loss=...` to the trainer, or override "
-                "`compute_loss`."
-            )
-        return tf.add_n(added) if added else tf.zeros(())
-
-    def train_step(self, batch: Any) -> Mapping[str, tf.Tensor]:
-        """Train on one batch. Override it with `with self.tape(...) as tape:` and `self.update(tape, loss)`.
-
-        Args:
-            batch: One batch of the data.
-
-        Returns:
-            Scalars to log, averaged over the epoch.
-        """
-        with self.tape() as tape:
-            loss, logs = _with_logs(self.compute_loss(batch, training=True))
-        self.update(tape, loss)
-        return {"loss": loss, **logs}
-
-    def eval_step(self, batch: Any) -> Mapping[str, tf.Tensor]:
-        """Evaluate one batch.
-
-        Args:
-            batch: One batch of the data.
-
-        Returns:
-            Scalars to log, averaged over the data.
-        """
-        loss, logs = _with_logs(self.compute_loss(batch, training=False))
-        return {"loss": loss, **logs}
-
-    # What an overridden step is written with
-
-    def tape(self, *groups: str, persistent: bool = False) -> GroupTape:
-        """Return a gradient tape that watches the variables of these groups, and nothing else.
-
-        Args:
-            *groups: Names of groups; none means all of them.
-            persistent: Whether gradients can be taken from it more than once.
-
-        Raises:
-            PolicyError: The policy has no group of that name.
-        """
-        if self._loop.building:
-            return GroupTape((), persistent)
-        selection = self._in_step("tape")
-        unknown = [group for group in groups if group not in selection.groups]
-        if unknown:
-            raise PolicyError(
-                f"`tape` was asked for the groups {unknown}, but the policy {self.policy!r} has the groups "
-                f"{list(selection.groups)}."
-            )
-        variables = [v for group in groups or selection.groups for v in selection.groups[group]]
-        return GroupTape(variables, persistent)
-
-    def update(self, tape: GroupTape, loss: tf.Tensor) -> None:
-        """Update the variables that `tape` watched by the gradient of `loss`, each by its group's optimizer.
-
-        Args:
-            tape: What `self.tape(...)` returned.
-            loss: A scalar computed inside it.
-
-        Raises:
-            DisconnectedError: A watched variable gets no gradient.
-        """
-        if not self._loop.building:
-            self._optimizers.apply(self._in_step("update"), connected_gradients(tape, loss))
-
-    def added_losses(self) -> list[tf.Tensor]:
-        """Return what layers added by `add_loss` in the last call, and the weight penalties, of all that trains."""
-        return [] if self._loop.building else added_losses(self._in_step("added_losses"))
 
     # Running
 
@@ -291,13 +183,6 @@ class Trainer:
 
     # Within
 
-    def _in_step(self, verb: str) -> Selection:
-        if self._loop.tracing is None:
-            raise RuntimeError(
-                f"`{verb}` was called outside a step. It belongs in `train_step`, which `fit` compiles and runs."
-            )
-        return self._loop.tracing
-
     def _prepare(self, kind: str, batches: Batches) -> Step:
         """Return the step for what trains now, everything that it needs being made."""
         self._loop.build(self.model, batches.peek())
@@ -316,7 +201,3 @@ def _as_policy(policy: VariablePolicy | None) -> VariablePolicy:
             f"Received: {policy!r} of type {type(policy).__name__}."
         )
     return policy
-
-
-def _with_logs(loss: Any) -> tuple[tf.Tensor, Mapping[str, tf.Tensor]]:
-    return loss if isinstance(loss, tuple) else (loss, {})
