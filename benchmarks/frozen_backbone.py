@@ -3,7 +3,9 @@
     python -m benchmarks.frozen_backbone [--size 96] [--batch 16] [--steps 30]
 
 Step times are medians of interleaved steps in one process, so that drift hits every arm alike. Peak memory is what
-TensorFlow's own allocator reports, weights included: the least of four processes for each arm.
+TensorFlow's own allocator reports, weights included, one process for each arm. There the ops run one after the other
+(`inter_op_parallelism_threads=1`): in parallel, the order in which they happen to run moves the peak of any arm by a
+sixth from one process to the next.
 """
 
 from __future__ import annotations
@@ -27,7 +29,6 @@ import tensorflow as tf
 import tapeloop as tl
 
 ARMS = ("forward", "full", "tapeloop")
-PROCESSES = 4
 
 
 def make_model(size: int) -> keras.Model:
@@ -70,6 +71,7 @@ def measure_times(size: int, batch: int, steps: int) -> dict[str, float]:
 
 def measure_peak(arm: str, size: int, batch: int, steps: int) -> float:
     """Return the peak MiB of this process's steps of one arm, its weights included."""
+    tf.config.threading.set_inter_op_parallelism_threads(1)
     run = make_arm(arm, size, batch)
     for _ in range(3):
         run()
@@ -94,9 +96,8 @@ def main() -> None:
     peaks = {}
     for arm in ARMS:
         command = [sys.executable, "-m", "benchmarks.frozen_backbone", "--peak-of", arm, *sizes]
-        # Where the allocator places things differs between runs of one arm: the least is what the arm needs.
-        outputs = [subprocess.run(command, check=True, capture_output=True, text=True).stdout for _ in range(PROCESSES)]
-        peaks[arm] = min(json.loads(output.splitlines()[-1]) for output in outputs)
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        peaks[arm] = json.loads(output.splitlines()[-1])
     times = measure_times(args.size, args.batch, args.steps)
     print(f"MobileNetV2 {args.size}x{args.size}, batch {args.batch}, {args.steps} steps, TensorFlow {tf.__version__}")
     print(f"{'arm':<10}{'step ms':>10}{'/ forward':>11}{'peak MiB':>10}{'/ forward':>11}")

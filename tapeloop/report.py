@@ -91,16 +91,24 @@ def _row(
     held = (shown,) if isinstance(shown, VariableInfo) else selection.tree.held[shown]
     deciding = [variable for variable in held if variable.trainable] or list(held)
     trained = [variable for variable in deciding if variable in selection.group_of]
-    share = sum(v.parameters for v in trained) / max(1, sum(v.parameters for v in deciding))
+    rules = _unique(selection.rules[variable] for variable in deciding)
     return (
         shown.path,
         f"{sum(variable.parameters for variable in held):,}",
         ", ".join(_unique(selection.group_of[variable] for variable in trained)) or "-",
-        "frozen" if not trained else "trains" if len(trained) == len(deciding) else f"trains {share:.1%}",
-        "; ".join(_unique(selection.rules[variable] for variable in deciding)),
+        _state(deciding, trained),
+        rules[0] if len(rules) == 1 else "mixed",
         "inference" if submodel in selection.inference else "train",
         format_bytes(sum(map(state_bytes, held))),
     )
+
+
+def _state(deciding: Sequence[VariableInfo], trained: Sequence[VariableInfo]) -> str:
+    if not trained:
+        return "frozen" if any(variable.trainable for variable in deciding) else "non-trainable"
+    if len(trained) == len(deciding):
+        return "trains"
+    return f"trains {sum(v.parameters for v in trained) / sum(v.parameters for v in deciding):.1%}"
 
 
 def _unique(values: Iterable[str]) -> list[str]:

@@ -77,9 +77,11 @@ def test_any_path_of_a_shared_layer_matches():
 
 WHERES = st.recursive(
     st.sampled_from(["base", "head", "**/bias", "base/*/gamma", "nothing"]).map(tl.glob) | st.just(tl.named("kernel")),
-    lambda inner: st.tuples(inner, inner).map(lambda pair: pair[0] & pair[1])
-    | st.tuples(inner, inner).map(lambda pair: pair[0] | pair[1])
-    | inner.map(lambda where: ~where),
+    lambda inner: (
+        st.tuples(inner, inner).map(lambda pair: pair[0] & pair[1])
+        | st.tuples(inner, inner).map(lambda pair: pair[0] | pair[1])
+        | inner.map(lambda where: ~where)
+    ),
     max_leaves=6,
 )
 

@@ -1,0 +1,104 @@
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import tapeloop as tl
+from tapeloop.optim import Optimizers
+from tapeloop.select import select
+from tapeloop.tree import Tree
+from tests import models
+
+
+def ones(selection):
+    return [(tf.ones(variable.shape), variable) for variable in selection.trained]
+
+
+@pytest.fixture
+def tree():
+    return Tree.of(models.functional())
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "state_bytes"),  # of the 64x3 kernel of the head: slots of 4 bytes a number
+    [("sgd", 0), ("lion", 4 * 192), ("adam", 2 * 4 * 192), ("adafactor", 4 * 192 + 4 * 64 + 4 * 3)],
+)
+def test_each_variable_is_charged_for_its_own_state(optimizer, state_bytes, tree):
+    optimizers = Optimizers(optimizer)
+    optimizers.prepare(select(tl.Freeze("base"), tree))
+    by_path = {variable.path: optimizers.state_bytes(variable) for variable in tree.variables}
+    assert by_path["head/kernel"] == state_bytes
+    assert by_path["base/conv/kernel"] == 0
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "adafactor", "lion", "nadam", "ftrl", "rmsprop", "adamax", "muon"])
+def test_no_state_is_left_out(name, tree):
+    optimizers = Optimizers(name)
+    optimizers.prepare(select(tl.TrainAll(), tree))
+    (cohort,) = optimizers.cohorts
+    counted = {id(slot) for slots in cohort.slots.values() for slot in slots}
+    assert {slot.name for slot in cohort.optimizer.variables if id(slot) not in counted} <= {
+        "iteration", "learning_rate", "variable",  # the last is Nadam's momentum schedule
+    }  # fmt: skip
+
+
+def test_the_template_is_cloned_and_stays_as_it_was(tree):
+    template = keras.optimizers.SGD(0.5)
+    optimizers = Optimizers(template)
+    optimizers.prepare(select(tl.TrainAll(), tree))
+    assert not template.built
+    assert float(optimizers.cohorts[0].optimizer.learning_rate) == 0.5
+
+
+def test_one_optimizer_for_each_group(tree):
+    selection = select(tl.Groups({"h": "head", "b": "base"}), tree)
+    optimizers = Optimizers({"h": keras.optimizers.SGD(1.0), "b": keras.optimizers.SGD(0.5)})
+    optimizers.prepare(selection)
+    before = {variable: variable.tensor.numpy() for variable in selection.trained}
+    optimizers.apply(selection, ones(selection))
+    for variable, group in selection.group_of.items():
+        moved = before[variable] - variable.tensor.numpy()
+        np.testing.assert_allclose(moved, 1.0 if group == "h" else 0.5, rtol=1e-6)
+
+
+def test_who_joins_later_starts_its_own_count_and_who_stays_keeps_its_state(tree):
+    optimizers = Optimizers(keras.optimizers.Adam(0.1))
+    head, everything = select(tl.Freeze("base"), tree), select(tl.TrainAll(), tree)
+    optimizers.prepare(head)
+    for _ in range(3):
+        optimizers.apply(head, ones(head))
+    slots = [slot.numpy() for slots in optimizers.cohorts[0].slots.values() for slot in slots]
+    optimizers.prepare(everything)
+    assert [slot.numpy().tolist() for s in optimizers.cohorts[0].slots.values() for slot in s] == [
+        slot.tolist() for slot in slots
+    ]
+    before = tree.variables[0].tensor.numpy()
+    optimizers.apply(everything, ones(everything))
+    np.testing.assert_allclose(before - tree.variables[0].tensor.numpy(), 0.1, rtol=1e-4)
+    assert [int(cohort.optimizer.iterations) for cohort in optimizers.cohorts] == [4, 1]
+    optimizers.prepare(head)
+    assert len(optimizers.cohorts) == 2
+
+
+def test_the_optimizers_must_be_for_the_groups(tree):
+    optimizers = Optimizers({"head": "adam", "neck": "adam"})
+    with pytest.raises(
+        tl.PolicyError, match=r"The groups are \['backbone', 'head'\], the optimizers are for \['head', 'neck'\]"
+    ):
+        optimizers.prepare(select(tl.Groups({"head": "head", "backbone": "base"}), tree))
+    assert not optimizers.cohorts
+
+
+@pytest.mark.parametrize("optimizer", [3, None, {"head": 3}, keras.optimizers.Adam])
+def test_what_is_no_optimizer_is_refused(optimizer):
+    with pytest.raises(TypeError, match=r"`optimizer` must be a Keras optimizer, its name, or a mapping"):
+        Optimizers(optimizer)
+
+
+def test_keras_weight_decay_and_average_touch_nothing_frozen(tree):
+    optimizers = Optimizers(keras.optimizers.AdamW(0.1, weight_decay=0.5, use_ema=True, ema_overwrite_frequency=1))
+    selection = select(tl.Freeze("base"), tree)
+    optimizers.prepare(selection)
+    before = {variable.path: variable.tensor.numpy().tobytes() for variable in selection.frozen}
+    optimizers.apply(selection, ones(selection))
+    assert {variable.path: variable.tensor.numpy().tobytes() for variable in selection.frozen} == before
