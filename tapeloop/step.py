@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -46,7 +47,8 @@ class Step:
         self.trains = trains
         self.trace_count = 0
         self._body = body
-        self._function = tf.function(self._run, autograph=autograph)
+        # TensorFlow counts traces by code, and would warn that all steps together retrace: a partial is one of a kind.
+        self._function = tf.function(functools.partial(self._run), autograph=autograph)
 
     def __call__(self, batch: Any) -> Any:
         """Run the body on a batch."""

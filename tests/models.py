@@ -4,6 +4,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+import tapeloop as tl
+from tapeloop.tree import Tree
+
 layers = keras.layers
 
 
@@ -76,10 +79,13 @@ def cross_entropy():
 
 def values(model, under=""):
     """The bytes of every variable of a model, by path."""
-    from tapeloop.tree import Tree
-
     return {
-        variable.path: np.asarray(variable.variable).tobytes()
+        variable.path: variable.tensor.numpy().tobytes()
         for variable in Tree.of(model).variables
         if any(f"{path}/".startswith(f"{under}/" if under else "") for path in variable.paths)
     }
+
+
+def trainer_of(model=None, policy=None, **options):
+    options.setdefault("loss", cross_entropy())
+    return tl.Trainer(model or functional(), policy, **options)

@@ -68,7 +68,7 @@ def test_private_names_of_keras_and_tensorflow_are_used_in_compat_alone(name):
 
 # Whose tests stand in another file than `test_<name>.py`, and in which.
 TESTED_IN = {
-    "errors": "trainer", "_compat": "compat", "selection": "policy", "select": "policy", "modes": "contract",
+    "_compat": "compat", "selection": "policy", "select": "policy", "modes": "contract",
     "step": "trainer", "calling": "trainer", "loop": "trainer", "body": "trainer", "__init__": "readme",
 }  # fmt: skip
 

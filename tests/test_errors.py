@@ -1,0 +1,154 @@
+"""What cannot be done raises a clear error, before anything has moved."""
+
+import keras
+import pytest
+import tensorflow as tf
+
+import tapeloop as tl
+from tests import models
+from tests.models import trainer_of
+
+
+class TwoHeads(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.flat, self.used, self.unused = keras.layers.Flatten(), keras.layers.Dense(3), keras.layers.Dense(3)
+
+    def build(self, shape):
+        self.used.build((None, 36))
+        self.unused.build((None, 36))
+
+    def call(self, x):
+        return self.used(self.flat(x))
+
+
+class Detached(tl.Trainer):
+    def forward(self, inputs, training):
+        return tf.stop_gradient(super().forward(inputs, training))
+
+
+class Neck(tl.Trainer):
+    def train_step(self, batch):
+        return self.tape("neck")
+
+
+class Silent(tl.Trainer):
+    def train_step(self, batch):
+        return None
+
+
+def failing(trainer, data=None):
+    """Fit, expecting an error, and return the model's variables before and after it."""
+    before = models.values(trainer.model)
+    return before, lambda: trainer.fit(data if data is not None else models.images(8), progress="none")
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "text"),
+    [
+        (
+            lambda: trainer_of(models.built(TwoHeads())),
+            tl.DisconnectedError,
+            r"2 of the 4 variables that should train get no gradient: `unused/kernel`, `unused/bias`. Either their",
+        ),
+        (
+            lambda: Detached(models.functional(), loss=models.cross_entropy()),
+            tl.DisconnectedError,
+            r"6 of the 6 variables .* The loss does not depend on any of them",
+        ),
+        (lambda: trainer_of(policy=tl.Freeze("backbone")), tl.PolicyError, r"matches no variable"),
+        (lambda: trainer_of(optimizer={"head": "adam"}), tl.PolicyError, r"The groups are \['default'\]"),
+        (
+            lambda: tl.Trainer(models.functional()),
+            ValueError,
+            r"There is no loss: `loss` is None and no layer adds",
+        ),
+        (lambda: tl.Trainer({"a": models.functional()}, loss="mse"), TypeError, r"several models \('a'\) cannot know"),
+        (lambda: tl.Trainer(tf.Module(), loss="mse"), TypeError, r"give Module a `__call__`, or override `forward`"),
+        (
+            lambda: Silent(models.functional()),
+            TypeError,
+            r'`train_step` must return a mapping `{"name": scalar}`. Received: None',
+        ),
+        (
+            lambda: Neck(models.functional()),
+            tl.PolicyError,
+            r"`tape` was asked for the groups \['neck'\], but the policy TrainAll\(\) has the groups \['default'\]",
+        ),
+    ],
+)
+def test_what_cannot_train_raises_before_anything_has_moved(make, error, text):
+    before, run = failing(trainer := make())
+    with pytest.raises(error, match=text):
+        run()
+    assert models.values(trainer.model) == before
+    assert trainer.step == 0
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        (lambda x, y: (x[:, :5], y), r"do not fit the model `functional.*`: it takes .*, the batch has \(8, 5, 6, 1"),
+        (lambda x, y: ((x, x), y), r"do not fit the model"),
+        (lambda x, y: (x, y[:, None, None, None]), r"does not fit the batch: the targets are \(8, 1, 1, 1"),
+        (lambda x, y: (x,), r"The loss needs targets, but the batch has none"),
+        (lambda x, y: (x, y[:5]), r"The arrays of `data` must have the same number of examples"),
+        (lambda x, y: (x[:0], y[:0]), r"`data` is empty: its arrays have no examples"),
+        (lambda x, y: [], r"`data` is empty: it was asked for a batch"),
+        (lambda x, y: tf.data.Dataset.from_tensor_slices((x, y)).batch(4).take(0), r"`data` is empty"),
+        (lambda x, y: None, r"`data` is None. Pass a `tf.data.Dataset`"),
+        (lambda x, y: 3, r"`data` must be a `tf.data.Dataset`.*Received: 3 of type int"),
+        (lambda x, y: [(tf.constant(1.0), tf.constant(1.0))], r"do not fit the model|must hold a tensor"),
+    ],
+)  # fmt: skip
+def test_data_that_does_not_fit_raises_before_anything_has_moved(data, text):
+    trainer = trainer_of(metrics=["accuracy"])
+    before = models.values(trainer.model)
+    with pytest.raises(tl.DataError, match=text):
+        trainer.fit(data(*models.images(8)), progress="none")
+    assert models.values(trainer.model) == before
+
+
+def test_a_subclassed_model_called_on_the_wrong_shape():
+    trainer = trainer_of(models.built(models.Subclassed()))
+    before = models.values(trainer.model)
+    x, y = models.images(8)
+    with pytest.raises(tl.DataError, match=r"cannot be called on a batch of inputs \(8, 5, 6, 1\) float32"):
+        trainer.fit((x[:, :5], y), progress="none")
+    assert models.values(trainer.model) == before
+
+
+def test_empty_validation_data_raises_before_anything_has_moved():
+    trainer = trainer_of()
+    before = models.values(trainer.model)
+    with pytest.raises(tl.DataError, match="`validation_data` is empty"):
+        trainer.fit(models.images(8), validation_data=[], progress="none")
+    assert models.values(trainer.model) == before
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (lambda: tl.Trainer(3, loss="mse"), TypeError, r"`model` must be a Keras model or layer"),
+        (lambda: trainer_of(policy="base"), TypeError, r"`policy` must be a `VariablePolicy`.*Received: 'base'"),
+        (lambda: trainer_of(policy=tl.Freeze), TypeError, r"`policy` must be a `VariablePolicy`"),
+        (lambda: trainer_of().fit(models.images(8), epochs=-1), ValueError, r"`epochs` must be a whole number"),
+        (lambda: trainer_of().fit(models.images(8), progress="loud"), ValueError, r"`progress` must be one of 'auto'"),
+        (
+            lambda: trainer_of().fit(models.images(8), batch_size=0),
+            tl.DataError,
+            r"`batch_size` must be a whole",
+        ),
+        (lambda: trainer_of().update(None, None), RuntimeError, r"`update` was called outside a step"),
+        (lambda: trainer_of().tape(), RuntimeError, r"`tape` was called outside a step. It belongs in `train_step`"),
+    ],
+)
+def test_wrong_arguments(call, error, text):
+    with pytest.raises(error, match=text):
+        call()
+
+
+def test_every_error_of_tapeloop_is_one():
+    for error in (tl.PolicyError, tl.DisconnectedError, tl.DataError):
+        assert issubclass(error, tl.TapeloopError)
+        assert issubclass(error, ValueError)
