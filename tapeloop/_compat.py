@@ -28,7 +28,7 @@ def inherited_training(layer: keras.Layer) -> bool | None:
 
     Keras keeps one value for a whole nest of calls, and offers no way to read it.
     """
-    return layer._get_call_context().get_value("training")
+    return getattr(layer._get_call_context(), "training", None)
 
 
 def inherit_training(layer: keras.Layer, training: bool | None) -> None:
@@ -36,7 +36,7 @@ def inherit_training(layer: keras.Layer, training: bool | None) -> None:
 
     An explicit argument would do for layers that take one; those that do not are reached by this alone.
     """
-    layer._get_call_context().set_value("training", training)
+    layer._get_call_context().training = training
 
 
 def call_methods(layer: keras.Layer) -> tuple[str, ...]:

@@ -33,7 +33,7 @@ def test_the_mode_that_nested_layers_inherit_can_be_read_and_set():
             super().__init__()
             self.inner = Inner()
 
-        def call(self, x):
+        def call(self, x, training=None):
             seen.append(_compat.inherited_training(self))
             _compat.inherit_training(self, False)
             return self.inner(x)

@@ -169,7 +169,7 @@ def test_trained_parts_still_run_in_training_mode_after_a_frozen_one():
             self.gain = keras.layers.LayerNormalization(axis=[1, 2])
             self.drop = keras.layers.Dropout(0.5)
 
-        def call(self, inputs):
+        def call(self, inputs, training=None):
             return self.drop(self.base(self.gain(inputs), training=False))
 
     model = models.built(Explicit())
