@@ -5,14 +5,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections.abc import Callable
-from typing import Any
 
 import keras
 import tensorflow as tf
-from keras.src import backend
+from keras.src.backend.common import global_state
 
 
 def sublayers(layer: keras.Layer) -> list[keras.Layer]:
@@ -47,15 +45,6 @@ def call_methods(layer: keras.Layer) -> tuple[str, ...]:
     return ("call",) if layer.quantization_mode is None else ("call", "quantized_call")
 
 
-def sealed_scope() -> contextlib.AbstractContextManager[Any]:
-    """Return a context in which assignments to Keras variables, and losses added by layers, are dropped.
-
-    Inside a user's own `keras.StatelessScope` there is nothing to drop, and a second scope would hide the values
-    that the user maps to variables; no public function tells whether one is active.
-    """
-    return contextlib.nullcontext() if backend.in_stateless_scope() else keras.StatelessScope()
-
-
 def added_losses(layer: keras.Layer) -> list[tf.Tensor]:
     """Return what `layer` itself, without its sublayers, added to the losses when it was last called.
 
@@ -64,20 +53,52 @@ def added_losses(layer: keras.Layer) -> list[tf.Tensor]:
     return list(layer._get_own_losses())
 
 
+def forget_added_losses(layer: keras.Layer) -> None:
+    """Drop what `layer` added to the losses in earlier calls.
+
+    Keras does so itself when a model is called from outside, but not for models that are not called this time.
+    """
+    layer._losses.clear()
+
+
+def clone_optimizer(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
+    """Return an unbuilt optimizer with the settings of `optimizer`.
+
+    `get_config` would serialize a schedule or a function, which only registered classes survive, so that the clone gets
+    the very object; and it leaves out what `exclude_from_weight_decay` was told.
+    """
+    learning_rate = optimizer._learning_rate
+    if isinstance(learning_rate, keras.Variable):
+        config = optimizer.get_config()
+    else:
+        object.__setattr__(optimizer, "_learning_rate", tf.constant(0.0))
+        try:
+            config = optimizer.get_config() | {"learning_rate": learning_rate}
+        finally:
+            object.__setattr__(optimizer, "_learning_rate", learning_rate)
+    clone = type(optimizer).from_config(config)
+    for name in ("_exclude_from_weight_decay", "_exclude_from_weight_decay_pattern"):
+        if hasattr(optimizer, name):
+            object.__setattr__(clone, name, getattr(optimizer, name))
+    return clone
+
+
 def outside_of_trace(make: Callable[[], None]) -> None:
     """Call `make`, which makes variables, as if no function were being traced.
 
     `tf.init_scope` lifts the variables out of the graph, but `tf.function` still sees them being made and traces a
     second time for it. What is being traced is known to the tracing thread alone, so another thread is free of it;
-    Keras keeps the dtype policy by thread too, which is why it is handed over.
+    Keras keeps the dtype policy and the custom objects in scope by thread too, which is why they are handed over.
     """
     failures: list[Exception] = []
     policy = keras.config.dtype_policy()
+    custom_objects = global_state.get_global_attribute("custom_objects_scope_dict") or {}
 
     def run() -> None:
         keras.config.set_dtype_policy(policy)
         try:
-            make()
+            with keras.saving.custom_object_scope(custom_objects):
+                make()
         except Exception as failure:
             failures.append(failure)
 

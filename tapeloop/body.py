@@ -25,7 +25,7 @@ class Body:
     """What a trainer does on one batch: the default, and what overrides are written with."""
 
     model: Model
-    policy: VariablePolicy
+    _policy: VariablePolicy
     _loop: Loop
     _objective: Objective
     _optimizers: Optimizers
@@ -111,7 +111,7 @@ class Body:
         unknown = [group for group in groups if group not in selection.groups]
         if unknown:
             raise PolicyError(
-                f"`tape` was asked for the groups {unknown}, but the policy {self.policy!r} has the groups "
+                f"`tape` was asked for the groups {unknown}, but the policy {self._policy!r} has the groups "
                 f"{list(selection.groups)}."
             )
         variables = [v for group in groups or selection.groups for v in selection.groups[group]]
@@ -135,11 +135,14 @@ class Body:
         return [] if self._loop.building else added_losses(self._in_step("added_losses"))
 
     def _in_step(self, verb: str) -> Selection:
-        if self._loop.tracing is None:
+        """Return the selection of the step that is being traced; only one that trains may `update`."""
+        kind, selection = self._loop.tracing or (None, None)
+        if selection is None or (verb == "update" and kind != "train"):
             raise RuntimeError(
-                f"`{verb}` was called outside a step. It belongs in `train_step`, which `fit` compiles and runs."
+                f"`{verb}` was called outside a step that trains. It belongs in `train_step`, which `fit` compiles and "
+                "runs."
             )
-        return self._loop.tracing
+        return selection
 
 
 def _with_logs(loss: Any) -> tuple[tf.Tensor, Mapping[str, tf.Tensor]]:

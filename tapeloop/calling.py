@@ -36,7 +36,9 @@ def call_model(model: Model, inputs: Any, training: bool) -> Any:
             f"The model {model!r} cannot be called: give {type(model).__name__} a `__call__`, or override `forward`."
         )
     _check_declared(model, inputs)
-    takes_training = isinstance(model, keras.Layer) or "training" in inspect.signature(model).parameters
+    parameters = inspect.signature(model).parameters
+    any_keyword = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    takes_training = "training" in parameters or (isinstance(model, keras.Layer) and any_keyword)
     try:
         return model(inputs, training=training) if takes_training else model(inputs)
     except (ValueError, tf.errors.InvalidArgumentError) as error:
@@ -51,22 +53,24 @@ def _check_declared(model: Model, x: Any) -> None:
     declared = getattr(model, "inputs", None)
     if not declared:
         return
-    by_name = {tensor.name: tensor for tensor in declared}
     if isinstance(x, Mapping):
+        by_name = {tensor.name: tensor for tensor in declared}
         pairs = [(by_name[name], given) for name, given in x.items() if name in by_name]
     else:
-        given = tf.nest.flatten(x)
-        pairs = list(zip(declared, given)) if len(given) == len(declared) else [(declared[0], None)]
-    if not all(given is not None and _fits(tensor.shape, given.shape) for tensor, given in pairs):
+        flat = tf.nest.flatten(x)
+        pairs = list(zip(declared, flat)) if len(flat) == len(declared) else [(declared[0], x)]
+    if not all(_fits(tensor.shape, given) for tensor, given in pairs):
         raise DataError(
             f"The inputs do not fit the model `{model.name}`: it takes {shapes(declared)}, the batch has {shapes(x)}. "
             "Batches are `(inputs, targets)` with the batch as the first dimension."
         )
 
 
-def _fits(declared: tuple[int | None, ...], given: Any) -> bool:
-    """Keras lets a last dimension of one be left out, or be there unasked."""
-    given = tuple(given)
+def _fits(declared: tuple[int | None, ...], value: Any) -> bool:
+    """Tell whether a tensor fits; Keras lets a last dimension of one be left out, or be there unasked."""
+    if not tf.is_tensor(value):
+        return value is None  # Keras itself knows which inputs may be left out
+    given = tuple(value.shape)
     if len(given) == len(declared) + 1 and given[-1] == 1:
         given = given[:-1]
     elif len(given) == len(declared) - 1 and declared[-1] == 1:

@@ -36,28 +36,55 @@ class Batches:
             DataError: There is none.
         """
         if not self._first:
-            for running in (self._running, None):  # what is left of the last epoch, then from the start
-                self._running = iter(self._source) if running is None else running
-                batch = next(self._running, None)
-                if batch is not None:
-                    self._first = [_as_tensors(batch)]
-                    return self._first[0]
-            raise DataError(
-                f"`{self._name}` is empty: it was asked for a batch and has none. Pass a dataset with at least "
-                "one batch; a generator that has been gone through cannot start again."
-            )
+            self._first = [self._next()]
         return self._first[0]
 
     def epoch(self) -> Iterator[Any]:
-        """Go through one epoch."""
+        """Go through one epoch; with `steps_per_epoch`, on from where the last one ended, and around."""
+        if self._steps_per_epoch is not None:
+            for _ in range(self._steps_per_epoch):
+                self.peek()
+                yield self._first.pop()
+            return
         self.peek()
-        first, self._first = self._first, []
+        yield self._first.pop()
         assert self._running is not None
-        batches = itertools.chain(first, map(_as_tensors, self._running))
-        if self._steps_per_epoch is None:
-            self._running = None
-            return batches
-        return itertools.islice(batches, self._steps_per_epoch)
+        yield from map(_as_tensors, self._running)
+        self._running = None
+
+    def check_lasts(self, epochs: int) -> None:
+        """Check that data which can be gone through once alone is not asked for more.
+
+        Raises:
+            DataError: It is.
+        """
+        if epochs > 1 and self._steps_per_epoch is None and iter(self._source) is self._source:
+            raise DataError(
+                f"`{self._name}` is an iterator, which lasts one epoch, and {epochs} epochs were asked for. Pass "
+                "something that can be gone through again, such as a list or a dataset, or `steps_per_epoch`."
+            )
+
+    def _next(self) -> Any:
+        for running in (self._running, None):  # what is left of the last epoch, then from the start
+            self._running = iter(self._source) if running is None else running
+            batch = next(self._running, None)
+            if batch is not None:
+                return _as_tensors(batch)
+        raise DataError(
+            f"`{self._name}` is empty: it was asked for a batch and has none. Pass a dataset with at least "
+            "one batch; a generator that has been gone through cannot start again."
+        )
+
+
+def whole_number(name: str, value: Any, least: int) -> int:
+    """Check a user's whole number, which may be NumPy's.
+
+    Raises:
+        ValueError: It is none, or less than `least`.
+    """
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)) or value < least:
+        raise ValueError(f"`{name}` must be a whole number, {least} or more. Received: {value!r}.")
+    return int(value)
 
 
 def as_batches(
@@ -83,13 +110,15 @@ def as_batches(
 
     Raises:
         DataError: Arrays of different lengths, or no data at all.
+        ValueError: `batch_size` or `steps_per_epoch` is no whole number of 1 or more.
     """
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise DataError(f"`batch_size` must be a whole number of examples, 1 or more. Received: {batch_size!r}.")
+    batch_size = whole_number("batch_size", batch_size, 1)
+    if steps_per_epoch is not None:
+        steps_per_epoch = whole_number("steps_per_epoch", steps_per_epoch, 1)
     if data is None:
         raise DataError(f"`{name}` is None. Pass a `tf.data.Dataset`, arrays `(x, y)`, or an iterable of batches.")
     if _is_arrays(data):
-        source: Iterable[Any] = _from_arrays(data, batch_size, shuffle, seed, name)
+        source: Iterable[Any] = _ArrayBatches(data, batch_size, shuffle, seed, name)
     elif isinstance(data, keras.utils.PyDataset):
         source = _PyDatasetBatches(data)
     elif isinstance(data, Iterable):
@@ -106,22 +135,39 @@ def _is_arrays(data: Any) -> bool:
     return isinstance(data, (np.ndarray, tf.Tensor, Mapping, tuple))
 
 
-def _from_arrays(data: Any, batch_size: int, shuffle: bool, seed: int | None, name: str) -> tf.data.Dataset:
-    arrays = _as_tensors(data)
-    lengths = {int(array.shape[0]) if array.shape.rank else 0 for array in tf.nest.flatten(arrays) if array is not None}
-    if len(lengths) != 1:
-        raise DataError(f"The arrays of `{name}` must have the same number of examples. Received: {shapes(arrays)}.")
-    (length,) = lengths
-    if not length:
-        raise DataError(f"`{name}` is empty: its arrays have no examples. Received: {shapes(arrays)}.")
-    indices = tf.data.Dataset.range(length)
-    if shuffle:
-        indices = indices.shuffle(length, seed=seed, reshuffle_each_iteration=True)
+class _ArrayBatches:
+    """One epoch of batches cut from arrays after the other."""
 
-    def gather(batch: tf.Tensor) -> Any:
-        return tf.nest.map_structure(lambda array: None if array is None else tf.gather(array, batch), arrays)
+    def __init__(self, data: Any, batch_size: int, shuffle: bool, seed: int | None, name: str) -> None:
+        self._arrays = _as_tensors(data)
+        given = [array for array in tf.nest.flatten(self._arrays) if array is not None]
+        lengths = {array.shape[0] if array.shape.rank else None for array in given}
+        if len(lengths) != 1 or None in lengths:
+            raise DataError(
+                f"The arrays of `{name}` must have the same number of examples, as their first dimension. "
+                f"Received: {shapes(given[:6])}{' and more' * (len(given) > 6)}. Lists are taken for several arrays: "
+                "make one of them with `np.asarray`."
+            )
+        (length,) = lengths
+        if not length:
+            raise DataError(f"`{name}` is empty: its arrays have no examples. Received: {shapes(given)}.")
+        indices = tf.data.Dataset.range(length)
+        if shuffle:
+            indices = indices.shuffle(length, seed=seed, reshuffle_each_iteration=True)
+        # A dataset would make one tensor of the arrays in a list: they go through it flat.
+        self._batches = (
+            indices.batch(batch_size)
+            .map(lambda batch: tuple(tf.gather(array, batch) for array in given))
+            .prefetch(tf.data.AUTOTUNE)
+        )
 
-    return indices.batch(batch_size).map(gather).prefetch(tf.data.AUTOTUNE)
+    def __len__(self) -> int:
+        return int(self._batches.cardinality())
+
+    def __iter__(self) -> Iterator[Any]:
+        for flat in self._batches:
+            tensors = iter(flat)
+            yield tf.nest.map_structure(lambda array: None if array is None else next(tensors), self._arrays)  # noqa: B023
 
 
 class _PyDatasetBatches:

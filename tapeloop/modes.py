@@ -1,9 +1,10 @@
-"""Running chosen submodels in inference mode while a step is traced.
+"""Tracing a step so that what is frozen runs in inference mode and cannot move.
 
 A Keras layer hands its `training` down in three ways: as an argument, as an argument spelled out in the parent's
 `call`, and in a context that nested calls share. All three pass through `Layer.call`, so that is where the mode is
-set: the bound `call` of each chosen layer is shadowed on the instance for as long as the step is traced, and
-nothing is left behind. What runs afterwards is the traced graph, so the mode costs nothing.
+set: the bound `call` of each chosen layer is shadowed on the instance for as long as the step is traced. The frozen
+variables are sealed the same way, by shadows of the methods that assign to them. Nothing is left behind; what runs
+afterwards is the traced graph, so all this costs nothing.
 """
 
 from __future__ import annotations
@@ -14,81 +15,111 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
+import tensorflow as tf
 
 from tapeloop import _compat
 from tapeloop.selection import Selection
+from tapeloop.tree import VariableInfo
+
+
+@contextlib.contextmanager
+def frozen(selection: Selection) -> Iterator[None]:
+    """Trace inside this context, and what `selection` leaves out stays as it is.
+
+    The submodels of `selection.inference` run in inference mode, and what is assigned to a frozen variable, or to the
+    state of a submodel of which nothing trains, goes nowhere. The layers around them get back the mode in which they
+    were called themselves, which Keras 3 would otherwise overwrite with the mode of the child called last.
+    """
+    with inlined_functions(), inference_mode(selection), contextlib.ExitStack() as shadows:
+        for variable in _sealed(selection):
+            for name in dir(variable.tensor):
+                if name.startswith(("assign", "scatter_", "batch_scatter_")):
+                    shadows.enter_context(_shadowed(variable.tensor, name, _dropping(variable.tensor)))
+        yield
+
+
+@contextlib.contextmanager
+def inlined_functions() -> Iterator[None]:
+    """Trace what the user has decorated with `tf.function` as part of the step, not from a trace it may have kept.
+
+    A kept trace knows nothing of this step's mode, and one made now would keep it beyond the step.
+    """
+    before = tf.config.functions_run_eagerly()
+    tf.config.run_functions_eagerly(True)
+    try:
+        yield
+    finally:
+        tf.config.run_functions_eagerly(before)
 
 
 @contextlib.contextmanager
 def inference_mode(selection: Selection) -> Iterator[None]:
-    """Run the submodels of `selection.inference` in inference mode inside this context.
-
-    Those under which nothing trains are sealed as well: what they assign to a Keras variable, and what they add to
-    the losses, is dropped. The layers around them get back the mode in which they were called themselves, which
-    Keras 3 would otherwise overwrite with the mode of the child called last.
-    """
+    """Run the submodels of `selection.inference` in inference mode inside this context."""
+    tree = selection.tree
     inference = frozenset(selection.inference)
-    around = {parent for submodel in inference for parent in selection.tree.parents[submodel]} - inference
-    modes: list[bool | None] = []
+    around = {relative for submodel in inference for relative in (*tree.parents[submodel], *tree.children[submodel])}
+    modes = _Modes()
     with contextlib.ExitStack() as shadows:
-        for submodel in selection.tree.layers:
-            layer = submodel.object
-            for name in _compat.call_methods(layer):
-                if submodel in inference:
-                    sealed = selection.group_of.keys().isdisjoint(selection.tree.held[submodel])
-                    shadow = _in_inference(layer, getattr(layer, name), modes, sealed)
-                elif submodel in around:
-                    shadow = _remembering(layer, getattr(layer, name), modes)
-                else:
-                    continue
-                shadows.enter_context(_shadowed(layer, name, shadow))
+        for submodel in tree.layers:
+            if submodel in inference or submodel in around:
+                for name in _compat.call_methods(submodel.object):
+                    call = getattr(submodel.object, name)
+                    shadow = _moded(submodel.object, call, modes, submodel in inference)
+                    shadows.enter_context(_shadowed(submodel.object, name, shadow))
         yield
 
 
-@contextlib.contextmanager
-def _shadowed(layer: keras.Layer, name: str, shadow: Callable[..., Any]) -> Iterator[None]:
-    """Let `layer` find `shadow` under `name`, without the bookkeeping that Keras does when an attribute is set."""
-    own = vars(layer).get(name)  # a method that the user has replaced on this very layer
-    object.__setattr__(layer, name, shadow)
-    try:
-        yield
-    finally:
-        object.__delattr__(layer, name) if own is None else object.__setattr__(layer, name, own)
+class _Modes:
+    """The modes of the nest of calls that is running: each one's `training`, and whether inference is forced on it."""
+
+    def __init__(self) -> None:
+        self.stack: list[tuple[bool | None, bool]] = []
 
 
-def _in_inference(
-    layer: keras.Layer, call: Callable[..., Any], modes: list[bool | None], sealed: bool
-) -> Callable[..., Any]:
-    """Wrap `call` so that it and all that it calls see `training=False`."""
+def _moded(layer: keras.Layer, call: Callable[..., Any], modes: _Modes, inference: bool) -> Callable[..., Any]:
+    """Wrap `call` so that in inference mode it and all that it calls see `training=False`, and none of it gets out."""
     signature = inspect.signature(call)
 
     def shadow(*args: Any, **kwargs: Any) -> Any:
-        if "training" in kwargs:
-            kwargs["training"] = False
-        bound = signature.bind(*args, **kwargs)
-        if "training" in signature.parameters:
-            bound.arguments["training"] = False
-        before = modes[-1] if modes else _compat.inherited_training(layer)
-        _compat.inherit_training(layer, False)
-        modes.append(False)
-        try:
-            with _compat.sealed_scope() if sealed else contextlib.nullcontext():
-                return call(*bound.args, **bound.kwargs)
-        finally:
-            modes.pop()
-            _compat.inherit_training(layer, before)
-
-    return shadow
-
-
-def _remembering(layer: keras.Layer, call: Callable[..., Any], modes: list[bool | None]) -> Callable[..., Any]:
-    """Wrap `call` so that the layers in inference mode inside it know which mode to give back."""
-
-    def shadow(*args: Any, **kwargs: Any) -> Any:
-        modes.append(_compat.inherited_training(layer))
+        outer, forced = modes.stack[-1] if modes.stack else (_compat.inherited_training(layer), False)
+        forced = forced or inference
+        if forced:
+            if "training" in kwargs:
+                kwargs["training"] = False
+            bound = signature.bind(*args, **kwargs)
+            if "training" in signature.parameters:
+                bound.arguments["training"] = False
+            args, kwargs = bound.args, bound.kwargs
+            _compat.inherit_training(layer, False)
+        modes.stack.append((_compat.inherited_training(layer), forced))
         try:
             return call(*args, **kwargs)
         finally:
-            modes.pop()
+            modes.stack.pop()
+            if forced:
+                _compat.inherit_training(layer, outer)
 
     return shadow
+
+
+def _sealed(selection: Selection) -> list[VariableInfo]:
+    """List the frozen variables, and the state under submodels of which nothing trains."""
+    held = selection.tree.held
+    idle = {submodel for submodel in selection.inference if selection.group_of.keys().isdisjoint(held[submodel])}
+    state = [v for v in selection.non_trainable if not idle.isdisjoint(v.submodels)]
+    return [*selection.frozen, *state]
+
+
+def _dropping(variable: tf.Variable) -> Callable[..., Any]:
+    return lambda *args, **kwargs: variable
+
+
+@contextlib.contextmanager
+def _shadowed(target: Any, name: str, shadow: Callable[..., Any]) -> Iterator[None]:
+    """Let `target` find `shadow` under `name`, without the bookkeeping that Keras does when an attribute is set."""
+    own = vars(target).get(name)  # a method that the user has replaced on this very object
+    object.__setattr__(target, name, shadow)
+    try:
+        yield
+    finally:
+        object.__delattr__(target, name) if own is None else object.__setattr__(target, name, own)

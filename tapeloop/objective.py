@@ -57,7 +57,8 @@ class Objective:
             )
         try:
             if not self._stand_in.built:
-                _compat.outside_of_trace(lambda: self._build(y, y_pred, sample_weight))
+                specs = tf.nest.map_structure(_spec, (y, y_pred, sample_weight))
+                _compat.outside_of_trace(lambda: self._build(*specs))
             return self._stand_in.compute_loss(None, y, y_pred, sample_weight)
         except (ValueError, TypeError, KeyError, tf.errors.InvalidArgumentError) as error:
             raise DataError(
@@ -68,7 +69,7 @@ class Objective:
 
     def update(self, y: Any, y_pred: Any, sample_weight: Any) -> None:
         """Take a batch into the metrics."""
-        self._stand_in.compute_metrics(None, y, tf.nest.map_structure(tf.stop_gradient, y_pred), sample_weight)
+        self._stand_in.compute_metrics(None, y, y_pred, sample_weight)
 
     def results(self) -> dict[str, tf.Tensor]:
         """Return the metrics since the last reset, as Keras names them."""
@@ -82,11 +83,14 @@ class Objective:
         """Start the metrics anew."""
         self._stand_in.reset_metrics()
 
-    def _build(self, y: Any, y_pred: Any, sample_weight: Any) -> None:
-        """Make the variables of the loss and the metrics from one made-up example."""
-        example = _example(y), _example(y_pred), _example(sample_weight)
-        self._stand_in.compute_loss(None, *example)
-        self._stand_in.compute_metrics(None, *example)
+    def _build(self, *specs: Any) -> None:
+        """Make the variables of the loss and the metrics from the shapes of a batch; nothing is computed."""
+
+        def make(y: Any, y_pred: Any, sample_weight: Any) -> None:
+            self._stand_in.compute_loss(None, y, y_pred, sample_weight)
+            self._stand_in.compute_metrics(None, y, y_pred, sample_weight)
+
+        tf.function(make, autograph=False).get_concrete_function(*specs)
         self._stand_in.built = True
         self._stand_in.reset_metrics()
 
@@ -146,11 +150,5 @@ def shapes(structure: Any) -> str:
     return said[0] if len(said) == 1 else f"[{', '.join(said)}]"
 
 
-def _example(structure: Any) -> Any:
-    """Return zeros of the same structure, with a batch of one."""
-
-    def zeros(tensor: Any) -> tf.Tensor:
-        shape = [1 if index == 0 or size is None else size for index, size in enumerate(tensor.shape)]
-        return tf.zeros(shape, tensor.dtype)
-
-    return tf.nest.map_structure(lambda tensor: None if tensor is None else zeros(tensor), structure)
+def _spec(tensor: Any) -> tf.TypeSpec | None:
+    return None if tensor is None else tf.type_spec_from_value(tensor)

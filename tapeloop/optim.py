@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import keras
 import tensorflow as tf
 
+from tapeloop import _compat
 from tapeloop.errors import PolicyError
 from tapeloop.selection import Selection
 from tapeloop.tree import VariableInfo
@@ -47,7 +48,7 @@ class Optimizers:
                 They are templates: the trainer clones them and never changes them.
 
         Raises:
-            TypeError: One of them is no Keras optimizer.
+            TypeError: One of them is no Keras optimizer, scales the loss, or has `use_ema`.
         """
         self._by_group = isinstance(template, Mapping)
         named = template.items() if isinstance(template, Mapping) else [("", template)]
@@ -97,11 +98,21 @@ def _as_optimizer(optimizer: OptimizerLike) -> keras.optimizers.Optimizer:
             "`optimizer` must be a Keras optimizer, its name, or a mapping from groups to such. "
             f"Received: {optimizer!r} of type {type(optimizer).__name__}."
         )
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer) or optimizer.loss_scale_factor is not None:
+        raise TypeError(
+            "`optimizer` must not scale the loss: each would decide for its own group alone, and unscale a loss that "
+            f"was never scaled. Received: {optimizer!r}. Pass the optimizer inside it, without `loss_scale_factor`."
+        )
+    if optimizer.use_ema:
+        raise TypeError(
+            "`optimizer` must not have `use_ema=True`: it averages, and overwrites, all that it was built with, also "
+            f"what is frozen by then. Received: {optimizer!r}. Pass it without."
+        )
     return optimizer
 
 
 def _new_cohort(group: str, template: keras.optimizers.Optimizer, variables: list[VariableInfo]) -> Cohort:
-    optimizer = type(template).from_config(template.get_config())
+    optimizer = _compat.clone_optimizer(template)
     slots: dict[int, list[keras.Variable]] = {id(variable.variable): [] for variable in variables}
     optimizer.build(_NotingSlots([variable.variable for variable in variables], optimizer, slots))
     return Cohort(group, optimizer, {key: tuple(slot) for key, slot in slots.items()})

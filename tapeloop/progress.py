@@ -56,7 +56,7 @@ class Progress:
         if self._style == "bar":
             self._bar = tqdm(total=total, desc=title, unit="batch", file=self._stream, leave=True, dynamic_ncols=True)
 
-    def advance(self, examples: int, logs: Callable[[], Mapping[str, float]]) -> None:
+    def advance(self, examples: int, logs: Callable[[], Mapping[str, Any]]) -> None:
         """Count one batch of `examples`, and show `logs()` if it is time."""
         self._examples += examples
         if self._bar is not None:
@@ -65,7 +65,7 @@ class Progress:
                 self._bar.set_postfix_str(f"{_format(logs())}, {self._rate()}", refresh=True)
                 self._shown = self._clock()
 
-    def end(self, logs: Mapping[str, float]) -> None:
+    def end(self, logs: Mapping[str, Any]) -> None:
         """Finish the pass with its final `logs`."""
         if self._bar is not None:
             self._bar.set_postfix_str(f"{_format(logs)}, {self._rate()}", refresh=True)
@@ -86,5 +86,5 @@ class Progress:
         return f"{self._examples / seconds:,.0f} examples/s" if seconds > 0 else "- examples/s"
 
 
-def _format(logs: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {value:.4g}" for name, value in logs.items())
+def _format(logs: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in logs.items() if isinstance(value, float))

@@ -14,23 +14,24 @@ from tapeloop.tree import SubmodelInfo, Tree, VariableInfo
 from tapeloop.where import Where
 
 
-def select(policy: VariablePolicy, tree: Tree) -> Selection:
+def select(policy: VariablePolicy, tree: Tree, trains: bool = True) -> Selection:
     """Resolve a policy for a model.
 
     Args:
         policy: What trains.
         tree: The model.
+        trains: Whether the selection is to train with; one to evaluate with may leave nothing to train.
 
     Raises:
         PolicyError: A where matches nothing that can train, groups overlap, `group` returns no name, or nothing is
             left to train.
     """
-    if not tree.variables:
+    if trains and not tree.variables:
         raise PolicyError(
             f"{policy!r} was asked what trains, but the model has no variables. Pass a model with weights; one that "
             "makes them in its first call has them after `fit` has seen a batch, or once it was called on one."
         )
-    for where in policy.wheres():
+    for where in policy.wheres() if trains else ():
         _check_match(policy, where, tree)
     groups: dict[str, list[VariableInfo]] = {}
     frozen, non_trainable = [], []
@@ -44,7 +45,7 @@ def select(policy: VariablePolicy, tree: Tree) -> Selection:
         else:
             non_trainable.append(variable)
         rules[variable] = policy.rule(variable) if variable.trainable else _flag(variable)
-    if not groups:
+    if trains and not groups:
         raise PolicyError(_nothing_left(policy, frozen))
     return Selection(
         tree,
@@ -66,9 +67,10 @@ def _checked_name(policy: VariablePolicy, group: object, variable: VariableInfo)
 
 
 def _check_match(policy: VariablePolicy, where: Where, tree: Tree) -> None:
+    for part in (*where.parts(), where):
+        if not any(map(part, tree.variables)):
+            raise PolicyError(f"{part!r} in {policy!r} matches no variable of the model. {_nearest(part, tree)}")
     matches = [variable for variable in tree.variables if where(variable)]
-    if not matches:
-        raise PolicyError(f"{where!r} in {policy!r} matches no variable of the model. {_nearest(where, tree)}")
     if not any(variable.trainable for variable in matches):
         raise PolicyError(
             f"{where!r} in {policy!r} matches only variables that Keras holds non-trainable: {_listed(matches)}. "

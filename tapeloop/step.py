@@ -9,7 +9,8 @@ from typing import Any
 import tensorflow as tf
 
 from tapeloop.errors import DisconnectedError
-from tapeloop.modes import inference_mode
+from tapeloop.modes import frozen
+from tapeloop.objective import Means
 from tapeloop.optim import Gradient
 from tapeloop.selection import Selection
 from tapeloop.tree import VariableInfo
@@ -38,13 +39,15 @@ class Step:
 
     Attributes:
         selection: What trains and what runs in inference mode while the body is traced.
-        trains: Whether it updates the model.
+        kind: `"train"`, `"eval"` or `"predict"`.
+        means: The running means of what the body returns, where that is logs.
         trace_count: How often the body was traced.
     """
 
-    def __init__(self, body: Callable[[Any], Any], selection: Selection, autograph: bool, trains: bool) -> None:
+    def __init__(self, kind: str, body: Callable[[Any], Any], selection: Selection, autograph: bool) -> None:
+        self.kind = kind
         self.selection = selection
-        self.trains = trains
+        self.means = Means()
         self.trace_count = 0
         self._body = body
         # TensorFlow counts traces by code, and would warn that all steps together retrace: a partial is one of a kind.
@@ -54,8 +57,12 @@ class Step:
         """Run the body on a batch."""
         return self._function(batch)
 
+    def trace(self, batch: Any) -> None:
+        """Trace the body for batches like this one, which shows what is wrong with it before anything has moved."""
+        self._function.get_concrete_function(batch)
+
     def _run(self, batch: Any) -> Any:
-        with inference_mode(self.selection):
+        with frozen(self.selection):
             result = self._body(batch)
         self.trace_count += 1
         return result
@@ -66,7 +73,13 @@ def connected_gradients(tape: GroupTape, loss: tf.Tensor) -> list[tuple[Gradient
 
     Raises:
         DisconnectedError: For some of them there is none.
+        TypeError: `tape` is no tape of the trainer's.
+        ValueError: `loss` is not a scalar.
     """
+    if not isinstance(tape, GroupTape):
+        raise TypeError(f"`update` takes what `self.tape(...)` returned. Received: {tape!r}.")
+    if not tf.is_tensor(loss) or loss.shape.rank != 0:
+        raise ValueError(f"The loss must be a scalar tensor, such as the mean over the batch. Received: {loss!r}.")
     gradients = tape.gradient(loss, [variable.tensor for variable in tape.variables])
     missing = [variable for gradient, variable in zip(gradients, tape.variables) if gradient is None]
     if missing:

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from tapeloop import report
 from tapeloop.body import OVERRIDABLE, Body
-from tapeloop.data import Batches, as_batches
+from tapeloop.data import Batches, as_batches, whole_number
 from tapeloop.loop import History, Loop
 from tapeloop.objective import Objective
 from tapeloop.optim import Optimizers
@@ -63,15 +63,15 @@ class Trainer(Body):
         """
         Tree.of(model)
         self.model = model
-        self.policy = _as_policy(policy)
+        self.policy = TrainAll() if policy is None else policy
         self._seed = seed
         self._optimizers = Optimizers(optimizer)
         names = getattr(model, "output_names", None)
         self._objective = Objective(loss, loss_weights, metrics, weighted_metrics, names)
         # Python's `if` and `for` over tensors are the user's to write; converting our own code costs a second.
         autograph = any(getattr(type(self), name) is not getattr(Body, name) for name in OVERRIDABLE)
-        self._loop = Loop({"train": self.train_step, "eval": self.eval_step}, self._objective, autograph)
-        self._predict = tf.function(lambda inputs: self.forward(inputs, training=False))
+        bodies = {"train": self.train_step, "eval": self.eval_step, "predict": self._predict_step}
+        self._loop = Loop(bodies, self._objective, autograph)
 
     # Running
 
@@ -106,8 +106,7 @@ class Trainer(Body):
             DataError: The data is empty or does not fit the model.
             DisconnectedError: A variable that should train gets no gradient.
         """
-        if not isinstance(epochs, int) or epochs < 0:
-            raise ValueError(f"`epochs` must be a whole number of epochs, 0 or more. Received: {epochs!r}.")
+        whole_number("epochs", epochs, 0)
         seed = None if self._seed is None else self._seed + self.epoch
         batches = as_batches(
             data, batch_size=batch_size, shuffle=shuffle, seed=seed, steps_per_epoch=steps_per_epoch, name="data"
@@ -115,7 +114,9 @@ class Trainer(Body):
         validation = None
         if validation_data is not None:
             validation = as_batches(validation_data, batch_size=batch_size, name="validation_data")
+            validation.check_lasts(epochs)
             validation.peek()
+        batches.check_lasts(epochs)
         return self._loop.fit(self._prepare, batches, validation, epochs, Progress(progress))
 
     def evaluate(self, data: Any, *, batch_size: int = 32, progress: str = "auto") -> dict[str, float]:
@@ -143,13 +144,26 @@ class Trainer(Body):
         Raises:
             DataError: The data is empty or does not fit the model.
         """
-        outputs = []
-        for batch in as_batches(data, batch_size=batch_size).epoch():
-            inputs = keras.utils.unpack_x_y_sample_weight(batch)[0]
-            outputs.append(tf.nest.map_structure(np.asarray, self._predict(inputs)))
+        batches = as_batches(data, batch_size=batch_size)
+        step = self._prepare("predict", batches)
+        outputs = [tf.nest.map_structure(lambda output: np.atleast_1d(output), step(b)) for b in batches.epoch()]
         return tf.nest.map_structure(lambda *arrays: np.concatenate(arrays), *outputs)
 
     # Looking
+
+    @property
+    def policy(self) -> VariablePolicy:
+        """What trains."""
+        return self._policy
+
+    @policy.setter
+    def policy(self, policy: VariablePolicy) -> None:
+        if not isinstance(policy, VariablePolicy):
+            raise TypeError(
+                "`policy` must be a `VariablePolicy`, such as `Freeze('backbone')`. "
+                f"Received: {policy!r} of type {type(policy).__name__}."
+            )
+        self._policy = policy
 
     @property
     def selection(self) -> Selection:
@@ -183,21 +197,13 @@ class Trainer(Body):
 
     # Within
 
+    def _predict_step(self, batch: Any) -> Any:
+        return self.forward(keras.utils.unpack_x_y_sample_weight(batch)[0], training=False)
+
     def _prepare(self, kind: str, batches: Batches) -> Step:
         """Return the step for what trains now, everything that it needs being made."""
         self._loop.build(self.model, batches.peek())
-        selection = self.selection
+        selection = select(self.policy, Tree.of(self.model), trains=kind == "train")
         if kind == "train":
             self._optimizers.prepare(selection)
         return self._loop.step(kind, selection)
-
-
-def _as_policy(policy: VariablePolicy | None) -> VariablePolicy:
-    if policy is None:
-        return TrainAll()
-    if not isinstance(policy, VariablePolicy):
-        raise TypeError(
-            "`policy` must be a `VariablePolicy`, such as `Freeze('backbone')`. "
-            f"Received: {policy!r} of type {type(policy).__name__}."
-        )
-    return policy

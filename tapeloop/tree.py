@@ -115,6 +115,12 @@ class Tree:
                 "`model` must be a Keras model or layer, a `tf.Module`, or a mapping from names to such. "
                 f"Received: {model!r} of type {type(model).__name__}."
             )
+        for name, inner in model.items() if isinstance(model, Mapping) else ():
+            if not isinstance(name, str) or not name or "/" in name or not _is_submodel(inner):
+                raise TypeError(
+                    "A mapping of several models must go from names without slashes to Keras models, layers or "
+                    f"`tf.Module`s. Received: {name!r}: {inner!r}."
+                )
         walk = _Walk()
         walk.enter(model, "", ())
         return walk.tree()
@@ -270,7 +276,7 @@ def _layer_children(layer: keras.Layer) -> Iterator[tuple[str, Any]]:
 def _attributes(parent: keras.Layer | tf.Module) -> Iterator[tuple[str, Any]]:
     """Yield the submodels and variables among the attributes of `parent`, but for the bookkeeping of TF and Keras."""
     for segment, value in vars(parent).items():
-        if not segment.startswith("_self_") and segment not in _bookkeeping():
+        if not segment.startswith("_self_") and not (isinstance(parent, keras.Layer) and segment in _bookkeeping()):
             yield from _flatten(segment.lstrip("_"), value)
 
 

@@ -47,6 +47,10 @@ class Where:
         """The path globs in it, for errors that suggest what stands nearby."""
         return ()
 
+    def parts(self) -> tuple[Where, ...]:
+        """The wheres in it that name something in particular, and so must mean something by themselves."""
+        return ()
+
 
 @dataclass(frozen=True)
 class Glob(Where):
@@ -71,6 +75,9 @@ class Glob(Where):
 
     def patterns(self) -> tuple[str, ...]:
         return (self.pattern,)
+
+    def parts(self) -> tuple[Where, ...]:
+        return (self,)
 
 
 @dataclass(frozen=True)
@@ -115,6 +122,9 @@ class Under(Where):
         name = getattr(self.submodel, "name", None)
         return f"under(<{type(self.submodel).__name__}{f' {name}' if name else ''}>)"
 
+    def parts(self) -> tuple[Where, ...]:
+        return (self,)
+
 
 @dataclass(frozen=True)
 class Matching(Where):
@@ -145,6 +155,9 @@ class And(Where):
     def patterns(self) -> tuple[str, ...]:
         return (*self.left.patterns(), *self.right.patterns())
 
+    def parts(self) -> tuple[Where, ...]:
+        return (*self.left.parts(), *self.right.parts())
+
 
 @dataclass(frozen=True)
 class Or(Where):
@@ -162,6 +175,9 @@ class Or(Where):
     def patterns(self) -> tuple[str, ...]:
         return (*self.left.patterns(), *self.right.patterns())
 
+    def parts(self) -> tuple[Where, ...]:
+        return (*self.left.parts(), *self.right.parts())
+
 
 @dataclass(frozen=True)
 class Not(Where):
@@ -177,6 +193,9 @@ class Not(Where):
 
     def patterns(self) -> tuple[str, ...]:
         return self.where.patterns()
+
+    def parts(self) -> tuple[Where, ...]:
+        return self.where.parts()
 
 
 def glob(pattern: str) -> Where:

@@ -54,27 +54,6 @@ def test_a_quantized_layer_is_run_by_another_method():
     assert len(ran) == 1
 
 
-def test_a_sealed_scope_drops_assignments_and_losses_and_gives_way_to_the_users_own():
-    class Counts(layers.Layer):
-        def __init__(self):
-            super().__init__()
-            self.count = self.add_weight(shape=(), initializer="zeros", trainable=False)
-
-        def call(self, x):
-            self.count.assign_add(1.0)
-            self.add_loss(tf.constant(1.0))
-            return x
-
-    counts = Counts()
-    with _compat.sealed_scope():
-        counts(tf.zeros((1, 1)))
-    assert float(counts.count) == 0.0
-    assert _compat.added_losses(counts) == []
-    with keras.StatelessScope() as scope, _compat.sealed_scope():
-        counts(tf.zeros((1, 1)))
-    assert float(scope.get_current_value(counts.count)) == 1.0
-
-
 def test_added_losses_are_a_layers_own():
     class Adds(layers.Layer):
         def __init__(self, amount, inner=None):
@@ -90,6 +69,39 @@ def test_added_losses_are_a_layers_own():
     outer(tf.zeros((1, 1)))
     assert [float(loss) for loss in _compat.added_losses(outer)] == [1.0]
     assert [float(loss) for loss in _compat.added_losses(inner)] == [2.0]
+    _compat.forget_added_losses(inner)
+    assert _compat.added_losses(inner) == []
+    assert inner.losses == []
+
+
+def test_a_cloned_optimizer_keeps_what_its_config_does_not_say():
+    class Warmup(keras.optimizers.schedules.LearningRateSchedule):
+        def __call__(self, step):
+            return 0.5 * tf.cast(step + 1, tf.float32)
+
+    for learning_rate in (Warmup(), lambda: 0.5):
+        template = keras.optimizers.SGD(learning_rate, momentum=0.5)
+        clone = _compat.clone_optimizer(template)
+        assert clone.momentum == 0.5
+        assert float(clone.learning_rate) == float(template.learning_rate) == 0.5
+    template = keras.optimizers.AdamW(0.25, weight_decay=0.5)
+    template.exclude_from_weight_decay(var_names=["bias"])
+    clone = _compat.clone_optimizer(template)
+    variable, bias = keras.Variable([1.0], name="kernel"), keras.Variable([1.0], name="bias")
+    clone.build([variable, bias])
+    clone.apply([tf.zeros(1), tf.zeros(1)])
+    assert float(variable[0]) == 1 - 0.25 * 0.5
+    assert float(bias[0]) == 1.0
+
+
+def test_custom_objects_in_scope_reach_outside_of_a_trace():
+    def mine(y, p):
+        return y - p
+
+    with keras.saving.custom_object_scope({"mine": mine}):
+        got = []
+        _compat.outside_of_trace(lambda: got.append(keras.saving.get_registered_object("mine")))
+    assert got == [mine]
 
 
 def test_outside_of_a_trace_variables_are_made_unseen_and_errors_come_back():

@@ -74,9 +74,30 @@ def test_data_without_end_is_cut_in_epochs_that_go_on_where_the_last_one_ended()
     assert firsts(batches)[0] == [5, 6, 7, 8, 9]
 
 
-def test_data_that_ends_within_an_epoch_starts_again_in_the_next():
-    batches = as_batches([(X[:1], Y[:1])] * 3, steps_per_epoch=2)
-    assert [len(firsts(batches)) for _ in range(3)] == [2, 1, 2]
+def test_data_that_ends_within_an_epoch_goes_on_from_its_start():
+    batches = as_batches([(X[i : i + 1], Y[i : i + 1]) for i in range(3)], steps_per_epoch=2)
+    assert [firsts(batches) for _ in range(3)] == [[[0], [1]], [[2], [0]], [[1], [2]]]
+
+
+def test_an_iterator_that_cannot_last_is_refused_at_once():
+    batches = as_batches(((X, Y) for _ in range(3)), name="train")
+    batches.check_lasts(1)
+    with pytest.raises(tl.DataError, match=r"`train` is an iterator, which lasts one epoch, and 3 epochs were asked"):
+        batches.check_lasts(3)
+    as_batches(iter([(X, Y)] * 3), steps_per_epoch=1).check_lasts(3)
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.5, True, "4"])
+@pytest.mark.parametrize("name", ["batch_size", "steps_per_epoch"])
+def test_sizes_are_whole_numbers(name, value):
+    with pytest.raises(ValueError, match=rf"`{name}` must be a whole number, 1 or more. Received: "):
+        as_batches((X, Y), **{name: value})
+    assert as_batches((X, Y), **{name: np.int64(4)})
+
+
+def test_nested_python_lists_are_named_for_what_they_are():
+    with pytest.raises(tl.DataError, match=r"Lists are taken for several arrays: make one of them with `np.asarray`"):
+        as_batches((X.tolist(), Y.tolist()))
 
 
 def test_datasets_know_their_length():

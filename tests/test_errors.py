@@ -32,6 +32,23 @@ class Neck(tl.Trainer):
         return self.tape("neck")
 
 
+class PlainTape(tl.Trainer):
+    def train_step(self, batch):
+        with tf.GradientTape() as tape:
+            loss = self.compute_loss(batch, training=True)
+        self.update(tape, loss)
+
+
+class PerExample(tl.Trainer):
+    def compute_loss(self, batch, training):
+        return tf.reduce_mean(self.forward(batch[0], training), axis=-1)
+
+
+class NoLoss(tl.Trainer):
+    def compute_loss(self, batch, training):
+        self.forward(batch[0], training)
+
+
 class Silent(tl.Trainer):
     def train_step(self, batch):
         return None
@@ -70,6 +87,13 @@ def failing(trainer, data=None):
             TypeError,
             r'`train_step` must return a mapping `{"name": scalar}`. Received: None',
         ),
+        (
+            lambda: PlainTape(models.functional(), loss="mse"),
+            TypeError,
+            r"`update` takes what `self.tape\(...\)` returned",
+        ),
+        (lambda: PerExample(models.functional()), ValueError, r"The loss must be a scalar tensor.*shape=\(8,\)"),
+        (lambda: NoLoss(models.functional()), ValueError, r"The loss must be a scalar tensor.*Received: None"),
         (
             lambda: Neck(models.functional()),
             tl.PolicyError,
@@ -136,16 +160,45 @@ def test_empty_validation_data_raises_before_anything_has_moved():
         (lambda: trainer_of().fit(models.images(8), progress="loud"), ValueError, r"`progress` must be one of 'auto'"),
         (
             lambda: trainer_of().fit(models.images(8), batch_size=0),
-            tl.DataError,
+            ValueError,
             r"`batch_size` must be a whole",
         ),
         (lambda: trainer_of().update(None, None), RuntimeError, r"`update` was called outside a step"),
-        (lambda: trainer_of().tape(), RuntimeError, r"`tape` was called outside a step. It belongs in `train_step`"),
+        (lambda: trainer_of().tape(), RuntimeError, r"`tape` was called outside a step that trains"),
+        (lambda: setattr(trainer_of(), "policy", "base"), TypeError, r"`policy` must be a `VariablePolicy`"),
+        (lambda: tl.Trainer({"a": 3}), TypeError, r"from names without slashes to Keras models.*Received: 'a': 3"),
+        (lambda: tl.Trainer({"a/b": models.functional()}), TypeError, r"Received: 'a/b'"),
     ],
 )
 def test_wrong_arguments(call, error, text):
     with pytest.raises(error, match=text):
         call()
+
+
+def test_an_update_in_an_evaluation_is_refused():
+    class Cheats(tl.Trainer):
+        def eval_step(self, batch):
+            self.update(None, None)
+
+    with pytest.raises(RuntimeError, match="`update` was called outside a step that trains"):
+        Cheats(models.functional()).evaluate(models.images(8), progress="none")
+
+
+def test_validation_data_is_tried_before_anything_has_moved():
+    trainer = trainer_of()
+    before = models.values(trainer.model)
+    x, y = models.images(8)
+    with pytest.raises(tl.DataError, match="does not fit the batch"):
+        trainer.fit((x, y), validation_data=(x, y[:, None, None, None]), progress="none")
+    with pytest.raises(tl.DataError, match="`validation_data` is an iterator, which lasts one epoch"):
+        trainer.fit((x, y), epochs=2, validation_data=iter([(x, y)]), progress="none")
+    assert models.values(trainer.model) == before
+
+
+def test_a_typo_in_a_part_of_a_where_is_found():
+    for policy in (tl.TrainOnly(~tl.glob("bsae")), tl.Freeze(tl.glob("base") | "haed")):
+        with pytest.raises(tl.PolicyError, match=r"glob\('(bsae|haed)'\) in .* matches no variable of the model"):
+            assert trainer_of(policy=policy).selection
 
 
 def test_every_error_of_tapeloop_is_one():

@@ -98,8 +98,21 @@ def test_what_is_no_optimizer_is_refused(optimizer):
         Optimizers(optimizer)
 
 
-def test_keras_weight_decay_and_average_touch_nothing_frozen(tree):
-    optimizers = Optimizers(keras.optimizers.AdamW(0.1, weight_decay=0.5, use_ema=True, ema_overwrite_frequency=1))
+@pytest.mark.parametrize(
+    ("optimizer", "text"),
+    [
+        (keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1)), "must not scale the loss"),
+        (keras.optimizers.SGD(0.1, loss_scale_factor=2.0), "must not scale the loss"),
+        (keras.optimizers.SGD(0.1, use_ema=True), "must not have `use_ema=True`"),
+    ],
+)
+def test_what_would_act_behind_the_groups_back_is_refused(optimizer, text):
+    with pytest.raises(TypeError, match=text):
+        Optimizers(optimizer)
+
+
+def test_weight_decay_touches_nothing_frozen(tree):
+    optimizers = Optimizers(keras.optimizers.AdamW(0.1, weight_decay=0.5))
     selection = select(tl.Freeze("base"), tree)
     optimizers.prepare(selection)
     before = {variable.path: variable.tensor.numpy().tobytes() for variable in selection.frozen}

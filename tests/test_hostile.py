@@ -1,0 +1,335 @@
+"""Models, losses and metrics that broke an earlier version, or might have."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import tapeloop as tl
+from tests import models
+
+layers = keras.layers
+RANDOM = np.random.default_rng(0)
+X = RANDOM.normal(size=(8, 5)).astype("float32")
+Y = RANDOM.normal(size=(8, 3)).astype("float32")
+
+
+def dense():
+    return keras.Sequential([keras.Input((5,)), layers.Dense(3, name="d")])
+
+
+def base():
+    return keras.Sequential(
+        [keras.Input((5,)), layers.Dense(4), layers.BatchNormalization(), layers.Dropout(0.5)], name="b"
+    )
+
+
+def fit(model, policy=None, steps=3, loss="mse", data=None, **options):
+    trainer = tl.Trainer(model, policy, loss=loss, **options)
+    trainer.fit(data or [(X, Y)] * steps, progress="none")
+    return trainer
+
+
+def moved(model, run, under=""):
+    before = models.values(model, under)
+    run()
+    after = models.values(model, under)
+    return [path for path in before if before[path] != after[path]]
+
+
+def test_a_lazy_sequential_keeps_no_batch_size_from_its_first_batch():
+    model = keras.Sequential([layers.Dense(3)])
+    trainer = tl.Trainer(model, loss="mse")
+    trainer.fit((X[:7], Y[:7]), batch_size=4, progress="none")
+    assert (trainer.step, trainer.trace_count) == (2, 2)
+    assert model.input_shape == (None, 5)
+    assert trainer.predict(X[:3]).shape == (3, 3)
+
+
+class FunctionModule(tf.Module):
+    def __init__(self):
+        self.b, self.h = base(), layers.Dense(3)
+        self.h.build((None, 4))
+
+    @tf.function
+    def __call__(self, x, training=False):
+        return self.h(self.b(x, training=training))
+
+
+class FunctionModel(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.b, self.h = base(), layers.Dense(3)
+
+    @tf.function
+    def call(self, x, training=False):
+        return self.h(self.b(x, training=training))
+
+
+@pytest.mark.parametrize("make", [FunctionModule, FunctionModel])
+def test_a_tf_function_inside_the_model_neither_breaks_the_freeze_nor_keeps_its_mode(make):
+    model = make()
+    model(X, training=True)  # its own trace, in training mode
+    assert moved(model, lambda: fit(model, tl.Freeze("b")), "b") == []
+    assert moved(model, lambda: fit(model, tl.TrainAll()), "b")
+    fresh = make()
+    fit(fresh, tl.Freeze("b"))
+    assert moved(fresh, lambda: fresh(X, training=True), "b")
+
+
+def test_lists_of_inputs_and_targets():
+    inputs = keras.Input((5,))
+    two = keras.Model(inputs, [layers.Dense(3)(inputs), layers.Dense(1)(inputs)])
+    assert fit(two, loss=["mse", "mse"], data=(X, [Y, Y[:, :1]])).step == 1
+    a, b = keras.Input((5,)), keras.Input((5,))
+    both = keras.Model([a, b], layers.Dense(3)(a + b))
+    assert fit(both, data=([X, X], Y)).predict(([X, X],)).shape == (8, 3)
+
+
+def test_masked_metrics_equal_those_of_keras():
+    ids = RANDOM.integers(1, 9, (8, 6))
+    ids[:, 3:] = 0
+    y = RANDOM.normal(size=(8, 6, 2)).astype("float32")
+    model = keras.Sequential(
+        [
+            keras.Input((6,), dtype="int32"),
+            layers.Embedding(9, 4, mask_zero=True),
+            layers.LSTM(3, return_sequences=True),
+            layers.Dense(2),
+        ]
+    )
+    mine = tl.Trainer(model, loss="mse", metrics=["mae"]).evaluate((ids, y), progress="none")
+    model.compile("sgd", "mse", metrics=["mae"])
+    assert mine == pytest.approx(model.evaluate(ids, y, verbose=0, return_dict=True), rel=1e-5)
+
+
+class OneOfTwo(tl.Trainer):
+    """Each step calls the model `a` alone, each evaluation `b`."""
+
+    def train_step(self, batch):
+        with self.tape("a") as tape:
+            error = tf.reduce_mean((self.model["a"](batch[0], training=True) - batch[1]) ** 2)
+            loss = tf.add_n([error, *self.added_losses()])
+        self.update(tape, loss)
+        return {"loss": loss}
+
+    def eval_step(self, batch):
+        return {"output": tf.reduce_mean(self.model["b"](batch[0], training=False))}
+
+
+def test_losses_added_in_other_traces_and_calls_are_left_out():
+    def make():
+        keras.utils.set_random_seed(0)
+        penalized = [keras.Sequential([keras.Input((5,)), layers.Dense(3, activity_regularizer="l2")]) for _ in "ab"]
+        return OneOfTwo(dict(zip("ab", penalized)), tl.Groups({"a": "a", "b": "b"}))
+
+    expected = make().fit([(X, Y)], progress="none").history
+    trainer = make()
+    trainer.model["b"](X * 100)
+    assert trainer.fit([(X, Y)], progress="none").history == expected
+    trainer = make()
+    trainer.evaluate([(X, Y)], progress="none")
+    assert trainer.fit([(X, Y)], progress="none", validation_data=[(X, Y)]).history["loss"] == expected["loss"]
+
+
+def test_evaluation_reports_what_it_computed_and_nothing_else():
+    trainer = OneOfTwo({"a": dense(), "b": dense()}, tl.Groups({"a": "a", "b": "b"}))
+    history = trainer.fit([(X, Y)], epochs=2, validation_data=[(X, Y)], progress="none").history
+    assert {name: len(values) for name, values in history.items()} == {"loss": 2, "val_output": 2}
+    assert list(trainer.evaluate([(X, Y)], progress="none")) == ["output"]
+
+
+def pairwise(y, p):
+    first, second = tf.split(p, 2)
+    return tf.reduce_mean((first - second) ** 2)
+
+
+def asserting(y, p):
+    tf.debugging.assert_positive(y)
+    return tf.reduce_mean((y - p) ** 2)
+
+
+@pytest.mark.parametrize("loss", [pairwise, asserting])
+def test_a_loss_is_never_run_on_made_up_data(loss):
+    data = [(X, abs(Y) + 1)]
+    assert fit(dense(), loss=loss, data=data).step == 1
+
+
+def test_a_metric_of_several_values_is_kept_as_an_array():
+    labels = np.eye(3, dtype="float32")[[0, 1, 2, 0, 1, 2, 0, 1]]
+    history = tl.Trainer(dense(), loss="mse", metrics=[keras.metrics.F1Score()]).fit([(X, labels)], epochs=2).history
+    assert [values.shape for values in history["f1_score"]] == [(3,), (3,)]
+
+
+class Insistent(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.b, self.h = base(), layers.Dense(3)
+
+    def call(self, x):
+        return self.h(self.b(x, training=True))
+
+
+def test_prediction_and_evaluation_run_the_frozen_part_in_inference_mode_too():
+    model = Insistent()
+    model(X)
+    trainer = fit(model, tl.Freeze("b"))
+    loss = trainer.evaluate([(X, Y)], progress="none")["loss"]
+    predicted = []
+    assert moved(model, lambda: predicted.append(trainer.predict(X)), "b") == []
+    assert loss == pytest.approx(float(np.mean((predicted[0] - Y) ** 2)), rel=1e-5)
+
+
+class Counting(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.d = layers.Dense(4)
+        self.count = self.add_weight(shape=(), initializer="zeros", trainable=False, name="count")
+
+    def encode(self, x):
+        self.count.assign_add(1.0)
+        return self.d(x)
+
+    def call(self, x):
+        return self.encode(x)
+
+
+class Encodes(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.f, self.h = Counting(), layers.Dense(3)
+
+    def call(self, x):
+        return self.h(self.f.encode(x))
+
+
+@pytest.mark.filterwarnings("ignore:`build..` was called on layer")  # some of its layers are never called
+def test_state_that_is_assigned_outside_of_call_is_sealed():
+    model = Encodes()
+    model(X)
+    model.f(X)
+    assert moved(model, lambda: fit(model, tl.Freeze("f")), "f") == []
+    assert "f/count" in moved(model, lambda: fit(model, tl.TrainAll()), "f")
+
+
+def test_a_module_that_counts_its_calls_is_sealed_when_frozen():
+    class Counts(tf.Module):
+        def __init__(self):
+            self.w, self.calls = tf.Variable(tf.ones((5, 3))), tf.Variable(0.0, trainable=False)
+
+        def __call__(self, x):
+            self.calls.assign_add(1.0)
+            return x @ self.w
+
+    class Whole(tf.Module):
+        def __init__(self):
+            self.counts, self.b = Counts(), tf.Variable(tf.zeros(3))
+
+        def __call__(self, x):
+            return self.counts(x) + self.b
+
+    model = Whole()
+    assert moved(model, lambda: fit(model, tl.Freeze("counts"))) == ["b"]
+    assert set(moved(model, lambda: fit(model))) == {"counts/w", "counts/calls", "b"}
+
+
+def test_one_frozen_cell_of_several():
+    inputs = keras.Input((4, 5))
+    rnn = layers.RNN(layers.StackedRNNCells([layers.LSTMCell(3, dropout=0.3), layers.GRUCell(3)]), name="rnn")
+    model = keras.Model(inputs, layers.Dense(3)(rnn(inputs)))
+    data = [(RANDOM.normal(size=(8, 4, 5)), Y)]
+    run = lambda: fit(model, tl.Freeze(rnn.cell.cells[0]), data=data)  # noqa: E731
+    assert moved(model, run, "rnn/cell/cells/0") == []
+
+
+@pytest.mark.filterwarnings("ignore:`build..` was called on layer")  # some of its layers are never called
+def test_a_dropout_shared_with_a_trained_submodel_is_off_inside_the_frozen_one():
+    drop = layers.Dropout(0.5)
+
+    class Inner(layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.d, self.drop = layers.Dense(4), drop
+
+        def build(self, shape):
+            self.d.build(shape)
+
+        def call(self, x):
+            return self.drop(self.d(x), training=True)
+
+    class Net(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.frozen, self.trained, self.h = Inner(), Inner(), layers.Dense(3)
+
+        def call(self, x):
+            return self.h(self.trained(x))
+
+    model = Net()
+    model(X)
+    model.frozen.build((None, 5))
+
+    class Compares(tl.Trainer):
+        def train_step(self, batch):
+            kept = tf.reduce_all(self.model.frozen(batch[0]) != 0.0)
+            return {**super().train_step(batch), "kept": tf.cast(kept, tf.float32)}
+
+    trainer = Compares(model, tl.Freeze("frozen"), loss="mse")
+    assert trainer.fit([(X, Y)], progress="none").history["kept"] == [1.0]
+
+
+def test_a_modules_attribute_named_like_one_of_keras_is_seen():
+    class Named(tf.Module):
+        def __init__(self):
+            self._layers, self.loss = [tf.Variable(tf.ones((5, 3)))], tf.Variable(tf.zeros(3))
+
+        def __call__(self, x):
+            return x @ self._layers[0] + self.loss
+
+    assert [v.path for v in tl.Trainer(Named(), loss="mse").selection.trained] == ["layers/0", "loss"]
+
+
+def test_a_model_with_its_own_dunder_call_without_training():
+    class Own(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.d = layers.Dense(3)
+
+        def __call__(self, x):
+            return self.d(x)
+
+    model = Own()
+    model(X)
+    assert fit(model).step == 3
+
+
+def test_nested_and_optional_inputs():
+    a, b, c = (keras.Input((5,), name=name) for name in "abc")
+    nested = keras.Model({"ab": [a, b], "c": c}, layers.Dense(3)(a + b + c))
+    assert fit(nested, data=[({"ab": [X, X], "c": X}, Y)]).step == 1
+
+
+def test_a_frozen_model_can_be_evaluated_and_predict():
+    model = dense()
+    model.trainable = False
+    trainer = tl.Trainer(model, loss="mse")
+    assert trainer.evaluate((X, Y), progress="none")["loss"] == pytest.approx(np.mean((trainer.predict(X) - Y) ** 2))
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_mixed_precision_freezes_the_same(policy):
+    keras.config.set_dtype_policy(policy)
+    try:
+        model = keras.Sequential([keras.Input((5,)), base(), layers.Dense(3, dtype="float32")])
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert moved(model, lambda: fit(model, tl.Freeze("b")), "b") == []
+
+
+def test_a_quantized_layer_with_adapters_trains_the_adapters_alone():
+    model = keras.Sequential([keras.Input((5,)), layers.Dense(3, name="d")])
+    model.layers[0].quantize("int8")
+    model.layers[0].enable_lora(2)
+    assert set(moved(model, lambda: fit(model, tl.TrainOnly("d/lora_kernel_*"), optimizer="sgd"))) <= {
+        "d/lora_kernel_a", "d/lora_kernel_b",
+    }  # fmt: skip
