@@ -88,7 +88,7 @@ def failing(trainer, data=None):
             r'`train_step` must return a mapping `{"name": scalar}`. Received: None',
         ),
         (
-            lambda: PlainTape(models.functional(), loss="mse"),
+            lambda: PlainTape(models.functional(), loss=models.cross_entropy()),
             TypeError,
             r"`update` takes what `self.tape\(...\)` returned",
         ),
