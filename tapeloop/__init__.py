@@ -1,8 +1,12 @@
 """Train part of a TensorFlow/Keras 3 model, and pay only for that part."""
 
 from tapeloop.errors import DataError, DisconnectedError, PolicyError, TapeloopError
-from tapeloop.loop import History
-from tapeloop.policy import Freeze, Groups, TrainAll, TrainOnly, VariablePolicy
+from tapeloop.layerwise import LayerwiseDecay
+from tapeloop.loop import History, Phase
+from tapeloop.ordinal import first, last
+from tapeloop.policy import Freeze, Groups, Progress, TrainAll, TrainOnly, VariablePolicy
+from tapeloop.report import paths
+from tapeloop.schedule import Cycle, GradualUnfreeze, Phases, RandomSubset
 from tapeloop.selection import Selection
 from tapeloop.step import GroupTape
 from tapeloop.trainer import Trainer
@@ -10,13 +14,20 @@ from tapeloop.tree import SubmodelInfo, VariableInfo
 from tapeloop.where import Where, glob, kind, matching, named, under
 
 __all__ = [
+    "Cycle",
     "DataError",
     "DisconnectedError",
     "Freeze",
+    "GradualUnfreeze",
     "GroupTape",
     "Groups",
     "History",
+    "LayerwiseDecay",
+    "Phase",
+    "Phases",
     "PolicyError",
+    "Progress",
+    "RandomSubset",
     "Selection",
     "SubmodelInfo",
     "TapeloopError",
@@ -26,10 +37,13 @@ __all__ = [
     "VariableInfo",
     "VariablePolicy",
     "Where",
+    "first",
     "glob",
     "kind",
+    "last",
     "matching",
     "named",
+    "paths",
     "under",
 ]
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -61,14 +62,22 @@ def forget_added_losses(layer: keras.Layer) -> None:
     layer._losses.clear()
 
 
+def schedule_of(optimizer: keras.optimizers.Optimizer) -> Any:
+    """Return the schedule or function that the learning rate of `optimizer` follows, or None where it is a number.
+
+    The public `learning_rate` gives the number of the moment for each.
+    """
+    return None if isinstance(optimizer._learning_rate, keras.Variable) else optimizer._learning_rate
+
+
 def clone_optimizer(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
     """Return an unbuilt optimizer with the settings of `optimizer`.
 
     `get_config` would serialize a schedule or a function, which only registered classes survive, so that the clone gets
     the very object; and it leaves out what `exclude_from_weight_decay` was told.
     """
-    learning_rate = optimizer._learning_rate
-    if isinstance(learning_rate, keras.Variable):
+    learning_rate = schedule_of(optimizer)
+    if learning_rate is None:
         config = optimizer.get_config()
     else:
         object.__setattr__(optimizer, "_learning_rate", tf.constant(0.0))

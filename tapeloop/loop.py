@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,11 +14,31 @@ from tapeloop import _compat
 from tapeloop.data import Batches
 from tapeloop.errors import DataError
 from tapeloop.modes import inlined_functions
-from tapeloop.objective import Objective, shapes
-from tapeloop.progress import Progress
+from tapeloop.objective import Means, Objective, shapes
+from tapeloop.policy import VariablePolicy
+from tapeloop.progress import Display
 from tapeloop.selection import Selection
 from tapeloop.step import Step
 from tapeloop.tree import Model, Tree
+
+MOST_STEPS = 64  # compiled steps kept, of those used last: a random policy has no end of selections
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training during which one selection held.
+
+    Attributes:
+        step: The step at which it began, counted over all fits.
+        epoch: The epoch in which it began, likewise.
+        policy: The policy that held.
+        selection: What trained.
+    """
+
+    step: int
+    epoch: int
+    policy: VariablePolicy
+    selection: Selection = field(repr=False)
 
 
 @dataclass
@@ -28,10 +48,28 @@ class History:
     Attributes:
         history: For each log, its value at the end of each epoch: a float, or an array for a metric that has several.
         epoch: The number of each epoch, counted over all fits of the trainer.
+        phases: What trained from which step on.
     """
 
     history: dict[str, list[Any]] = field(default_factory=dict)
     epoch: list[int] = field(default_factory=list)
+    phases: list[Phase] = field(default_factory=list)
+
+
+class LazyLogs(Mapping[str, Any]):
+    """Logs that are fetched when somebody looks."""
+
+    def __init__(self, fetch: Callable[[], Mapping[str, Any]]) -> None:
+        self._fetch = functools.cache(fetch)
+
+    def __getitem__(self, name: str) -> Any:
+        return self._fetch()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._fetch())
+
+    def __len__(self) -> int:
+        return len(self._fetch())
 
 
 class Loop:
@@ -42,6 +80,7 @@ class Loop:
         building: Whether a step is being traced only to build the model.
         steps_done: How many steps were trained.
         epochs_done: How many epochs were trained.
+        last_logs: The logs of the last epoch.
     """
 
     def __init__(self, bodies: Mapping[str, Callable[[Any], Any]], objective: Objective, autograph: bool) -> None:
@@ -49,10 +88,13 @@ class Loop:
         self.building = False
         self.steps_done = 0
         self.epochs_done = 0
+        self.last_logs: Mapping[str, Any] = {}
         self._bodies = bodies
         self._objective = objective
         self._autograph = autograph
         self._steps: dict[tuple[str, Selection], Step] = {}
+        self._means = {kind: Means() for kind in bodies}
+        self._traces_gone = 0
         self._built = False
 
     def build(self, model: Model, batch: Any) -> None:
@@ -71,47 +113,85 @@ class Loop:
 
     def step(self, kind: str, selection: Selection) -> Step:
         """Return the step of a kind for a selection: the same one each time."""
-        if (kind, selection) not in self._steps:
+        step = self._steps.pop((kind, selection), None)
+        if step is None:
             body = functools.partial(self._traced, kind, selection)
-            self._steps[kind, selection] = Step(kind, body, selection, self._autograph)
-        return self._steps[kind, selection]
+            step = Step(kind, body, selection, self._autograph)
+            if len(self._steps) >= MOST_STEPS:
+                gone = self._steps.pop(next(iter(self._steps)))
+                self._traces_gone += gone.trace_count * (gone.kind == "train")
+        self._steps[kind, selection] = step  # the one used last stands last
+        return step
 
-    def trace_count(self, kind: str) -> int:
-        """Return how often steps of a kind were traced."""
-        return sum(step.trace_count for (of_kind, _), step in self._steps.items() if of_kind == kind)
+    def trace_count(self) -> int:
+        """Return how often training steps were traced."""
+        return self._traces_gone + sum(step.trace_count for step in self._steps.values() if step.kind == "train")
 
     def fit(
         self,
-        prepare: Callable[[str, Batches], Step],
+        phases: Callable[[Mapping[str, Any], bool], tuple[Step, VariablePolicy]],
+        every: Callable[[], int | None],
+        evaluation: Callable[[], Step],
         batches: Batches,
         validation: Batches | None,
         epochs: int,
-        shown: Progress,
+        shown: Display,
     ) -> History:
-        """Train for some epochs on `batches`, evaluating after each on `validation`, with the steps of `prepare`."""
+        """Train for some epochs on `batches`, evaluating after each on `validation`.
+
+        Args:
+            phases: Gives the step that trains now and its policy, by the last logs; its second argument tells whether
+                an epoch starts, for then the model is read anew.
+            every: Gives the number of steps after which it is asked within an epoch, or None.
+            evaluation: Gives the step that evaluates.
+            batches: What to train on.
+            validation: What to evaluate on.
+            epochs: How many epochs.
+            shown: Where progress is shown.
+        """
         history = History()
-        step = prepare("train", batches)
-        if validation is not None and epochs:
-            prepare("eval", validation).trace(validation.peek())
+
+        def choose(logs: Mapping[str, Any], starting: bool) -> Step:
+            step, policy = phases(logs, starting)
+            if not history.phases or history.phases[-1].selection != step.selection:
+                history.phases.append(Phase(self.steps_done, self.epochs_done, policy, step.selection))
+            return step
+
         for number in range(1, epochs + 1):
-            logs = self.run(step, batches, shown, f"epoch {number}/{epochs}")
-            self.epochs_done += 1
+            step = choose(self.last_logs, True)
+            if validation is not None and number == 1:
+                step.trace(batches.peek())
+                evaluation().trace(validation.peek())
+            logs = self.run(step, batches, shown, f"epoch {number}/{epochs}", every(), choose)
             if validation is not None:
-                evaluated = self.run(prepare("eval", validation), validation, shown, "  validation")
+                evaluated = self.run(evaluation(), validation, shown, "  validation")
                 logs |= {f"val_{name}": value for name, value in evaluated.items()}
+            self.epochs_done += 1
+            self.last_logs = logs
             history.epoch.append(self.epochs_done)
             for name, value in logs.items():
                 history.history.setdefault(name, []).append(value)
         return history
 
-    def run(self, step: Step, batches: Batches, shown: Progress, title: str) -> dict[str, Any]:
-        """Run a step over one epoch of batches and return its logs."""
-        step.means.reset()
+    def run(
+        self,
+        step: Step,
+        batches: Batches,
+        shown: Display,
+        title: str,
+        every: int | None = None,
+        choose: Callable[[Mapping[str, Any], bool], Step] | None = None,
+    ) -> dict[str, Any]:
+        """Run a step over one epoch of batches and return its logs; every so many steps, `choose` the step anew."""
+        means = self._means[step.kind]
+        means.reset()
         self._objective.reset()
-        logs = functools.partial(self._logs, step)
+        logs = functools.partial(self._logs, means)
         shown.start(title, batches.per_epoch)
         try:
-            for batch in batches.epoch():
+            for number, batch in enumerate(batches.epoch()):
+                if every is not None and choose is not None and number and self.steps_done % every == 0:
+                    step = choose(LazyLogs(logs), False)
                 step(batch)
                 self.steps_done += step.kind == "train"
                 shown.advance(int(_examples(batch)), logs)
@@ -135,15 +215,15 @@ class Loop:
         if not isinstance(result, Mapping):
             raise TypeError(f'`{kind}_step` must return a mapping `{{"name": scalar}}`. Received: {result!r}.')
         weight = tf.cast(_examples(batch), keras.config.floatx())
-        self.step(kind, selection).means.update(result, weight)
+        self._means[kind].update(result, weight)
         return None
 
     def _traced_to_build(self, batch: Any) -> None:
         with inlined_functions():
             self._bodies["train"](batch)
 
-    def _logs(self, step: Step) -> dict[str, Any]:
-        values = {**step.means.results(), **self._objective.results()}
+    def _logs(self, means: Means) -> dict[str, Any]:
+        values = {**means.results(), **self._objective.results()}
         return {name: value.numpy() if value.shape.rank else float(value) for name, value in values.items()}
 
 

@@ -112,8 +112,8 @@ class Means:
         self._means[name] = keras.metrics.Mean(name=name, dtype=keras.config.floatx())
 
     def results(self) -> dict[str, tf.Tensor]:
-        """Return the means since the last reset."""
-        return {name: mean.result() for name, mean in self._means.items()}
+        """Return the means since the last reset, of what was taken in since."""
+        return {name: mean.result() for name, mean in self._means.items() if float(mean.count) > 0}
 
     def reset(self) -> None:
         """Start the means anew."""

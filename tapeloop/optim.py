@@ -18,6 +18,68 @@ Gradient: TypeAlias = "tf.Tensor | tf.IndexedSlices"
 OptimizerLike: TypeAlias = Any  # keras.optimizers.Optimizer | str | Mapping[str, either]
 
 
+class Rate:
+    """The learning rate of one optimizer: its template's number or schedule, times a multiplier that may change."""
+
+    def __init__(self, optimizer: keras.optimizers.Optimizer) -> None:
+        self._optimizer = optimizer
+        self._schedule = _compat.schedule_of(optimizer)
+        self._base = 0.0 if self._schedule is not None else float(optimizer.learning_rate)
+        self._multiplier: tf.Variable | None = None
+        if self._schedule is not None:
+            self._multiplier = tf.Variable(1.0, trainable=False)
+            optimizer.learning_rate = Multiplied(self._schedule, self._multiplier)
+
+    def set(self, multiplier: float, rate: float | None) -> None:
+        """Set the rate to a number, or to the template's times a multiplier."""
+        if self._multiplier is not None:
+            self._multiplier.assign(multiplier)
+        else:
+            self._optimizer.learning_rate = self._base * multiplier if rate is None else rate
+
+
+class Multiplied(keras.optimizers.schedules.LearningRateSchedule):
+    """A schedule, or a function without arguments, times a variable."""
+
+    def __init__(self, schedule: Any, multiplier: tf.Variable) -> None:
+        self.schedule = schedule
+        self.multiplier = multiplier
+
+    def __call__(self, step: Any) -> tf.Tensor:
+        """Return the learning rate at a step of the optimizer's own count."""
+        is_schedule = isinstance(self.schedule, keras.optimizers.schedules.LearningRateSchedule)
+        rate = self.schedule(step) if is_schedule else self.schedule()
+        return tf.cast(rate, self.multiplier.dtype) * self.multiplier
+
+
+class LearningRates(Mapping[str, float]):
+    """The learning rates by group, to be read and set: `trainer.learning_rates["head"] = 1e-4`."""
+
+    def __init__(self, optimizers: Optimizers, selection: Selection) -> None:
+        self._optimizers = optimizers
+        self._selection = selection
+
+    def __getitem__(self, group: str) -> float:
+        return self._optimizers.learning_rate(self._selection, self._known(group))
+
+    def __setitem__(self, group: str, value: float) -> None:
+        self._optimizers.set_learning_rate(self._known(group), value)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._selection.groups)
+
+    def __len__(self) -> int:
+        return len(self._selection.groups)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+    def _known(self, group: str) -> str:
+        if group not in self._selection.groups:
+            raise PolicyError(f"There is no group {group!r}: the groups are {sorted(self._selection.groups)}.")
+        return group
+
+
 @dataclass(frozen=True, eq=False)
 class Cohort:
     """Variables that joined a group together, and the optimizer that holds their state and step count.
@@ -25,11 +87,13 @@ class Cohort:
     Attributes:
         group: The group's name.
         optimizer: The Keras optimizer, built for these variables alone.
+        rate: What sets its learning rate.
         slots: For each variable, by identity, the optimizer's variables that belong to it.
     """
 
     group: str
     optimizer: keras.optimizers.Optimizer
+    rate: Rate
     slots: Mapping[int, tuple[keras.Variable, ...]]
 
 
@@ -53,25 +117,60 @@ class Optimizers:
         self._by_group = isinstance(template, Mapping)
         named = template.items() if isinstance(template, Mapping) else [("", template)]
         self._templates = {name: _as_optimizer(optimizer) for name, optimizer in named}
+        self._set: dict[str, float] = {}
         self.cohorts: list[Cohort] = []
 
-    def prepare(self, selection: Selection) -> None:
-        """Make the state of every variable that trains and has none.
+    def prepare(self, selection: Selection, *, changing: bool = False) -> None:
+        """Make the state of every variable that trains and has none, and set the groups' learning rates.
+
+        Args:
+            selection: What trains.
+            changing: Whether the policy changes as training goes, so that other groups may come later.
 
         Raises:
             PolicyError: The names of the optimizers are not those of the groups.
         """
-        if self._by_group and set(self._templates) != set(selection.groups):
+        names, groups = set(self._templates), set(selection.groups)
+        if self._by_group and not (groups <= names if changing else groups == names):
             raise PolicyError(
                 f"`optimizer` must have one entry for each group of the policy. "
-                f"The groups are {sorted(selection.groups)}, the optimizers are for {sorted(self._templates)}."
+                f"The groups are {sorted(groups)}, the optimizers are for {sorted(names)}."
             )
         for group, variables in selection.groups.items():
             known = {key for cohort in self.cohorts if cohort.group == group for key in cohort.slots}
             joining = [variable for variable in variables if id(variable.variable) not in known]
             if joining:
-                template = self._templates[group if self._by_group else ""]
-                self.cohorts.append(_new_cohort(group, template, joining))
+                self.cohorts.append(_new_cohort(group, self._template(group), joining))
+            for cohort in self.cohorts:
+                if cohort.group == group:
+                    cohort.rate.set(selection.multipliers.get(group, 1.0), self._set.get(group))
+
+    def learning_rate(self, selection: Selection, group: str) -> float:
+        """Return the learning rate of a group now: where cohorts differ, that of the one that began first."""
+        for cohort in self.cohorts:
+            if cohort.group == group:
+                return float(cohort.optimizer.learning_rate)
+        rate = self._set.get(group)
+        return selection.multipliers[group] * float(self._template(group).learning_rate) if rate is None else rate
+
+    def set_learning_rate(self, group: str, value: float) -> None:
+        """Set the learning rate of a group, from now on and without a new trace.
+
+        Raises:
+            TypeError: The group's optimizer follows a schedule.
+        """
+        if _compat.schedule_of(self._template(group)) is not None:
+            raise TypeError(
+                f"The learning rate of the group {group!r} follows a schedule, and cannot be set to {value!r}. "
+                "Give the group's optimizer a number, or end the schedule there."
+            )
+        self._set[group] = float(value)
+        for cohort in self.cohorts:
+            if cohort.group == group:
+                cohort.rate.set(1.0, self._set[group])
+
+    def _template(self, group: str) -> keras.optimizers.Optimizer:
+        return self._templates[group if self._by_group else ""]
 
     def apply(self, selection: Selection, gradients: Sequence[tuple[Gradient, VariableInfo]]) -> None:
         """Update the variables by their gradients, each by the optimizer of its group and cohort."""
@@ -114,8 +213,9 @@ def _as_optimizer(optimizer: OptimizerLike) -> keras.optimizers.Optimizer:
 def _new_cohort(group: str, template: keras.optimizers.Optimizer, variables: list[VariableInfo]) -> Cohort:
     optimizer = _compat.clone_optimizer(template)
     slots: dict[int, list[keras.Variable]] = {id(variable.variable): [] for variable in variables}
+    rate = Rate(optimizer)
     optimizer.build(_NotingSlots([variable.variable for variable in variables], optimizer, slots))
-    return Cohort(group, optimizer, {key: tuple(slot) for key, slot in slots.items()})
+    return Cohort(group, optimizer, rate, {key: tuple(slot) for key, slot in slots.items()})
 
 
 class _NotingSlots(list[Any]):

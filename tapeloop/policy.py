@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tapeloop.errors import PolicyError
 from tapeloop.tree import SubmodelInfo, VariableInfo
@@ -12,8 +12,41 @@ from tapeloop.where import Where, WhereLike, as_where
 DEFAULT_GROUP = "default"
 
 
+@dataclass(frozen=True)
+class Progress:
+    """How far training has come, for policies that change as it goes.
+
+    Attributes:
+        step: How many steps were trained, over all fits.
+        epoch: How many epochs were trained, over all fits.
+        logs: At an epoch's start the logs of the last epoch, validation included; within an epoch those of it so far.
+            Empty before the first.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    logs: Mapping[str, float] = field(default_factory=dict)
+
+    def count(self, unit: str) -> int:
+        """Return `step` or `epoch`."""
+        return self.step if unit == "step" else self.epoch
+
+
 class VariablePolicy:
-    """Gives every trainable variable a group, or freezes it. Subclass it and write `group`."""
+    """Gives every trainable variable a group, or freezes it. Subclass it and write `group`.
+
+    One that changes as training goes writes `at` instead. It is asked at the start of every epoch and, where `every` is
+    set, every so many steps.
+    """
+
+    @property
+    def every(self) -> int | None:
+        """After how many steps `at` is asked within an epoch, or None for at epochs' starts alone."""
+        return None
+
+    def at(self, progress: Progress) -> VariablePolicy:
+        """Return the policy that holds at `progress`: this one, unless training going on changes it."""
+        return self
 
     def group(self, variable: VariableInfo) -> str | None:
         """Name the group in which `variable` trains.
@@ -34,6 +67,10 @@ class VariablePolicy:
             trained: Whether any variable under it trains.
         """
         return not trained
+
+    def multiplier(self, variable: VariableInfo) -> float:
+        """Return by how much the learning rate of the variable's group is multiplied; one number for each group."""
+        return 1.0
 
     def rule(self, variable: VariableInfo) -> str:
         """Name the rule by which `variable` got its group or was frozen, for the report."""
@@ -101,15 +138,36 @@ class Groups(VariablePolicy):
     """Train each where's variables as a group of their own; what none means is frozen, and overlap is an error."""
 
     _groups: tuple[tuple[str, Where], ...]
+    _multipliers: tuple[tuple[str, float], ...]
 
-    def __init__(self, groups: Mapping[str, WhereLike]) -> None:
+    def __init__(self, groups: Mapping[str, WhereLike], *, multipliers: Mapping[str, float] | None = None) -> None:
+        """Set the groups.
+
+        Args:
+            groups: What trains in each.
+            multipliers: By how much the learning rate of a group is multiplied; 1 for those left out.
+
+        Raises:
+            TypeError: `groups` is no mapping to wheres.
+            PolicyError: A multiplier is for a group that there is not.
+        """
         if not isinstance(groups, Mapping) or not groups:
             raise TypeError(f"`Groups` takes a mapping from names of groups to wheres. Received: {groups!r}.")
         resolved = tuple((name, as_where(where)) for name, where in groups.items())
+        unknown = sorted(set(multipliers or {}) - set(groups))
+        if unknown:
+            raise PolicyError(
+                f"`multipliers` are for {unknown}, but the groups are {sorted(groups)}. Name one of these."
+            )
         object.__setattr__(self, "_groups", resolved)
+        object.__setattr__(self, "_multipliers", tuple((multipliers or {}).items()))
 
     def __repr__(self) -> str:
-        return f"Groups({dict(self._groups)!r})"
+        multipliers = f", multipliers={dict(self._multipliers)!r}" if self._multipliers else ""
+        return f"Groups({dict(self._groups)!r}{multipliers})"
+
+    def multiplier(self, variable: VariableInfo) -> float:
+        return dict(self._multipliers).get(self.group(variable) or "", 1.0)
 
     def wheres(self) -> tuple[Where, ...]:
         return tuple(where for _, where in self._groups)

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 STYLES = ("auto", "bar", "lines", "none")
 
 
-class Progress:
+class Display:
     """The progress of one pass over the data after the other.
 
     What it shows is asked for only when it is shown, at most every `every_seconds`.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from tapeloop.selection import Selection
-from tapeloop.tree import SubmodelInfo, VariableInfo
+from tapeloop.tree import Model, SubmodelInfo, Tree, VariableInfo
 
 HEADER = ("submodel", "parameters", "group", "state", "rule", "mode", "optimizer state")
 RIGHT = {"parameters", "optimizer state"}
@@ -42,8 +42,54 @@ def explain(selection: Selection, state_bytes: Callable[[VariableInfo], int], de
             f"  frozen         {sum(v.parameters for v in selection.frozen):,}",
             f"  non-trainable  {held_by_keras:,} (statistics, seeds, Keras' flags)",
             f"optimizer state  {format_bytes(sum(map(state_bytes, everything)))}",
+            *_penalties(selection),
         ]
     )
+
+
+def paths(model: Model) -> None:
+    """Print what there is to match in a model: a row for each submodel and variable, with type, shape and flag.
+
+    Args:
+        model: A Keras model or layer, a `tf.Module`, or a mapping from names to such. One that makes its variables in
+            its first call shows them after it.
+    """
+    print("\n".join(_path_rows(Tree.of(model))))
+
+
+def _path_rows(tree: Tree) -> list[str]:
+    rows = []
+    shown: set[SubmodelInfo | VariableInfo] = set()
+
+    def unfold(submodel: SubmodelInfo) -> None:
+        if submodel in shown:
+            return
+        shown.add(submodel)
+        rows.append((_all_paths(submodel), type(submodel.object).__name__, "", ""))
+        inside = tree.children[submodel]
+        deeper = {variable for child in inside for variable in tree.held[child]}
+        for variable in tree.held[submodel]:
+            if variable not in deeper and variable not in shown:
+                shown.add(variable)
+                flag = "trainable" if variable.trainable else "seed" if variable.seed else "non-trainable"
+                rows.append((_all_paths(variable), variable.dtype, str(variable.shape), flag))
+        for child in inside:
+            unfold(child)
+
+    unfold(tree.submodels[0])
+    return _table(("path", "type", "shape", "Keras' flag"), rows, set())
+
+
+def _all_paths(found: SubmodelInfo | VariableInfo) -> str:
+    return " = ".join(path or "(model)" for path in found.paths)
+
+
+def _penalties(selection: Selection) -> list[str]:
+    """Say which weight penalties count, where there are any."""
+    penalized = [v for v in selection.tree.variables if getattr(v.variable, "regularizer", None) is not None]
+    counted = sum(variable in selection.group_of for variable in penalized)
+    left_out = len(penalized) - counted
+    return [f"weight penalties {counted} count, {left_out} of frozen variables do not"] if penalized else []
 
 
 def format_bytes(count: int) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import keras
 
 from tapeloop.errors import PolicyError
-from tapeloop.policy import VariablePolicy
+from tapeloop.policy import Progress, VariablePolicy
 from tapeloop.selection import Selection
 from tapeloop.tree import SubmodelInfo, Tree, VariableInfo
 from tapeloop.where import Where
@@ -54,6 +54,30 @@ def select(policy: VariablePolicy, tree: Tree, trains: bool = True) -> Selection
         tuple(non_trainable),
         _inference(policy, tree, {variable for group in groups.values() for variable in group}),
         rules,
+        {group: _multiplier(policy, group, variables) for group, variables in groups.items()},
+    )
+
+
+def resolve(policy: VariablePolicy, progress: Progress) -> VariablePolicy:
+    """Return the policy that holds at `progress`, however many policies lie within one another.
+
+    Raises:
+        PolicyError: An `at` returns no policy, or policies refer to each other without end.
+    """
+    current = policy
+    for _ in range(100):
+        following = current.at(progress)
+        if not isinstance(following, VariablePolicy):
+            raise PolicyError(
+                f"`{type(current).__name__}.at` must return a policy, itself where nothing changes. "
+                f"Received: {following!r} at step {progress.step}, epoch {progress.epoch}."
+            )
+        if following is current:
+            return current
+        current = following
+    raise PolicyError(
+        f"{policy!r} does not settle: each `at` returned another policy, 100 times over. An `at` must return a policy "
+        "that returns itself in the end."
     )
 
 
@@ -118,6 +142,16 @@ def _nothing_left(policy: VariablePolicy, frozen: list[VariableInfo]) -> str:
         f"{policy!r} leaves nothing to train: Keras holds every variable of the model non-trainable. "
         "Set `trainable = True` on the layers that should train."
     )
+
+
+def _multiplier(policy: VariablePolicy, group: str, variables: list[VariableInfo]) -> float:
+    found = {variable.path: policy.multiplier(variable) for variable in variables}
+    if len(set(found.values())) != 1:
+        raise PolicyError(
+            f"`{type(policy).__name__}.multiplier` must return one number for each group. "
+            f"Received for the group {group!r}: {found!r}."
+        )
+    return next(iter(found.values()))
 
 
 def _flag(variable: VariableInfo) -> str:

@@ -25,6 +25,7 @@ class Selection:
             `trainable` flags exclude.
         inference: The submodels that run in inference mode, whatever mode their parent is called in.
         rules: For every variable, the rule that put it where it is.
+        multipliers: By how much each group's learning rate is multiplied.
     """
 
     tree: Tree
@@ -33,6 +34,7 @@ class Selection:
     non_trainable: tuple[VariableInfo, ...]
     inference: tuple[SubmodelInfo, ...]
     rules: Mapping[VariableInfo, str] = field(repr=False)
+    multipliers: Mapping[str, float] = field(default_factory=dict)
 
     @functools.cached_property
     def trained(self) -> tuple[VariableInfo, ...]:

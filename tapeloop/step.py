@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,6 @@ import tensorflow as tf
 
 from tapeloop.errors import DisconnectedError
 from tapeloop.modes import frozen
-from tapeloop.objective import Means
 from tapeloop.optim import Gradient
 from tapeloop.selection import Selection
 from tapeloop.tree import VariableInfo
@@ -40,14 +40,12 @@ class Step:
     Attributes:
         selection: What trains and what runs in inference mode while the body is traced.
         kind: `"train"`, `"eval"` or `"predict"`.
-        means: The running means of what the body returns, where that is logs.
         trace_count: How often the body was traced.
     """
 
     def __init__(self, kind: str, body: Callable[[Any], Any], selection: Selection, autograph: bool) -> None:
         self.kind = kind
         self.selection = selection
-        self.means = Means()
         self.trace_count = 0
         self._body = body
         # TensorFlow counts traces by code, and would warn that all steps together retrace: a partial is one of a kind.
@@ -55,11 +53,15 @@ class Step:
 
     def __call__(self, batch: Any) -> Any:
         """Run the body on a batch."""
-        return self._function(batch)
+        traced = self.trace_count
+        result = self._function(batch)
+        if self.trace_count > traced:
+            self.trace(batch)
+        return result
 
     def trace(self, batch: Any) -> None:
         """Trace the body for batches like this one, which shows what is wrong with it before anything has moved."""
-        self._function.get_concrete_function(batch)
+        _warn_untracked(self._function.get_concrete_function(batch), self.selection)
 
     def _run(self, batch: Any) -> Any:
         with frozen(self.selection):
@@ -85,6 +87,19 @@ def connected_gradients(tape: GroupTape, loss: tf.Tensor) -> list[tuple[Gradient
     if missing:
         raise DisconnectedError(_disconnected(missing, len(tape.variables)))
     return list(zip(gradients, tape.variables))
+
+
+def _warn_untracked(traced: Any, selection: Selection) -> None:
+    """Name the variables that a traced step reads and the model does not track, where they could have trained."""
+    known = {id(variable.tensor) for variable in selection.tree.variables}
+    unknown = sorted({variable.name for variable in traced.trainable_variables if id(variable) not in known})
+    if unknown:
+        warnings.warn(
+            f"The step reads {len(unknown)} variables that the model does not track, such as "
+            f"{', '.join(f'`{name}`' for name in unknown[:5])}: no policy can see them, and they do not train. Make "
+            "them by `add_weight`, or assign their layer to an attribute of a Keras layer or `tf.Module`.",
+            stacklevel=2,
+        )
 
 
 def _disconnected(missing: list[VariableInfo], total: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import keras
@@ -10,13 +11,13 @@ import tensorflow as tf
 
 from tapeloop import report
 from tapeloop.body import OVERRIDABLE, Body
-from tapeloop.data import Batches, as_batches, whole_number
+from tapeloop.data import as_batches, whole_number
 from tapeloop.loop import History, Loop
 from tapeloop.objective import Objective
-from tapeloop.optim import Optimizers
-from tapeloop.policy import TrainAll, VariablePolicy
-from tapeloop.progress import Progress
-from tapeloop.select import select
+from tapeloop.optim import LearningRates, Optimizers
+from tapeloop.policy import Progress, TrainAll, VariablePolicy
+from tapeloop.progress import Display
+from tapeloop.select import resolve, select
 from tapeloop.selection import Selection
 from tapeloop.step import Step
 from tapeloop.tree import Model, Tree
@@ -72,6 +73,8 @@ class Trainer(Body):
         autograph = any(getattr(type(self), name) is not getattr(Body, name) for name in OVERRIDABLE)
         bodies = {"train": self.train_step, "eval": self.eval_step, "predict": self._predict_step}
         self._loop = Loop(bodies, self._objective, autograph)
+        self._selections: dict[VariablePolicy, Selection] = {}
+        self._prepared: Selection | None = None
 
     # Running
 
@@ -117,9 +120,12 @@ class Trainer(Body):
             validation.check_lasts(epochs)
             validation.peek()
         batches.check_lasts(epochs)
-        return self._loop.fit(self._prepare, batches, validation, epochs, Progress(progress))
+        self._loop.build(self.model, batches.peek())
+        return self._loop.fit(
+            self._phase, lambda: self.policy.every, self._evaluation, batches, validation, epochs, Display(progress)
+        )
 
-    def evaluate(self, data: Any, *, batch_size: int = 32, progress: str = "auto") -> dict[str, float]:
+    def evaluate(self, data: Any, *, batch_size: int = 32, progress: str = "auto") -> dict[str, Any]:
         """Return the loss and metrics on data, which may be all that `fit` takes.
 
         Args:
@@ -131,7 +137,8 @@ class Trainer(Body):
             DataError: The data is empty or does not fit the model.
         """
         batches = as_batches(data, batch_size=batch_size)
-        return self._loop.run(self._prepare("eval", batches), batches, Progress(progress), "evaluation")
+        self._loop.build(self.model, batches.peek())
+        return self._loop.run(self._evaluation(), batches, Display(progress), "evaluation")
 
     def predict(self, data: Any, *, batch_size: int = 32) -> Any:
         """Return the model's outputs on data as NumPy arrays, examples first.
@@ -145,7 +152,8 @@ class Trainer(Body):
             DataError: The data is empty or does not fit the model.
         """
         batches = as_batches(data, batch_size=batch_size)
-        step = self._prepare("predict", batches)
+        self._loop.build(self.model, batches.peek())
+        step = self._loop.step("predict", self._select(trains=False))
         outputs = [tf.nest.map_structure(lambda output: np.atleast_1d(output), step(b)) for b in batches.epoch()]
         return tf.nest.map_structure(lambda *arrays: np.concatenate(arrays), *outputs)
 
@@ -168,7 +176,12 @@ class Trainer(Body):
     @property
     def selection(self) -> Selection:
         """What trains, by the policy and the model as they are now."""
-        return select(self.policy, Tree.of(self.model))
+        return self._select()
+
+    @property
+    def learning_rates(self) -> LearningRates:
+        """The learning rate of each group that trains now: `trainer.learning_rates["head"] = 1e-4` sets one."""
+        return LearningRates(self._optimizers, self.selection)
 
     @property
     def step(self) -> int:
@@ -183,7 +196,7 @@ class Trainer(Body):
     @property
     def trace_count(self) -> int:
         """How often a training step was traced: once for each selection and signature of a batch."""
-        return self._loop.trace_count("train")
+        return self._loop.trace_count()
 
     def explain(self, depth: int = 3) -> str:
         """Return a table of what trains, what is frozen, by which rule, in which mode and at what cost.
@@ -192,7 +205,7 @@ class Trainer(Body):
             depth: How many levels of submodels are shown; below the first, only where they differ inside.
         """
         selection = self.selection
-        self._optimizers.prepare(selection)
+        self._optimizers.prepare(selection, changing=True)
         return report.explain(selection, self._optimizers.state_bytes, depth)
 
     # Within
@@ -200,10 +213,29 @@ class Trainer(Body):
     def _predict_step(self, batch: Any) -> Any:
         return self.forward(keras.utils.unpack_x_y_sample_weight(batch)[0], training=False)
 
-    def _prepare(self, kind: str, batches: Batches) -> Step:
-        """Return the step for what trains now, everything that it needs being made."""
-        self._loop.build(self.model, batches.peek())
-        selection = select(self.policy, Tree.of(self.model), trains=kind == "train")
-        if kind == "train":
-            self._optimizers.prepare(selection)
-        return self._loop.step(kind, selection)
+    def _select(self, trains: bool = True) -> Selection:
+        now = Progress(self.step, self.epoch, self._loop.last_logs)
+        return select(resolve(self.policy, now), Tree.of(self.model), trains)
+
+    def _evaluation(self) -> Step:
+        return self._loop.step("eval", self._select(trains=False))
+
+    def _phase(self, logs: Mapping[str, Any], starting: bool) -> tuple[Step, VariablePolicy]:
+        """Return the step and the policy that train now, everything that they need being made.
+
+        The model's flags are read at the start of an epoch; within one, a policy that held before gets its selection of
+        then.
+        """
+        if starting:
+            self._selections.clear()
+        policy = resolve(self.policy, Progress(self.step, self.epoch, logs))
+        is_value = type(policy).__hash__ not in (object.__hash__, None)  # and not one that may answer anew each time
+        selection = self._selections.get(policy) if is_value else None
+        if selection is None:
+            selection = select(policy, Tree.of(self.model))
+            if is_value:
+                self._selections[policy] = selection
+        if selection is not self._prepared:
+            self._optimizers.prepare(selection, changing=policy is not self.policy)
+            self._prepared = selection
+        return self._loop.step("train", selection), policy

@@ -49,6 +49,7 @@ class VariableInfo:
         submodels: The submodels that hold it, at any depth, the root first.
         trainable: Whether Keras (for a `tf.Variable`, TensorFlow) says that it can train.
         seed: Whether it is the state of a `keras.random.SeedGenerator`.
+        tree: The model that it is a part of.
     """
 
     variable: Variable = field(repr=False)
@@ -56,6 +57,7 @@ class VariableInfo:
     submodels: tuple[SubmodelInfo, ...] = field(repr=False)
     trainable: bool
     seed: bool = False
+    tree: Tree = field(init=False, repr=False)
 
     @property
     def path(self) -> str:
@@ -74,7 +76,7 @@ class VariableInfo:
 
     @property
     def dtype(self) -> str:
-        """The name of its dtype: `float32`."""
+        """The name of its dtype."""
         return tf.as_dtype(self.variable.dtype).name
 
     @property
@@ -214,11 +216,8 @@ class _Walk:
             self.enter(child, f"{path}/{segment}".lstrip("/"), (*stack, key))
 
     def tree(self) -> Tree:
-        submodels = {
-            key: SubmodelInfo(found, tuple(self.paths[key]))
-            for key, found in self.found.items()
-            if not _is_variable(found)
-        }
+        apart = [(key, found) for key, found in self.found.items() if not _is_variable(found)]
+        submodels = {key: SubmodelInfo(found, tuple(self.paths[key])) for key, found in apart}
         variables = tuple(
             VariableInfo(
                 found,
@@ -230,7 +229,10 @@ class _Walk:
             for key, found in self.found.items()
             if _is_variable(found)
         )
-        return Tree(tuple(submodels.values()), variables)
+        tree = Tree(tuple(submodels.values()), variables)
+        for variable in variables:
+            object.__setattr__(variable, "tree", tree)
+        return tree
 
 
 def _children(parent: Any) -> Iterator[tuple[str, Any]]:

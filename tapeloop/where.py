@@ -254,10 +254,15 @@ def as_where(value: WhereLike) -> Where:
     raise TypeError(f"A where must be a path glob, a submodel or a `Where`. Received: {value!r}.{hint}")
 
 
-def _matches(pattern: tuple[str, ...], path: tuple[str, ...]) -> bool:
-    """Tell whether a glob's segments match the path or the first segments of it."""
+def matches_whole(pattern: str, path: str) -> bool:
+    """Tell whether a glob matches a path to its end, and not only the first segments of it."""
+    return _matches(tuple(pattern.split("/")), tuple(path.split("/")), whole=True)
+
+
+def _matches(pattern: tuple[str, ...], path: tuple[str, ...], whole: bool = False) -> bool:
+    """Tell whether a glob's segments match the path or, unless `whole`, the first segments of it."""
     if not pattern:
-        return True
+        return not (whole and path)
     if pattern[0] == "**":
-        return _matches(pattern[1:], path) or (bool(path) and _matches(pattern, path[1:]))
-    return bool(path) and fnmatch.fnmatchcase(path[0], pattern[0]) and _matches(pattern[1:], path[1:])
+        return _matches(pattern[1:], path, whole) or (bool(path) and _matches(pattern, path[1:], whole))
+    return bool(path) and fnmatch.fnmatchcase(path[0], pattern[0]) and _matches(pattern[1:], path[1:], whole)

@@ -2,7 +2,7 @@ import io
 
 import pytest
 
-from tapeloop.progress import Progress
+from tapeloop.progress import Display
 
 
 class Clock:
@@ -21,7 +21,7 @@ def run(style, stream, **options):
         asked.append(clock.now)
         return {"loss": 0.5, "accuracy": 0.25}
 
-    progress = Progress(style, stream=stream, clock=clock, **options)
+    progress = Display(style, stream=stream, clock=clock, **options)
     progress.start("epoch 1/2", 10)
     for _ in range(10):
         clock.now += 0.03
@@ -68,7 +68,7 @@ def test_none_is_silent():
 
 def test_a_pass_that_raises_leaves_a_closed_bar():
     stream = io.StringIO()
-    progress = Progress("bar", stream=stream)
+    progress = Display("bar", stream=stream)
     progress.start("epoch", 3)
     progress.close()
     progress.close()
@@ -77,4 +77,4 @@ def test_a_pass_that_raises_leaves_a_closed_bar():
 
 def test_other_styles_are_refused():
     with pytest.raises(ValueError, match=r"`progress` must be one of 'auto', 'bar', 'lines', 'none'. Received: 'loud'"):
-        Progress("loud")
+        Display("loud")

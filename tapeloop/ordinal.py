@@ -1,0 +1,103 @@
+"""Wheres that count submodels in the order of construction: the first blocks, the last two convolutions."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import keras
+import tensorflow as tf
+
+from tapeloop.tree import SubmodelInfo, Tree, VariableInfo
+from tapeloop.where import Where, matches_whole
+
+Of: TypeAlias = "type | str"
+
+_CANDIDATES: weakref.WeakKeyDictionary[Tree, dict[Of, tuple[SubmodelInfo, ...]]] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Ordinal(Where):
+    """See `first` and `last`."""
+
+    end: str
+    n: int
+    of: Of
+
+    def __call__(self, variable: VariableInfo) -> bool:
+        found = candidates(variable.tree, self.of)
+        chosen = found[: self.n] if self.end == "first" else found[-self.n :]
+        return any(submodel in variable.submodels for submodel in chosen)
+
+    def __repr__(self) -> str:
+        return f"{self.end}({self.n}, of={said(self.of)})"
+
+    def patterns(self) -> tuple[str, ...]:
+        return (self.of,) if isinstance(self.of, str) else ()
+
+    def parts(self) -> tuple[Where, ...]:
+        return (self,)
+
+
+def first(n: int, *, of: Of) -> Where:
+    """Mean all under the first `n` submodels that `of` says, in order of construction.
+
+    Args:
+        n: How many; all of them, where there are fewer.
+        of: A class of layers, or a path glob that names submodels: `first(2, of="encoder/blocks/*")`.
+    """
+    return Ordinal("first", _checked(n), as_of(of))
+
+
+def last(n: int, *, of: Of) -> Where:
+    """Mean all under the last `n` submodels that `of` says, in order of construction.
+
+    Args:
+        n: How many; all of them, where there are fewer.
+        of: A class of layers, or a path glob that names submodels: `last(1, of=keras.layers.Conv2D)`.
+    """
+    return Ordinal("last", _checked(n), as_of(of))
+
+
+def candidates(tree: Tree, of: Of) -> tuple[SubmodelInfo, ...]:
+    """Return the submodels of a class or at a glob's paths that hold variables that can train, in the tree's order."""
+    known = _CANDIDATES.setdefault(tree, {})
+    if of not in known:
+        known[of] = tuple(
+            submodel
+            for submodel in tree.submodels
+            if _is_meant(submodel, of) and any(variable.trainable for variable in tree.held[submodel])
+        )
+    return known[of]
+
+
+def as_of(of: Of) -> Of:
+    """Check what a user says to count.
+
+    Raises:
+        TypeError: It is no class of layers and no path glob.
+    """
+    if isinstance(of, str) or (isinstance(of, type) and issubclass(of, (keras.Layer, tf.Module))):
+        return of
+    raise TypeError(
+        "`of` must be a class of layers, or a path glob that names submodels, as in 'encoder/blocks/*'. "
+        f"Received: {of!r}."
+    )
+
+
+def said(of: Of) -> str:
+    """Say what is counted as it was written."""
+    return repr(of) if isinstance(of, str) else of.__name__
+
+
+def _is_meant(submodel: SubmodelInfo, of: Of) -> bool:
+    if isinstance(of, str):
+        return any(path and matches_whole(of, path) for path in submodel.paths)
+    return isinstance(submodel.object, of)
+
+
+def _checked(n: int) -> int:
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise ValueError(f"`n` must be a whole number of submodels, 1 or more. Received: {n!r}.")
+    return n
