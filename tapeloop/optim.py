@@ -120,6 +120,19 @@ class Optimizers:
         self._set: dict[str, float] = {}
         self.cohorts: list[Cohort] = []
 
+    def check(self, selection: Selection, *, changing: bool = False) -> None:
+        """Check that there is an optimizer for each group, and, unless the policy is changing, a group for each.
+
+        Raises:
+            PolicyError: There is not.
+        """
+        names, groups = set(self._templates), set(selection.groups)
+        if self._by_group and not (groups <= names if changing else groups == names):
+            raise PolicyError(
+                f"`optimizer` must have one entry for each group of the policy. "
+                f"The groups are {sorted(groups)}, the optimizers are for {sorted(names)}."
+            )
+
     def prepare(self, selection: Selection, *, changing: bool = False) -> None:
         """Make the state of every variable that trains and has none, and set the groups' learning rates.
 
@@ -130,12 +143,7 @@ class Optimizers:
         Raises:
             PolicyError: The names of the optimizers are not those of the groups.
         """
-        names, groups = set(self._templates), set(selection.groups)
-        if self._by_group and not (groups <= names if changing else groups == names):
-            raise PolicyError(
-                f"`optimizer` must have one entry for each group of the policy. "
-                f"The groups are {sorted(groups)}, the optimizers are for {sorted(names)}."
-            )
+        self.check(selection, changing=changing)
         for group, variables in selection.groups.items():
             known = {key for cohort in self.cohorts if cohort.group == group for key in cohort.slots}
             joining = [variable for variable in variables if id(variable.variable) not in known]

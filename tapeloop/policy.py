@@ -68,6 +68,10 @@ class VariablePolicy:
         """
         return not trained
 
+    def phases(self) -> tuple[VariablePolicy, ...]:
+        """The policies that may hold as training goes, where they are known before it: each is checked at its start."""
+        return ()
+
     def multiplier(self, variable: VariableInfo) -> float:
         """Return by how much the learning rate of the variable's group is multiplied; one number for each group."""
         return 1.0

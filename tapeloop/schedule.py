@@ -51,6 +51,9 @@ class Phases(VariablePolicy):
     def __repr__(self) -> str:
         return f"Phases({dict(self._phases)!r}{_said(self._unit, 'epoch')})"
 
+    def phases(self) -> tuple[VariablePolicy, ...]:
+        return tuple(policy for _, policy in self._phases)
+
     @property
     def every(self) -> int | None:
         own = [start for start, _ in self._phases if start] if self._unit == "step" else []
@@ -96,6 +99,9 @@ class GradualUnfreeze(VariablePolicy):
     def every(self) -> int | None:
         return self._each if self._unit == "step" else None
 
+    def phases(self) -> tuple[VariablePolicy, ...]:
+        return tuple(TrainOnly(*self._stages[:count]) for count in range(1, 1 + len(self._stages)))
+
     def at(self, progress: Progress) -> VariablePolicy:
         return TrainOnly(*self._stages[: 1 + progress.count(self._unit) // self._each])
 
@@ -127,6 +133,9 @@ class Cycle(VariablePolicy):
 
     def __repr__(self) -> str:
         return f"Cycle({list(self._policies)!r}, every={self._each}{_said(self._unit, 'step')})"
+
+    def phases(self) -> tuple[VariablePolicy, ...]:
+        return self._policies
 
     @property
     def every(self) -> int | None:

@@ -144,6 +144,21 @@ def _nothing_left(policy: VariablePolicy, frozen: list[VariableInfo]) -> str:
     )
 
 
+def selections_to_come(policy: VariablePolicy, tree: Tree) -> list[Selection]:
+    """Resolve every policy that is known to hold some day, so that none fails when its day comes.
+
+    Raises:
+        PolicyError: One of them cannot be resolved for the model.
+    """
+    found = []
+    for phase in policy.phases():
+        if phase.phases():
+            found += selections_to_come(phase, tree)
+        elif type(phase).at is VariablePolicy.at:
+            found.append(select(phase, tree))
+    return found
+
+
 def _multiplier(policy: VariablePolicy, group: str, variables: list[VariableInfo]) -> float:
     found = {variable.path: policy.multiplier(variable) for variable in variables}
     if len(set(found.values())) != 1:

@@ -17,7 +17,7 @@ from tapeloop.objective import Objective
 from tapeloop.optim import LearningRates, Optimizers
 from tapeloop.policy import Progress, TrainAll, VariablePolicy
 from tapeloop.progress import Display
-from tapeloop.select import resolve, select
+from tapeloop.select import resolve, select, selections_to_come
 from tapeloop.selection import Selection
 from tapeloop.step import Step
 from tapeloop.tree import Model, Tree
@@ -121,6 +121,8 @@ class Trainer(Body):
             validation.peek()
         batches.check_lasts(epochs)
         self._loop.build(self.model, batches.peek())
+        for selection in selections_to_come(self.policy, Tree.of(self.model)):
+            self._optimizers.check(selection, changing=True)
         return self._loop.fit(
             self._phase, lambda: self.policy.every, self._evaluation, batches, validation, epochs, Display(progress)
         )

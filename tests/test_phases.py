@@ -221,3 +221,32 @@ def test_variables_that_the_model_does_not_track_are_named_in_a_warning():
     x = np.ones((4, 3), "float32")
     with pytest.warns(UserWarning, match=r"reads 1 variables that the model does not track, such as `hidden_scale:0`"):
         tl.Trainer(model, loss="mse").fit([(x, x[:, :1])], progress="none")
+
+
+@pytest.mark.parametrize(
+    ("policy", "options", "text"),
+    [
+        (tl.Cycle([HEAD, tl.Freeze("**")], every=100), {}, r"Freeze\(glob\('\*\*'\)\) leaves nothing to train"),
+        (tl.Phases({0: HEAD, 5: tl.Cycle([ALL, tl.TrainOnly("haed")])}), {}, r"glob\('haed'\) .* matches no variable"),
+        (tl.GradualUnfreeze(["head", "bsae"]), {}, r"glob\('bsae'\) .* matches no variable"),
+        (
+            tl.Phases({0: tl.Groups({"h": "head"}), 1: tl.Groups({"h": "head", "b": "base"})}),
+            {"optimizer": {"h": "sgd"}},
+            r"The groups are \['b', 'h'\], the optimizers are for \['h'\]",
+        ),
+    ],
+)
+def test_a_phase_that_cannot_hold_is_found_before_anything_has_moved(policy, options, text):
+    trainer = trainer_of(policy=policy, **options)
+    before = models.values(trainer.model)
+    with pytest.raises(tl.PolicyError, match=text):
+        trainer.fit(models.images(8), epochs=9, progress="none")
+    assert models.values(trainer.model) == before
+    assert trainer.step == 0
+
+
+def test_groups_that_come_later_may_have_their_optimizers_from_the_start():
+    policy = tl.Phases({0: tl.Groups({"h": "head"}), 1: tl.Groups({"h": "head", "b": "base"})})
+    trainer = trainer_of(policy=policy, optimizer={"h": "sgd", "b": "adam"})
+    trainer.fit(models.images(8), epochs=2, progress="none")
+    assert [cohort.group for cohort in trainer._optimizers.cohorts] == ["h", "b"]

@@ -19,7 +19,7 @@ def test_every_public_name_is_there():
 
 def test_the_snippets_run_one_after_the_other():
     namespace, snippets = {}, re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(snippets) == 4
+    assert len(snippets) == 5
     for number, snippet in enumerate(snippets):
         exec(compile(snippet, f"README.md snippet {number + 1}", "exec"), namespace)
         if number == 0:
@@ -66,6 +66,12 @@ def test_partial_freeze():
 def test_explicit_tape():
     accuracies = re.findall(r"accuracy ([\d.]+)", run("explicit_tape"))
     assert float(accuracies[-1]) > 0.85
+
+
+def test_adaptive_policy():
+    printed = run("adaptive_policy")
+    assert re.search(r"\n3 phases, 6 traces", printed)
+    assert float(re.findall(r"accuracy ([\d.]+)", printed)[-1]) > 0.85
 
 
 @pytest.mark.parametrize("command", ["make demo", "make test"])

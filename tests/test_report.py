@@ -112,3 +112,53 @@ def test_depth_must_be_a_number_of_levels(depth):
 )
 def test_bytes_are_said_in_the_largest_fitting_unit(count, said):
     assert format_bytes(count) == said
+
+
+def test_penalties_that_count_and_that_do_not_are_told():
+    penalized = [keras.layers.Dense(2, kernel_regularizer="l2", name=name) for name in ("a", "b", "c")]
+    model = keras.Sequential([keras.Input((2,)), *penalized])
+    table = tl.Trainer(model, tl.TrainOnly("c"), loss="mse").explain()
+    assert table.splitlines()[-1] == "weight penalties 1 count, 2 of frozen variables do not"
+
+
+PATHS = """
+path                                                type                shape         Keras' flag
+---------------------------------------------------------------------------------------------------
+(model)                                             dict
+one                                                 Sequential
+one/conv                                            Conv2D
+one/conv/kernel                                     float32             (3, 3, 1, 4)  non-trainable
+one/conv/bias                                       float32             (4,)          non-trainable
+one/bn = two/again                                  BatchNormalization
+one/bn/gamma = two/again/gamma                      float32             (4,)          trainable
+one/bn/beta = two/again/beta                        float32             (4,)          trainable
+one/bn/moving_mean = two/again/moving_mean          float32             (4,)          non-trainable
+one/bn/moving_variance = two/again/moving_variance  float32             (4,)          non-trainable
+one/drop                                            Dropout
+one/drop/seed_generator/state                       int64               (2,)          seed
+one/flat                                            Flatten
+two                                                 Module
+two/w                                               float32             (64, 3)       trainable
+two/b/0                                             float32             (3,)          trainable
+two/b/1                                             float32             ()            non-trainable
+two/base                                            Sequential
+two/base/conv                                       Conv2D
+two/base/conv/kernel                                float32             (3, 3, 1, 4)  trainable
+two/base/conv/bias                                  float32             (4,)          trainable
+two/base/bn                                         BatchNormalization
+two/base/bn/gamma                                   float32             (4,)          trainable
+two/base/bn/beta                                    float32             (4,)          trainable
+two/base/bn/moving_mean                             float32             (4,)          non-trainable
+two/base/bn/moving_variance                         float32             (4,)          non-trainable
+two/base/drop                                       Dropout
+two/base/drop/seed_generator/state                  int64               (2,)          seed
+two/base/flat                                       Flatten
+"""
+
+
+def test_the_paths_of_a_model_are_printed(capsys):
+    model = {"one": keras.Sequential([keras.Input((6, 6, 1)), *models.base_layers()], name="s"), "two": models.Module()}
+    model["one"].get_layer("conv").trainable = False
+    model["two"].again = model["one"].get_layer("bn")
+    assert tl.paths(model) is None
+    assert capsys.readouterr().out == PATHS.lstrip("\n")

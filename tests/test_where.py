@@ -135,3 +135,39 @@ def test_reprs_read_as_written(model):
 def test_wrong_uses(make, error, text):
     with pytest.raises(error, match=text):
         make()
+
+
+def blocks():
+    layers = [keras.layers.Dense(3, name=f"block{index}") for index in range(4)]
+    return keras.Sequential([keras.Input((3,)), keras.layers.Dropout(0.1, name="block_drop"), *layers])
+
+
+@pytest.mark.parametrize(
+    ("where", "chosen_blocks"),
+    [
+        (tl.first(1, of="block*"), [0]),
+        (tl.first(2, of=keras.layers.Dense), [0, 1]),
+        (tl.last(1, of="block*"), [3]),
+        (tl.last(3, of=keras.layers.Layer), [1, 2, 3]),
+        (tl.last(9, of="block*"), [0, 1, 2, 3]),
+        (~tl.first(3, of="block*"), [3]),
+        (tl.first(1, of="stage*"), []),
+    ],
+)
+def test_submodels_are_counted_in_order_of_construction(where, chosen_blocks):
+    tree = Tree.of(blocks())
+    expected = [f"block{index}/{name}" for index in chosen_blocks for name in ("kernel", "bias")]
+    assert [v.path for v in tree.variables if v.trainable and where(v)] == expected
+
+
+def test_ordinals_are_values():
+    assert tl.first(2, of="b*") == tl.first(2, of="b*") != tl.last(2, of="b*")
+    assert repr(tl.first(2, of="b*")) == "first(2, of='b*')"
+    assert repr(tl.last(1, of=keras.layers.Dense)) == "last(1, of=Dense)"
+    for wrong in (0, 1.5, True):
+        with pytest.raises(ValueError, match=r"`n` must be a whole number of submodels, 1 or more"):
+            tl.first(wrong, of="b*")
+    with pytest.raises(TypeError, match=r"`of` must be a class of layers, or a path glob"):
+        tl.last(1, of=int)
+    with pytest.raises(tl.PolicyError, match=r"first\(1, of='stage\*'\) in .* matches no variable"):
+        assert tl.Trainer(blocks(), tl.Freeze(tl.first(1, of="stage*"))).selection
