@@ -250,3 +250,35 @@ def test_groups_that_come_later_may_have_their_optimizers_from_the_start():
     trainer = trainer_of(policy=policy, optimizer={"h": "sgd", "b": "adam"})
     trainer.fit(models.images(8), epochs=2, progress="none")
     assert [cohort.group for cohort in trainer._optimizers.cohorts] == ["h", "b"]
+
+
+def test_a_layer_in_a_plain_object_is_named_too():
+    class Box:
+        def __init__(self):
+            self.layer = keras.layers.Dense(3)
+
+    class Net(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.box, self.head = Box(), keras.layers.Dense(1)
+
+        def call(self, x):
+            return self.head(self.box.layer(x))
+
+    net = Net()
+    net(np.ones((2, 3), "float32"))
+    with pytest.warns(UserWarning, match=r"reads 2 variables that the model does not track"):
+        tl.Trainer(net, loss="mse").fit([(np.ones((4, 3), "float32"), np.ones((4, 1), "float32"))], progress="none")
+
+
+def test_a_policy_that_cannot_be_hashed_serves_too():
+    @dataclass
+    class Plain(tl.VariablePolicy):
+        name: str
+
+        def group(self, variable):
+            return self.name
+
+    trainer = trainer_of(policy=Plain("all"))
+    trainer.fit([models.images(8)] * 2, epochs=2, progress="none")
+    assert trainer.trace_count == 1
