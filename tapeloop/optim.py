@@ -23,17 +23,22 @@ class Rate:
 
     def __init__(self, optimizer: keras.optimizers.Optimizer) -> None:
         self._optimizer = optimizer
-        self._schedule = _compat.schedule_of(optimizer)
-        self._base = 0.0 if self._schedule is not None else float(optimizer.learning_rate)
-        self._multiplier: tf.Variable | None = None
+        schedule = _compat.schedule_of(optimizer)
+        self._base = 0.0 if schedule is not None else float(optimizer.learning_rate)
+        self._schedule = None if schedule is None else Multiplied(schedule)
         if self._schedule is not None:
-            self._multiplier = tf.Variable(1.0, trainable=False)
-            optimizer.learning_rate = Multiplied(self._schedule, self._multiplier)
+            optimizer.learning_rate = self._schedule
+
+    def get(self, multiplier: float, rate: float | None) -> float:
+        """Return the rate that `set` would give now."""
+        if self._schedule is not None:
+            return multiplier * self._schedule.unmultiplied(self._optimizer.iterations)
+        return self._base * multiplier if rate is None else rate
 
     def set(self, multiplier: float, rate: float | None) -> None:
         """Set the rate to a number, or to the template's times a multiplier."""
-        if self._multiplier is not None:
-            self._multiplier.assign(multiplier)
+        if self._schedule is not None:
+            self._schedule.multiplier.assign(multiplier)
         else:
             self._optimizer.learning_rate = self._base * multiplier if rate is None else rate
 
@@ -41,15 +46,21 @@ class Rate:
 class Multiplied(keras.optimizers.schedules.LearningRateSchedule):
     """A schedule, or a function without arguments, times a variable."""
 
-    def __init__(self, schedule: Any, multiplier: tf.Variable) -> None:
+    def __init__(self, schedule: Any) -> None:
         self.schedule = schedule
-        self.multiplier = multiplier
+        self.multiplier = tf.Variable(1.0, trainable=False)
 
     def __call__(self, step: Any) -> tf.Tensor:
         """Return the learning rate at a step of the optimizer's own count."""
+        return tf.cast(self._at(step), self.multiplier.dtype) * self.multiplier
+
+    def unmultiplied(self, step: Any) -> float:
+        """Return the schedule's own number at a step."""
+        return float(self._at(step))
+
+    def _at(self, step: Any) -> Any:
         is_schedule = isinstance(self.schedule, keras.optimizers.schedules.LearningRateSchedule)
-        rate = self.schedule(step) if is_schedule else self.schedule()
-        return tf.cast(rate, self.multiplier.dtype) * self.multiplier
+        return self.schedule(step) if is_schedule else self.schedule()
 
 
 class LearningRates(Mapping[str, float]):
@@ -155,11 +166,12 @@ class Optimizers:
 
     def learning_rate(self, selection: Selection, group: str) -> float:
         """Return the learning rate of a group now: where cohorts differ, that of the one that began first."""
+        multiplier = selection.multipliers[group]
         for cohort in self.cohorts:
             if cohort.group == group:
-                return float(cohort.optimizer.learning_rate)
+                return cohort.rate.get(multiplier, self._set.get(group))
         rate = self._set.get(group)
-        return selection.multipliers[group] * float(self._template(group).learning_rate) if rate is None else rate
+        return multiplier * float(self._template(group).learning_rate) if rate is None else rate
 
     def set_learning_rate(self, group: str, value: float) -> None:
         """Set the learning rate of a group, from now on and without a new trace.

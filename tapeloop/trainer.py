@@ -231,13 +231,22 @@ class Trainer(Body):
         if starting:
             self._selections.clear()
         policy = resolve(self.policy, Progress(self.step, self.epoch, logs))
-        is_value = type(policy).__hash__ not in (object.__hash__, None)  # and not one that may answer anew each time
+        is_value = _is_value(policy)
         selection = self._selections.get(policy) if is_value else None
         if selection is None:
             selection = select(policy, Tree.of(self.model))
             if is_value:
                 self._selections[policy] = selection
         if selection is not self._prepared:
-            self._optimizers.prepare(selection, changing=policy is not self.policy)
+            self._optimizers.prepare(selection, changing=type(self.policy).at is not VariablePolicy.at)
             self._prepared = selection
         return self._loop.step("train", selection), policy
+
+
+def _is_value(policy: VariablePolicy) -> bool:
+    """Tell whether a policy is a value, and not an object that may answer anew each time it is asked."""
+    try:
+        hash(policy)
+    except TypeError:
+        return False
+    return type(policy).__hash__ is not object.__hash__

@@ -88,48 +88,6 @@ def test_momentum_of_what_stays_is_carried_over_bit_by_bit():
     assert not any(changing._optimizers.state_bytes(v) for v in changing.selection.frozen)
 
 
-def test_learning_rates_are_read_and_set_without_a_trace():
-    trainer = trainer_of(
-        policy=tl.Groups({"h": "head", "b": "base"}, multipliers={"b": 0.1}), optimizer=keras.optimizers.SGD(0.5)
-    )
-    assert dict(trainer.learning_rates) == pytest.approx({"b": 0.05, "h": 0.5})
-    trainer.fit([models.images(8)], progress="none")
-    trainer.learning_rates["h"] = 0.0
-    assert trainer.learning_rates["h"] == 0.0
-    before = models.values(trainer.model, "head")
-    trainer.fit([models.images(8)], progress="none")
-    assert models.values(trainer.model, "head") == before
-    assert trainer.trace_count == 1
-    assert repr(trainer.learning_rates).startswith("{'b': 0.05")
-    assert len(trainer.learning_rates) == 2
-    with pytest.raises(tl.PolicyError, match=r"There is no group 'x': the groups are \['b', 'h'\]"):
-        trainer.learning_rates["x"] = 1.0
-
-
-def test_a_rate_set_before_the_first_fit_holds():
-    trainer = trainer_of(optimizer="sgd")
-    trainer.learning_rates["default"] = 0.25
-    assert trainer.learning_rates["default"] == 0.25
-    trainer.fit([models.images(8)], progress="none")
-    assert trainer.learning_rates["default"] == 0.25
-
-
-def test_schedules_count_from_the_step_at_which_a_cohort_began():
-    schedule = keras.optimizers.schedules.PiecewiseConstantDecay([3], [1.0, 0.5])
-    trainer = trainer_of(
-        policy=tl.Phases(
-            {0: tl.Groups({"h": "head"}), 1: tl.Groups({"h": "head", "b": "base"}, multipliers={"b": 0.5})}
-        ),
-        optimizer=keras.optimizers.SGD(schedule),
-    )
-    trainer.fit([models.images(8)] * 5, progress="none")
-    assert trainer.learning_rates["h"] == 0.5
-    trainer.fit([models.images(8)] * 1, progress="none")
-    assert dict(trainer.learning_rates) == {"b": 0.5, "h": 0.5}
-    with pytest.raises(TypeError, match=r"of the group 'h' follows a schedule, and cannot be set to 1.0"):
-        trainer.learning_rates["h"] = 1.0
-
-
 @dataclass(frozen=True)
 class UnfreezeWhenLow(tl.VariablePolicy):
     """Unfreezes once the logs say so; `seen` is what `at` was asked with."""
@@ -282,3 +240,28 @@ def test_a_policy_that_cannot_be_hashed_serves_too():
     trainer = trainer_of(policy=Plain("all"))
     trainer.fit([models.images(8)] * 2, epochs=2, progress="none")
     assert trainer.trace_count == 1
+
+
+@dataclass(frozen=True)
+class WithList(tl.VariablePolicy):
+    names: list
+
+    def group(self, variable):
+        return "g" if variable.path.split("/")[0] in self.names else None
+
+
+def test_a_frozen_policy_with_a_list_in_it_serves_too():
+    trainer = trainer_of(policy=tl.Phases({0: WithList(["head"]), 1: WithList(["base"])}))
+    assert [len(phase.selection.trained) for phase in trainer.fit([models.images(8)], epochs=2).phases] == [2, 4]
+
+
+def test_a_policy_that_first_returns_itself_may_have_optimizers_for_later():
+    class Later(tl.VariablePolicy):
+        def at(self, progress):
+            return self if progress.epoch < 1 else tl.Groups({"g": "head", "h": "base"})
+
+        def group(self, variable):
+            return "g" if variable.path.startswith("head") else None
+
+    trainer = trainer_of(policy=Later(), optimizer={"g": "sgd", "h": "adam"})
+    assert len(trainer.fit([models.images(8)], epochs=2, progress="none").phases) == 2
