@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tapeloop.checks import whole_number
 from tapeloop.errors import DataError
 from tapeloop.objective import shapes
 
@@ -74,17 +75,6 @@ class Batches:
             f"`{self._name}` is empty: it was asked for a batch and has none. Pass a dataset with at least "
             "one batch; a generator that has been gone through cannot start again."
         )
-
-
-def whole_number(name: str, value: Any, least: int) -> int:
-    """Check a user's whole number, which may be NumPy's.
-
-    Raises:
-        ValueError: It is none, or less than `least`.
-    """
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)) or value < least:
-        raise ValueError(f"`{name}` must be a whole number, {least} or more. Received: {value!r}.")
-    return int(value)
 
 
 def as_batches(

@@ -41,6 +41,21 @@ class Phase:
     selection: Selection = field(repr=False)
 
 
+@dataclass(frozen=True)
+class Due:
+    """What trains next.
+
+    Attributes:
+        step: The compiled step.
+        policy: The policy that it is for.
+        every_steps: At which multiples of steps it is to be asked anew within an epoch, or None.
+    """
+
+    step: Step
+    policy: VariablePolicy
+    every_steps: int | None
+
+
 @dataclass
 class History:
     """What a fit recorded.
@@ -129,8 +144,7 @@ class Loop:
 
     def fit(
         self,
-        phases: Callable[[Mapping[str, Any], bool], tuple[Step, VariablePolicy]],
-        every: Callable[[], int | None],
+        phases: Callable[[Mapping[str, Any], bool], Due],
         evaluation: Callable[[], Step],
         batches: Batches,
         validation: Batches | None,
@@ -140,9 +154,8 @@ class Loop:
         """Train for some epochs on `batches`, evaluating after each on `validation`.
 
         Args:
-            phases: Gives the step that trains now and its policy, by the last logs; its second argument tells whether
-                an epoch starts, for then the model is read anew.
-            every: Gives the number of steps after which it is asked within an epoch, or None.
+            phases: Gives what trains now, by the last logs; its second argument tells whether an epoch starts, for then
+                the model is read anew.
             evaluation: Gives the step that evaluates.
             batches: What to train on.
             validation: What to evaluate on.
@@ -151,18 +164,18 @@ class Loop:
         """
         history = History()
 
-        def choose(logs: Mapping[str, Any], starting: bool) -> Step:
-            step, policy = phases(logs, starting)
-            if not history.phases or history.phases[-1].selection != step.selection:
-                history.phases.append(Phase(self.steps_done, self.epochs_done, policy, step.selection))
-            return step
+        def choose(logs: Mapping[str, Any], starting: bool = False) -> Due:
+            due = phases(logs, starting)
+            if not history.phases or history.phases[-1].selection != due.step.selection:
+                history.phases.append(Phase(self.steps_done, self.epochs_done, due.policy, due.step.selection))
+            return due
 
         for number in range(1, epochs + 1):
-            step = choose(self.last_logs, True)
+            due = choose(self.last_logs, starting=True)
             if validation is not None and number == 1:
-                step.trace(batches.peek())
+                due.step.trace(batches.peek())
                 evaluation().trace(validation.peek())
-            logs = self.run(step, batches, shown, f"epoch {number}/{epochs}", every(), choose)
+            logs = self.run(due.step, batches, shown, f"epoch {number}/{epochs}", due.every_steps, choose)
             if validation is not None:
                 evaluated = self.run(evaluation(), validation, shown, "  validation")
                 logs |= {f"val_{name}": value for name, value in evaluated.items()}
@@ -179,8 +192,8 @@ class Loop:
         batches: Batches,
         shown: Display,
         title: str,
-        every: int | None = None,
-        choose: Callable[[Mapping[str, Any], bool], Step] | None = None,
+        every_steps: int | None = None,
+        choose: Callable[[Mapping[str, Any]], Due] | None = None,
     ) -> dict[str, Any]:
         """Run a step over one epoch of batches and return its logs; every so many steps, `choose` the step anew."""
         means = self._means[step.kind]
@@ -190,8 +203,9 @@ class Loop:
         shown.start(title, batches.per_epoch)
         try:
             for number, batch in enumerate(batches.epoch()):
-                if every is not None and choose is not None and number and self.steps_done % every == 0:
-                    step = choose(LazyLogs(logs), False)
+                if every_steps is not None and choose is not None and number and self.steps_done % every_steps == 0:
+                    due = choose(LazyLogs(logs))
+                    step, every_steps = due.step, due.every_steps
                 step(batch)
                 self.steps_done += step.kind == "train"
                 shown.advance(int(_examples(batch)), logs)

@@ -31,10 +31,11 @@ def frozen(selection: Selection) -> Iterator[None]:
     were called themselves, which Keras 3 would otherwise overwrite with the mode of the child called last.
     """
     with inlined_functions(), inference_mode(selection), contextlib.ExitStack() as shadows:
-        for variable in _sealed(selection):
-            for name in dir(variable.tensor):
-                if name.startswith(("assign", "scatter_", "batch_scatter_")):
-                    shadows.enter_context(_shadowed(variable.tensor, name, _dropping(variable.tensor)))
+        sealed = _sealed(selection)
+        names = {kind: _assigning(kind) for kind in {type(variable.tensor) for variable in sealed}}
+        for variable in sealed:
+            for name in names[type(variable.tensor)]:
+                shadows.enter_context(_shadowed(variable.tensor, name, _dropping(variable.tensor)))
         yield
 
 
@@ -108,6 +109,11 @@ def _sealed(selection: Selection) -> list[VariableInfo]:
     idle = {submodel for submodel in selection.inference if selection.group_of.keys().isdisjoint(held[submodel])}
     state = [v for v in selection.non_trainable if not idle.isdisjoint(v.submodels)]
     return [*selection.frozen, *state]
+
+
+def _assigning(kind: type) -> tuple[str, ...]:
+    """Name the methods that assign to a variable of this kind."""
+    return tuple(name for name in dir(kind) if name.startswith(("assign", "scatter_", "batch_scatter_")))
 
 
 def _dropping(variable: tf.Variable) -> Callable[..., Any]:

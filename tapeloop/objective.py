@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import keras
@@ -55,21 +56,20 @@ class Objective:
                 "`(inputs, targets, sample_weight)`; for a loss without targets override `compute_loss`. "
                 f"The model's output is {shapes(y_pred)}."
             )
-        try:
+        with _fitting(y, y_pred, sample_weight):
             if not self._stand_in.built:
                 specs = tf.nest.map_structure(_spec, (y, y_pred, sample_weight))
                 _compat.outside_of_trace(lambda: self._build(*specs))
             return self._stand_in.compute_loss(None, y, y_pred, sample_weight)
-        except (ValueError, TypeError, KeyError, tf.errors.InvalidArgumentError) as error:
-            raise DataError(
-                f"The loss or a metric does not fit the batch: the targets are {shapes(y)}, the model's output is "
-                f"{shapes(y_pred)}, the sample weights are {shapes(sample_weight)}. "
-                f"Make the targets fit the output, or choose a loss for what they are. ({error})"
-            ) from error
 
     def update(self, y: Any, y_pred: Any, sample_weight: Any) -> None:
-        """Take a batch into the metrics."""
-        self._stand_in.compute_metrics(None, y, y_pred, sample_weight)
+        """Take a batch into the metrics.
+
+        Raises:
+            DataError: The targets do not fit a metric.
+        """
+        with _fitting(y, y_pred, sample_weight):
+            self._stand_in.compute_metrics(None, y, y_pred, sample_weight)
 
     def results(self) -> dict[str, tf.Tensor]:
         """Return the metrics since the last reset, as Keras names them."""
@@ -93,6 +93,19 @@ class Objective:
         tf.function(make, autograph=False).get_concrete_function(*specs)
         self._stand_in.built = True
         self._stand_in.reset_metrics()
+
+
+@contextlib.contextmanager
+def _fitting(y: Any, y_pred: Any, sample_weight: Any) -> Iterator[None]:
+    """Say the shapes where a loss or metric refuses a batch."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, tf.errors.InvalidArgumentError) as error:
+        raise DataError(
+            f"The loss or a metric does not fit the batch: the targets are {shapes(y)}, the model's output is "
+            f"{shapes(y_pred)}, the sample weights are {shapes(sample_weight)}. "
+            f"Make the targets fit the output, or choose a loss for what they are. ({error})"
+        ) from error
 
 
 class Means:
@@ -130,10 +143,11 @@ def added_losses(selection: Selection) -> list[tf.Tensor]:
         if submodel not in inference
         for loss in _compat.added_losses(submodel.object)
     ]
-    return losses + [_penalty(variable) for variable in selection.trained if _is_penalized(variable)]
+    return losses + [_penalty(variable) for variable in selection.trained if is_penalized(variable)]
 
 
-def _is_penalized(variable: VariableInfo) -> bool:
+def is_penalized(variable: VariableInfo) -> bool:
+    """Tell whether the model puts a weight penalty on a variable."""
     return getattr(variable.variable, "regularizer", None) is not None
 
 

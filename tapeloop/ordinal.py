@@ -9,6 +9,7 @@ from typing import TypeAlias
 import keras
 import tensorflow as tf
 
+from tapeloop.checks import whole_number
 from tapeloop.tree import SubmodelInfo, Tree, VariableInfo
 from tapeloop.where import Where, matches_whole
 
@@ -46,8 +47,12 @@ def first(n: int, *, of: Of) -> Where:
     Args:
         n: How many; all of them, where there are fewer.
         of: A class of layers, or a path glob that names submodels: `first(2, of="encoder/blocks/*")`.
+
+    Raises:
+        TypeError: `of` is neither.
+        ValueError: `n` is no whole number of 1 or more.
     """
-    return Ordinal("first", _checked(n), as_of(of))
+    return Ordinal("first", whole_number("n", n, 1), as_of(of))
 
 
 def last(n: int, *, of: Of) -> Where:
@@ -56,8 +61,12 @@ def last(n: int, *, of: Of) -> Where:
     Args:
         n: How many; all of them, where there are fewer.
         of: A class of layers, or a path glob that names submodels: `last(1, of=keras.layers.Conv2D)`.
+
+    Raises:
+        TypeError: `of` is neither.
+        ValueError: `n` is no whole number of 1 or more.
     """
-    return Ordinal("last", _checked(n), as_of(of))
+    return Ordinal("last", whole_number("n", n, 1), as_of(of))
 
 
 def candidates(tree: Tree, of: Of) -> tuple[SubmodelInfo, ...]:
@@ -95,9 +104,3 @@ def _is_meant(submodel: SubmodelInfo, of: Of) -> bool:
     if isinstance(of, str):
         return any(path and matches_whole(of, path) for path in submodel.paths)
     return isinstance(submodel.object, of)
-
-
-def _checked(n: int) -> int:
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise ValueError(f"`n` must be a whole number of submodels, 1 or more. Received: {n!r}.")
-    return n

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+from tapeloop.checks import whole_number
+from tapeloop.objective import is_penalized
 from tapeloop.selection import Selection
 from tapeloop.tree import Model, SubmodelInfo, Tree, VariableInfo
 
@@ -21,11 +23,10 @@ def explain(selection: Selection, state_bytes: Callable[[VariableInfo], int], de
             in group, rule or mode.
 
     Raises:
-        ValueError: `depth` is less than 1.
+        ValueError: `depth` is no whole number of 1 or more.
     """
-    if not isinstance(depth, int) or depth < 1:
-        raise ValueError(f"`depth` must be a whole number of levels, 1 or more. Received: {depth!r}.")
-    rows = [_row(selection, shown, state_bytes) for shown in _unfold(selection, selection.tree.submodels[0], depth)]
+    unfolded = _unfold(selection, selection.tree.submodels[0], whole_number("depth", depth, 1))
+    rows = [_row(selection, shown, state_bytes) for shown in unfolded]
     everything = selection.tree.variables
     trained = sum(variable.parameters for variable in selection.trained)
     total = sum(variable.parameters for variable in everything)
@@ -86,7 +87,7 @@ def _all_paths(found: SubmodelInfo | VariableInfo) -> str:
 
 def _penalties(selection: Selection) -> list[str]:
     """Say which weight penalties count, where there are any."""
-    penalized = [v for v in selection.tree.variables if getattr(v.variable, "regularizer", None) is not None]
+    penalized = [variable for variable in selection.tree.variables if is_penalized(variable)]
     counted = sum(variable in selection.group_of for variable in penalized)
     left_out = len(penalized) - counted
     return [f"weight penalties {counted} count, {left_out} of frozen variables do not"] if penalized else []

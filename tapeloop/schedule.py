@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from tapeloop.checks import whole_number
 from tapeloop.errors import PolicyError
 from tapeloop.ordinal import Of, as_of, candidates, said
 from tapeloop.policy import DEFAULT_GROUP, Progress, TrainOnly, VariablePolicy
@@ -32,20 +33,20 @@ class Phases(VariablePolicy):
 
         Raises:
             PolicyError: No phase starts at 0.
-            TypeError: A key is no whole number, or a phase no policy.
+            TypeError: `phases` is no mapping, or a phase no policy.
+            ValueError: A key is no whole number, or `unit` no unit.
         """
         if not isinstance(phases, Mapping) or not phases:
             raise TypeError(f"`Phases` takes a mapping from whole numbers to policies. Received: {phases!r}.")
-        for start, policy in phases.items():
-            if isinstance(start, bool) or not isinstance(start, int) or start < 0:
-                raise TypeError(f"`Phases` starts phases at whole numbers, 0 or more. Received: {start!r}.")
+        starts = {whole_number("phases", start, 0): policy for start, policy in phases.items()}
+        for policy in starts.values():
             _check_policy("Phases", policy)
-        if 0 not in phases:
+        if 0 not in starts:
             raise PolicyError(
                 "`Phases` must say what trains from the start. "
-                f"The first phase is at {unit} {min(phases)}: add one at 0."
+                f"The first phase is at {unit} {min(starts)}: add one at 0."
             )
-        object.__setattr__(self, "_phases", tuple(sorted(phases.items(), key=lambda phase: phase[0])))
+        object.__setattr__(self, "_phases", tuple(sorted(starts.items(), key=lambda start: start[0])))
         object.__setattr__(self, "_unit", _check_unit(unit))
 
     def __repr__(self) -> str:
@@ -56,8 +57,7 @@ class Phases(VariablePolicy):
 
     @property
     def every(self) -> int | None:
-        own = [start for start, _ in self._phases if start] if self._unit == "step" else []
-        return _common([*own, *_every(policy for _, policy in self._phases)])
+        return math.gcd(*(start for start, _ in self._phases)) or None if self._unit == "step" else None
 
     def at(self, progress: Progress) -> VariablePolicy:
         now = progress.count(self._unit)
@@ -82,6 +82,11 @@ class GradualUnfreeze(VariablePolicy):
             stages: What trains first, what joins then, and so on.
             every: How many epochs (or steps) lie between two stages.
             unit: What `every` counts: `"epoch"` or `"step"`.
+
+        Raises:
+            PolicyError: There are no stages.
+            TypeError: `stages` is no list of wheres.
+            ValueError: `every` is no whole number of 1 or more, or `unit` no unit.
         """
         if isinstance(stages, str) or not isinstance(stages, Iterable):
             raise TypeError(f"`GradualUnfreeze` takes a list of wheres. Received: {stages!r}.")
@@ -89,7 +94,7 @@ class GradualUnfreeze(VariablePolicy):
         if not wheres:
             raise PolicyError("`GradualUnfreeze` needs one or more stages. Received none: say what trains first.")
         object.__setattr__(self, "_stages", wheres)
-        object.__setattr__(self, "_each", _check_every("GradualUnfreeze", every))
+        object.__setattr__(self, "_each", whole_number("every", every, 1))
         object.__setattr__(self, "_unit", _check_unit(unit))
 
     def __repr__(self) -> str:
@@ -121,6 +126,11 @@ class Cycle(VariablePolicy):
             policies: What trains, in turn.
             every: How many steps (or epochs) each holds.
             unit: What `every` counts: `"step"` or `"epoch"`.
+
+        Raises:
+            PolicyError: There are no policies.
+            TypeError: One of them is no policy.
+            ValueError: `every` is no whole number of 1 or more, or `unit` no unit.
         """
         turns = tuple(policies) if isinstance(policies, Iterable) else (policies,)
         if not turns:
@@ -128,7 +138,7 @@ class Cycle(VariablePolicy):
         for policy in turns:
             _check_policy("Cycle", policy)
         object.__setattr__(self, "_policies", turns)
-        object.__setattr__(self, "_each", _check_every("Cycle", every))
+        object.__setattr__(self, "_each", whole_number("every", every, 1))
         object.__setattr__(self, "_unit", _check_unit(unit))
 
     def __repr__(self) -> str:
@@ -139,7 +149,7 @@ class Cycle(VariablePolicy):
 
     @property
     def every(self) -> int | None:
-        return _common([*([self._each] if self._unit == "step" else []), *_every(self._policies)])
+        return self._each if self._unit == "step" else None
 
     def at(self, progress: Progress) -> VariablePolicy:
         return self._policies[progress.count(self._unit) // self._each % len(self._policies)]
@@ -167,10 +177,14 @@ class RandomSubset(VariablePolicy):
             every: How many steps (or epochs) a draw holds.
             seed: The seed of the draws.
             unit: What `every` counts: `"step"` or `"epoch"`.
+
+        Raises:
+            TypeError: `of` is no class of layers and no path glob.
+            ValueError: `k` or `every` is no whole number of 1 or more, or `unit` no unit.
         """
-        object.__setattr__(self, "_k", _check_every("RandomSubset", k, "k"))
+        object.__setattr__(self, "_k", whole_number("k", k, 1))
         object.__setattr__(self, "_of", as_of(of))
-        object.__setattr__(self, "_each", _check_every("RandomSubset", every))
+        object.__setattr__(self, "_each", whole_number("every", every, 1))
         object.__setattr__(self, "_seed", seed)
         object.__setattr__(self, "_unit", _check_unit(unit))
 
@@ -223,20 +237,5 @@ def _check_unit(unit: str) -> str:
     return unit
 
 
-def _check_every(name: str, value: int, argument: str = "every") -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"`{argument}` of `{name}` must be a whole number, 1 or more. Received: {value!r}.")
-    return value
-
-
 def _said(unit: str, default: str) -> str:
     return "" if unit == default else f", unit={unit!r}"
-
-
-def _every(policies: Iterable[VariablePolicy]) -> list[int]:
-    return [policy.every for policy in policies if policy.every is not None]
-
-
-def _common(steps: list[int]) -> int | None:
-    """Return the largest number of steps after which any of them can be due, or None."""
-    return math.gcd(*steps) if steps else None

@@ -58,27 +58,42 @@ def select(policy: VariablePolicy, tree: Tree, trains: bool = True) -> Selection
     )
 
 
-def resolve(policy: VariablePolicy, progress: Progress) -> VariablePolicy:
-    """Return the policy that holds at `progress`, however many policies lie within one another.
+def chain(policy: VariablePolicy, progress: Progress) -> list[VariablePolicy]:
+    """Return the policies that lie within one another at `progress`: the outermost first, the one that holds last.
 
     Raises:
         PolicyError: An `at` returns no policy, or policies refer to each other without end.
     """
-    current = policy
+    found = [policy]
     for _ in range(100):
-        following = current.at(progress)
+        following = found[-1].at(progress)
         if not isinstance(following, VariablePolicy):
             raise PolicyError(
-                f"`{type(current).__name__}.at` must return a policy, itself where nothing changes. "
+                f"`{type(found[-1]).__name__}.at` must return a policy, itself where nothing changes. "
                 f"Received: {following!r} at step {progress.step}, epoch {progress.epoch}."
             )
-        if following is current:
-            return current
-        current = following
+        if following is found[-1]:
+            return found
+        found.append(following)
     raise PolicyError(
         f"{policy!r} does not settle: each `at` returned another policy, 100 times over. An `at` must return a policy "
         "that returns itself in the end."
     )
+
+
+def selections_to_come(policy: VariablePolicy, tree: Tree) -> list[Selection]:
+    """Resolve every policy that is known to hold some day, so that none fails when its day comes.
+
+    Raises:
+        PolicyError: One of them cannot be resolved for the model.
+    """
+    found = []
+    for phase in policy.phases():
+        if phase.phases():
+            found += selections_to_come(phase, tree)
+        elif type(phase).at is VariablePolicy.at:
+            found.append(select(phase, tree))
+    return found
 
 
 def _checked_name(policy: VariablePolicy, group: object, variable: VariableInfo) -> str:
@@ -142,21 +157,6 @@ def _nothing_left(policy: VariablePolicy, frozen: list[VariableInfo]) -> str:
         f"{policy!r} leaves nothing to train: Keras holds every variable of the model non-trainable. "
         "Set `trainable = True` on the layers that should train."
     )
-
-
-def selections_to_come(policy: VariablePolicy, tree: Tree) -> list[Selection]:
-    """Resolve every policy that is known to hold some day, so that none fails when its day comes.
-
-    Raises:
-        PolicyError: One of them cannot be resolved for the model.
-    """
-    found = []
-    for phase in policy.phases():
-        if phase.phases():
-            found += selections_to_come(phase, tree)
-        elif type(phase).at is VariablePolicy.at:
-            found.append(select(phase, tree))
-    return found
 
 
 def _multiplier(policy: VariablePolicy, group: str, variables: list[VariableInfo]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,13 +12,14 @@ import tensorflow as tf
 
 from tapeloop import report
 from tapeloop.body import OVERRIDABLE, Body
-from tapeloop.data import as_batches, whole_number
-from tapeloop.loop import History, Loop
+from tapeloop.checks import whole_number
+from tapeloop.data import as_batches
+from tapeloop.loop import Due, History, Loop
 from tapeloop.objective import Objective
 from tapeloop.optim import LearningRates, Optimizers
 from tapeloop.policy import Progress, TrainAll, VariablePolicy
 from tapeloop.progress import Display
-from tapeloop.select import resolve, select, selections_to_come
+from tapeloop.select import chain, select, selections_to_come
 from tapeloop.selection import Selection
 from tapeloop.step import Step
 from tapeloop.tree import Model, Tree
@@ -123,9 +125,7 @@ class Trainer(Body):
         self._loop.build(self.model, batches.peek())
         for selection in selections_to_come(self.policy, Tree.of(self.model)):
             self._optimizers.check(selection, changing=True)
-        return self._loop.fit(
-            self._phase, lambda: self.policy.every, self._evaluation, batches, validation, epochs, Display(progress)
-        )
+        return self._loop.fit(self._phase, self._evaluation, batches, validation, epochs, Display(progress))
 
     def evaluate(self, data: Any, *, batch_size: int = 32, progress: str = "auto") -> dict[str, Any]:
         """Return the loss and metrics on data, which may be all that `fit` takes.
@@ -217,20 +217,21 @@ class Trainer(Body):
 
     def _select(self, trains: bool = True) -> Selection:
         now = Progress(self.step, self.epoch, self._loop.last_logs)
-        return select(resolve(self.policy, now), Tree.of(self.model), trains)
+        return select(chain(self.policy, now)[-1], Tree.of(self.model), trains)
 
     def _evaluation(self) -> Step:
         return self._loop.step("eval", self._select(trains=False))
 
-    def _phase(self, logs: Mapping[str, Any], starting: bool) -> tuple[Step, VariablePolicy]:
-        """Return the step and the policy that train now, everything that they need being made.
+    def _phase(self, logs: Mapping[str, Any], starting: bool) -> Due:
+        """Return what trains now, everything that it needs being made.
 
         The model's flags are read at the start of an epoch; within one, a policy that held before gets its selection of
         then.
         """
         if starting:
             self._selections.clear()
-        policy = resolve(self.policy, Progress(self.step, self.epoch, logs))
+        policies = chain(self.policy, Progress(self.step, self.epoch, logs))
+        policy = policies[-1]
         is_value = _is_value(policy)
         selection = self._selections.get(policy) if is_value else None
         if selection is None:
@@ -240,7 +241,8 @@ class Trainer(Body):
         if selection is not self._prepared:
             self._optimizers.prepare(selection, changing=type(self.policy).at is not VariablePolicy.at)
             self._prepared = selection
-        return self._loop.step("train", selection), policy
+        every_steps = math.gcd(*(policy.every for policy in policies if policy.every is not None))
+        return Due(self._loop.step("train", selection), policy, every_steps or None)
 
 
 def _is_value(policy: VariablePolicy) -> bool:

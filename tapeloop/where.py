@@ -5,6 +5,7 @@ Wherever a where is taken, a string is a path glob and a submodel object means a
 
 from __future__ import annotations
 
+import abc
 import fnmatch
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,24 +19,24 @@ from tapeloop.tree import Model, VariableInfo
 WhereLike: TypeAlias = "Where | str | Model"
 
 
-class Where:
+class Where(abc.ABC):
     """A predicate on variables. True means that the variable is meant."""
 
+    @abc.abstractmethod
     def __call__(self, variable: VariableInfo) -> bool:
         """Tell whether `variable` is meant."""
-        raise NotImplementedError
 
     def __and__(self, other: WhereLike) -> Where:
-        return And(self, as_where(other))
+        return Joined("&", self, as_where(other))
 
     def __or__(self, other: WhereLike) -> Where:
-        return Or(self, as_where(other))
+        return Joined("|", self, as_where(other))
 
     def __rand__(self, other: WhereLike) -> Where:
-        return And(as_where(other), self)
+        return Joined("&", as_where(other), self)
 
     def __ror__(self, other: WhereLike) -> Where:
-        return Or(as_where(other), self)
+        return Joined("|", as_where(other), self)
 
     def __invert__(self) -> Where:
         return Not(self)
@@ -140,37 +141,20 @@ class Matching(Where):
 
 
 @dataclass(frozen=True)
-class And(Where):
-    """Both of two wheres."""
+class Joined(Where):
+    """Two wheres joined by `&` or `|`."""
 
+    sign: str
     left: Where
     right: Where
 
     def __call__(self, variable: VariableInfo) -> bool:
-        return self.left(variable) and self.right(variable)
-
-    def __repr__(self) -> str:
-        return f"({self.left!r} & {self.right!r})"
-
-    def patterns(self) -> tuple[str, ...]:
-        return (*self.left.patterns(), *self.right.patterns())
-
-    def parts(self) -> tuple[Where, ...]:
-        return (*self.left.parts(), *self.right.parts())
-
-
-@dataclass(frozen=True)
-class Or(Where):
-    """Either of two wheres."""
-
-    left: Where
-    right: Where
-
-    def __call__(self, variable: VariableInfo) -> bool:
+        if self.sign == "&":
+            return self.left(variable) and self.right(variable)
         return self.left(variable) or self.right(variable)
 
     def __repr__(self) -> str:
-        return f"({self.left!r} | {self.right!r})"
+        return f"({self.left!r} {self.sign} {self.right!r})"
 
     def patterns(self) -> tuple[str, ...]:
         return (*self.left.patterns(), *self.right.patterns())
@@ -204,40 +188,76 @@ def glob(pattern: str) -> Where:
     Args:
         pattern: Segments joined by slashes. `*`, `?` and `[...]` match within a segment, `**` matches any
             number of segments: `"backbone"` and `"backbone/**"` are all under the backbone, `"**/bias"` every bias.
+
+    Raises:
+        TypeError: `pattern` is no string.
+        ValueError: A segment of it is empty.
     """
     return Glob(pattern)
 
 
 def kind(*types: type) -> Where:
-    """Mean the variables in submodels of these classes, at any depth: `kind(keras.layers.BatchNormalization)`."""
+    """Mean the variables in submodels of these classes, at any depth: `kind(keras.layers.BatchNormalization)`.
+
+    Args:
+        *types: Classes of layers, models or modules; subclasses are meant too.
+
+    Raises:
+        TypeError: There is none, or one of them is no class.
+    """
     if not types or not all(isinstance(kind, type) for kind in types):
         raise TypeError(f"`kind` takes one or more classes of layers. Received: {types!r}.")
     return Kind(types)
 
 
 def named(*names: str) -> Where:
-    """Mean the variables whose last path segment is one of `names`: `named("bias")`."""
+    """Mean the variables whose last path segment is one of `names`: `named("bias")`.
+
+    Args:
+        *names: Names of variables, as they end a path.
+
+    Raises:
+        TypeError: There is none, or one of them is no string.
+    """
     if not names or not all(isinstance(name, str) for name in names):
         raise TypeError(f"`named` takes one or more names of variables. Received: {names!r}.")
     return Named(names)
 
 
 def under(submodel: Model) -> Where:
-    """Mean the variables under this very submodel, wherever it stands."""
+    """Mean the variables under this very submodel, wherever it stands.
+
+    Args:
+        submodel: A layer, model or module of the model.
+
+    Raises:
+        TypeError: It is none of these.
+    """
     if not isinstance(submodel, (keras.Layer, tf.Module)):
         raise TypeError(f"`submodel` must be a Keras model or layer, or a `tf.Module`. Received: {submodel!r}.")
     return Under(submodel)
 
 
 def matching(function: Callable[[VariableInfo], bool]) -> Where:
-    """Mean the variables for which `function` returns True: `matching(lambda v: v.parameters > 10_000)`."""
+    """Mean the variables for which `function` returns True: `matching(lambda v: v.parameters > 10_000)`.
+
+    Args:
+        function: Takes a `VariableInfo` and returns a bool. It is asked about variables that cannot train too.
+
+    Raises:
+        TypeError: It cannot be called.
+    """
     if not callable(function):
         raise TypeError(f"`function` must take a `VariableInfo` and return a bool. Received: {function!r}.")
     return Matching(function)
 
 
 def as_where(value: WhereLike) -> Where:
-    """Turn what a user may write for a where into one: a string is a glob, a submodel all that is under it."""
+    """Turn what a user may write for a where into one: a string is a glob, a submodel all that is under it.
+
+    Raises:
+        TypeError: It is none of these.
+    """
     if isinstance(value, Where):
         return value
     if isinstance(value, str):

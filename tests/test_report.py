@@ -95,7 +95,7 @@ def test_a_flag_of_keras_is_named_as_the_reason():
 
 @pytest.mark.parametrize("depth", [0, -1, 1.5, None])
 def test_depth_must_be_a_number_of_levels(depth):
-    with pytest.raises(ValueError, match=r"`depth` must be a whole number of levels, 1 or more. Received: "):
+    with pytest.raises(ValueError, match=r"`depth` must be a whole number, 1 or more. Received: "):
         tl.Trainer(nested(), loss="mse").explain(depth)
 
 

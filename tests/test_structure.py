@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "tapeloop"
 FLOORS = {
-    "errors": 0, "_compat": 0, "tree": 0,
+    "errors": 0, "checks": 0, "_compat": 0, "tree": 0,
     "where": 1, "selection": 1,
     "ordinal": 2, "policy": 2, "modes": 2, "optim": 2, "objective": 2,
     "schedule": 3, "layerwise": 3, "select": 3, "step": 3, "calling": 3, "data": 3, "progress": 3, "report": 3,
@@ -68,7 +68,8 @@ def test_private_names_of_keras_and_tensorflow_are_used_in_compat_alone(name):
 
 # Whose tests stand in another file than `test_<name>.py`, and in which.
 TESTED_IN = {
-    "_compat": "compat", "selection": "policy", "select": "policy", "modes": "contract", "step": "trainer",
+    "_compat": "compat", "checks": "errors", "selection": "policy", "select": "policy", "modes": "contract",
+    "step": "trainer",
     "calling": "trainer", "loop": "trainer", "body": "trainer", "layerwise": "schedule", "ordinal": "where",
     "__init__": "readme",
 }  # fmt: skip

@@ -165,7 +165,7 @@ def test_ordinals_are_values():
     assert repr(tl.first(2, of="b*")) == "first(2, of='b*')"
     assert repr(tl.last(1, of=keras.layers.Dense)) == "last(1, of=Dense)"
     for wrong in (0, 1.5, True):
-        with pytest.raises(ValueError, match=r"`n` must be a whole number of submodels, 1 or more"):
+        with pytest.raises(ValueError, match=r"`n` must be a whole number, 1 or more"):
             tl.first(wrong, of="b*")
     with pytest.raises(TypeError, match=r"`of` must be a class of layers, or a path glob"):
         tl.last(1, of=int)
