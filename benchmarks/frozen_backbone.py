@@ -52,7 +52,7 @@ def make_arm(arm: str, size: int, batch: int) -> Callable[[], object]:
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     trainer = tl.Trainer(model, policy, loss=loss, optimizer=keras.optimizers.Adam(1e-4))
     trainer.fit([(x, y)], progress="none")
-    step = trainer._loop.step("train", trainer.selection)
+    step = trainer._steps.train(trainer.selection)
     return lambda: step((x, y))
 
 

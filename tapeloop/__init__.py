@@ -1,14 +1,14 @@
 """Train part of a TensorFlow/Keras 3 model, and pay only for that part."""
 
-from tapeloop.errors import DataError, DisconnectedError, PolicyError, TapeloopError
+from tapeloop.errors import DataError, DisconnectedError, NonFiniteError, PolicyError, TapeloopError
+from tapeloop.history import History, Phase
 from tapeloop.layerwise import LayerwiseDecay
-from tapeloop.loop import History, Phase
 from tapeloop.ordinal import first, last
 from tapeloop.policy import Freeze, Groups, Progress, TrainAll, TrainOnly, VariablePolicy
 from tapeloop.report import paths
 from tapeloop.schedule import Cycle, GradualUnfreeze, Phases, RandomSubset
 from tapeloop.selection import Selection
-from tapeloop.step import GroupTape
+from tapeloop.tape import GroupTape
 from tapeloop.trainer import Trainer
 from tapeloop.tree import SubmodelInfo, VariableInfo
 from tapeloop.where import Where, glob, kind, matching, named, under
@@ -23,6 +23,7 @@ __all__ = [
     "Groups",
     "History",
     "LayerwiseDecay",
+    "NonFiniteError",
     "Phase",
     "Phases",
     "PolicyError",

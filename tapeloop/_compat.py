@@ -5,13 +5,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
 import tensorflow as tf
 from keras.src.backend.common import global_state
+from keras.src.layers.layer import CallContext
 
 
 def sublayers(layer: keras.Layer) -> list[keras.Layer]:
@@ -60,6 +62,29 @@ def forget_added_losses(layer: keras.Layer) -> None:
     Keras does so itself when a model is called from outside, but not for models that are not called this time.
     """
     layer._losses.clear()
+
+
+@contextlib.contextmanager
+def within_call(training: bool | None) -> Iterator[None]:
+    """Call layers inside this context as if from within the call of another that has this `training`.
+
+    Keras makes the context of a nest of calls by itself, for the outermost; a call that is repeated is not that.
+    """
+    before = global_state.get_global_attribute("current_call_ctx")
+    context = CallContext(entry_layer=None)
+    context.training = training
+    global_state.set_global_attribute("current_call_ctx", context)
+    try:
+        yield
+    finally:
+        global_state.set_global_attribute("current_call_ctx", before)
+
+
+def copy_mask(source: Any, target: Any) -> None:
+    """Give a tensor the mask that Keras has attached to another: an attribute, which identity ops lose."""
+    mask = getattr(source, "_keras_mask", None)
+    if mask is not None:
+        target._keras_mask = mask
 
 
 def schedule_of(optimizer: keras.optimizers.Optimizer) -> Any:

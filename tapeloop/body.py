@@ -10,13 +10,13 @@ import tensorflow as tf
 
 from tapeloop.calling import call_model
 from tapeloop.errors import PolicyError
-from tapeloop.loop import Loop
 from tapeloop.objective import Objective, added_losses
-from tapeloop.optim import Optimizers
 from tapeloop.policy import VariablePolicy
 from tapeloop.selection import Selection
-from tapeloop.step import GroupTape, connected_gradients
-from tapeloop.tree import Model
+from tapeloop.steps import Steps
+from tapeloop.tape import Gradient, GroupTape
+from tapeloop.tree import Model, Tree, VariableInfo
+from tapeloop.updates import Updates
 
 OVERRIDABLE = ("forward", "compute_loss", "train_step", "eval_step")
 
@@ -26,9 +26,9 @@ class Body:
 
     model: Model
     _policy: VariablePolicy
-    _loop: Loop
+    _steps: Steps
     _objective: Objective
-    _optimizers: Optimizers
+    _updates: Updates
 
     # What research code overrides
 
@@ -60,7 +60,7 @@ class Body:
         if self._objective.has_loss:
             added.insert(0, self._objective.loss(y, outputs, sample_weight))
             self._objective.update(y, outputs, sample_weight)
-        elif not added and not self._loop.building:
+        elif not added and not self._steps.building:
             raise ValueError(
                 "There is no loss: `loss` is None and no layer adds one. Pass `loss=...` to the trainer, or override "
                 "`compute_loss`."
@@ -105,7 +105,7 @@ class Body:
         Raises:
             PolicyError: The policy has no group of that name.
         """
-        if self._loop.building:
+        if self._steps.building:
             return GroupTape((), persistent)
         selection = self._in_step("tape")
         unknown = [group for group in groups if group not in selection.groups]
@@ -117,27 +117,71 @@ class Body:
         variables = [v for group in groups or selection.groups for v in selection.groups[group]]
         return GroupTape(variables, persistent)
 
+    @tf.autograph.experimental.do_not_convert
     def update(self, tape: GroupTape, loss: tf.Tensor) -> None:
         """Update the variables that `tape` watched by the gradient of `loss`, each by its group's optimizer.
 
+        In this order: the loss is scaled where the model computes in float16, gradients are taken and checked, wait for
+        the other micro-batches, are dropped if one of them or the loss is not finite, are clipped, and go to the
+        optimizers; then the averages follow. With micro-batches, all updates of a step are made at its end: what is
+        computed between them still sees the values from before.
+
         Args:
             tape: What `self.tape(...)` returned.
-            loss: A scalar computed inside it.
+            loss: A scalar computed inside it, the mean over the batch.
 
         Raises:
             DisconnectedError: A watched variable gets no gradient.
+            RuntimeError: Called outside `train_step`, or with a tape that was used before.
+            TypeError: `tape` is none of the trainer's.
+            ValueError: `loss` is not a scalar.
         """
-        if not self._loop.building:
-            self._optimizers.apply(self._in_step("update"), connected_gradients(tape, loss))
+        if not self._steps.building:
+            self._in_step("update")
+            self._updates.apply(self._updates.gradients(tape, loss), loss)
+
+    @tf.autograph.experimental.do_not_convert
+    def gradients(self, tape: GroupTape, loss: tf.Tensor) -> dict[str, Gradient]:
+        """Return the gradients of `loss` for the variables that `tape` watched, by path, to be changed and applied.
+
+        Args:
+            tape: What `self.tape(...)` returned.
+            loss: A scalar computed inside it, the mean over the batch.
+
+        Raises:
+            DisconnectedError: A watched variable gets no gradient.
+            RuntimeError: Called outside `train_step`, or with a tape that was used before.
+            TypeError: `tape` is none of the trainer's.
+            ValueError: `loss` is not a scalar.
+        """
+        if self._steps.building:
+            return {v.path: tf.zeros(v.shape, v.dtype) for v in Tree.of(self.model).variables if v.trainable}
+        self._in_step("gradients")
+        return {variable.path: gradient for gradient, variable in self._updates.gradients(tape, loss)}
+
+    @tf.autograph.experimental.do_not_convert
+    def apply(self, gradients: Mapping[str, Gradient]) -> None:
+        """Update variables by gradients: the second half of `update`.
+
+        Args:
+            gradients: Gradients by the paths of variables that train, as `gradients` returned them or changed.
+
+        Raises:
+            PolicyError: A path is not one of a variable that trains.
+            RuntimeError: Called outside `train_step`.
+            ValueError: A gradient has not its variable's shape.
+        """
+        if not self._steps.building:
+            self._updates.apply(_paired(gradients, self._in_step("apply")))
 
     def added_losses(self) -> list[tf.Tensor]:
         """Return what layers added by `add_loss` in the last call, and the weight penalties, of all that trains."""
-        return [] if self._loop.building else added_losses(self._in_step("added_losses"))
+        return [] if self._steps.building else added_losses(self._in_step("added_losses"))
 
     def _in_step(self, verb: str) -> Selection:
-        """Return the selection of the step that is being traced; only one that trains may `update`."""
-        kind, selection = self._loop.tracing or (None, None)
-        if selection is None or (verb == "update" and kind != "train"):
+        """Return the selection of the step that is being traced; only one that trains may update."""
+        kind, selection = self._steps.tracing or (None, None)
+        if selection is None or (verb in ("update", "gradients", "apply") and kind != "train"):
             raise RuntimeError(
                 f"`{verb}` was called outside a step that trains. It belongs in `train_step`, which `fit` compiles and "
                 "runs."
@@ -147,3 +191,20 @@ class Body:
 
 def _with_logs(loss: Any) -> tuple[tf.Tensor, Mapping[str, tf.Tensor]]:
     return loss if isinstance(loss, tuple) else (loss, {})
+
+
+def _paired(gradients: Mapping[str, Gradient], selection: Selection) -> list[tuple[Gradient, VariableInfo]]:
+    by_path = {path: variable for variable in selection.trained for path in variable.paths}
+    unknown = [path for path in gradients if path not in by_path]
+    if unknown:
+        raise PolicyError(
+            f"`apply` was given gradients for {unknown[:5]}, which do not train. What trains is "
+            f"{[variable.path for variable in selection.trained[:5]]}{' and so on' * (len(selection.trained) > 5)}."
+        )
+    for path, gradient in gradients.items():
+        shape = getattr(gradient, "shape", None)
+        if shape is None or not by_path[path].variable.shape == tuple(shape):
+            raise ValueError(
+                f"`apply` takes a tensor of the shape {by_path[path].shape} for `{path}`. Received: {gradient!r}."
+            )
+    return [(gradient, by_path[path]) for path, gradient in gradients.items()]

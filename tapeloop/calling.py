@@ -9,8 +9,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from tapeloop.batch import shapes
 from tapeloop.errors import DataError
-from tapeloop.objective import shapes
 from tapeloop.tree import Model
 
 

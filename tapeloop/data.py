@@ -10,9 +10,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tapeloop.batch import shapes
 from tapeloop.checks import whole_number
 from tapeloop.errors import DataError
-from tapeloop.objective import shapes
 
 
 class Batches:

@@ -1,4 +1,4 @@
-"""The errors that tapeloop raises, each before anything has moved.
+"""The errors that tapeloop raises, each before anything has moved, or with all of it put back.
 
 Every message names what was asked, what was found and what to do about it.
 """
@@ -17,6 +17,18 @@ class PolicyError(TapeloopError, ValueError):
 
 class DisconnectedError(TapeloopError, ValueError):
     """A variable that should train receives no gradient."""
+
+
+class NonFiniteError(TapeloopError, ArithmeticError):
+    """A loss or a gradient is Inf or NaN.
+
+    Attributes:
+        step: How many steps were trained before.
+        paths: The variables whose gradients are not finite.
+    """
+
+    step: int = 0
+    paths: tuple[str, ...] = ()
 
 
 class DataError(TapeloopError, ValueError):

@@ -10,8 +10,9 @@ afterwards is the traced graph, so all this costs nothing.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -30,13 +31,39 @@ def frozen(selection: Selection) -> Iterator[None]:
     state of a submodel of which nothing trains, goes nowhere. The layers around them get back the mode in which they
     were called themselves, which Keras 3 would otherwise overwrite with the mode of the child called last.
     """
-    with inlined_functions(), inference_mode(selection), contextlib.ExitStack() as shadows:
-        sealed = _sealed(selection)
-        names = {kind: _assigning(kind) for kind in {type(variable.tensor) for variable in sealed}}
-        for variable in sealed:
-            for name in names[type(variable.tensor)]:
-                shadows.enter_context(_shadowed(variable.tensor, name, _dropping(variable.tensor)))
+    with inlined_functions(), inference_mode(selection), sealed([v.tensor for v in _still(selection)]):
         yield
+
+
+@contextlib.contextmanager
+def sealed(variables: Sequence[tf.Variable]) -> Iterator[None]:
+    """Drop what is assigned to the variables inside this context."""
+    with contextlib.ExitStack() as shadows:
+        for variable in variables:
+            for name in _assigning(variable.__class__):
+                shadows.enter_context(shadowed(variable, name, _dropping(variable)))
+        yield
+
+
+@contextlib.contextmanager
+def noting_assignments(variables: Sequence[tf.Variable], note: Callable[[tf.Variable], None]) -> Iterator[None]:
+    """Call `note` with each of the variables that is assigned to inside this context, when it is."""
+    with contextlib.ExitStack() as shadows:
+        for variable in variables:
+            for name in _assigning(variable.__class__):
+                shadows.enter_context(shadowed(variable, name, _noting(variable, getattr(variable, name), note)))
+        yield
+
+
+@contextlib.contextmanager
+def shadowed(target: Any, name: str, shadow: Callable[..., Any]) -> Iterator[None]:
+    """Let `target` find `shadow` under `name`, without the bookkeeping that Keras does when an attribute is set."""
+    own = vars(target).get(name)  # a method that the user has replaced on this very object
+    object.__setattr__(target, name, shadow)
+    try:
+        yield
+    finally:
+        object.__delattr__(target, name) if own is None else object.__setattr__(target, name, own)
 
 
 @contextlib.contextmanager
@@ -66,7 +93,7 @@ def inference_mode(selection: Selection) -> Iterator[None]:
                 for name in _compat.call_methods(submodel.object):
                     call = getattr(submodel.object, name)
                     shadow = _moded(submodel.object, call, modes, submodel in inference)
-                    shadows.enter_context(_shadowed(submodel.object, name, shadow))
+                    shadows.enter_context(shadowed(submodel.object, name, shadow))
         yield
 
 
@@ -103,7 +130,7 @@ def _moded(layer: keras.Layer, call: Callable[..., Any], modes: _Modes, inferenc
     return shadow
 
 
-def _sealed(selection: Selection) -> list[VariableInfo]:
+def _still(selection: Selection) -> list[VariableInfo]:
     """List the frozen variables, and the state under submodels of which nothing trains."""
     held = selection.tree.held
     idle = {submodel for submodel in selection.inference if selection.group_of.keys().isdisjoint(held[submodel])}
@@ -111,21 +138,21 @@ def _sealed(selection: Selection) -> list[VariableInfo]:
     return [*selection.frozen, *state]
 
 
-def _assigning(kind: type) -> tuple[str, ...]:
-    """Name the methods that assign to a variable of this kind."""
+@functools.cache
+def _assigning(kind: Hashable) -> tuple[str, ...]:
+    """Name the methods that assign to a variable of this class."""
     return tuple(name for name in dir(kind) if name.startswith(("assign", "scatter_", "batch_scatter_")))
+
+
+def _noting(
+    variable: tf.Variable, assign: Callable[..., Any], note: Callable[[tf.Variable], None]
+) -> Callable[..., Any]:
+    def shadow(*args: Any, **kwargs: Any) -> Any:
+        note(variable)
+        return assign(*args, **kwargs)
+
+    return shadow
 
 
 def _dropping(variable: tf.Variable) -> Callable[..., Any]:
     return lambda *args, **kwargs: variable
-
-
-@contextlib.contextmanager
-def _shadowed(target: Any, name: str, shadow: Callable[..., Any]) -> Iterator[None]:
-    """Let `target` find `shadow` under `name`, without the bookkeeping that Keras does when an attribute is set."""
-    own = vars(target).get(name)  # a method that the user has replaced on this very object
-    object.__setattr__(target, name, shadow)
-    try:
-        yield
-    finally:
-        object.__delattr__(target, name) if own is None else object.__setattr__(target, name, own)

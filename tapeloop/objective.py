@@ -11,6 +11,7 @@ import keras
 import tensorflow as tf
 
 from tapeloop import _compat
+from tapeloop.batch import shapes
 from tapeloop.errors import DataError
 from tapeloop.selection import Selection
 from tapeloop.tree import VariableInfo, raw
@@ -83,6 +84,11 @@ class Objective:
         """Start the metrics anew."""
         self._stand_in.reset_metrics()
 
+    @property
+    def variables(self) -> list[tf.Variable]:
+        """What the metrics keep; nothing before the first batch."""
+        return [raw(variable) for variable in self._stand_in.metrics_variables] if self._stand_in.built else []
+
     def _build(self, *specs: Any) -> None:
         """Make the variables of the loss and the metrics from the shapes of a batch; nothing is computed."""
 
@@ -114,11 +120,14 @@ class Means:
     def __init__(self) -> None:
         self._means: dict[str, keras.metrics.Mean] = {}
 
-    def update(self, values: Mapping[str, tf.Tensor], weight: tf.Tensor) -> None:
-        """Take in one step's values, each counted `weight` times."""
+    def update(self, values: Mapping[str, tf.Tensor], weight: tf.Tensor, counts: tf.Tensor | None = None) -> None:
+        """Take in one step's values, each counted `weight` times, or not at all where `counts` is False."""
         for name, value in values.items():
             if name not in self._means:
                 _compat.outside_of_trace(functools.partial(self._make, name))
+            if counts is not None:
+                value = tf.where(counts, value, tf.zeros_like(value))
+                weight = weight * tf.cast(counts, weight.dtype)
             self._means[name].update_state(value, sample_weight=weight)
 
     def _make(self, name: str) -> None:
@@ -153,15 +162,6 @@ def is_penalized(variable: VariableInfo) -> bool:
 
 def _penalty(variable: VariableInfo) -> tf.Tensor:
     return tf.cast(variable.variable.regularizer(raw(variable.variable)), keras.config.floatx())
-
-
-def shapes(structure: Any) -> str:
-    """Say the shapes and dtypes of a structure of tensors: `(32, 10) float32`."""
-    flat = [value for value in tf.nest.flatten(structure) if value is not None]
-    if not flat:
-        return "missing"
-    said = [f"{tuple(value.shape)} {tf.as_dtype(value.dtype).name}" for value in flat]
-    return said[0] if len(said) == 1 else f"[{', '.join(said)}]"
 
 
 def _spec(tensor: Any) -> tf.TypeSpec | None:

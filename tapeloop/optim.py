@@ -11,56 +11,12 @@ import tensorflow as tf
 
 from tapeloop import _compat
 from tapeloop.errors import PolicyError
+from tapeloop.rates import Rate
 from tapeloop.selection import Selection
-from tapeloop.tree import VariableInfo
+from tapeloop.tape import Gradient
+from tapeloop.tree import VariableInfo, raw
 
-Gradient: TypeAlias = "tf.Tensor | tf.IndexedSlices"
 OptimizerLike: TypeAlias = Any  # keras.optimizers.Optimizer | str | Mapping[str, either]
-
-
-class Rate:
-    """The learning rate of one optimizer: its template's number or schedule, times a multiplier that may change."""
-
-    def __init__(self, optimizer: keras.optimizers.Optimizer) -> None:
-        self._optimizer = optimizer
-        schedule = _compat.schedule_of(optimizer)
-        self._base = 0.0 if schedule is not None else float(optimizer.learning_rate)
-        self._schedule = None if schedule is None else Multiplied(schedule)
-        if self._schedule is not None:
-            optimizer.learning_rate = self._schedule
-
-    def get(self, multiplier: float, rate: float | None) -> float:
-        """Return the rate that `set` would give now."""
-        if self._schedule is not None:
-            return multiplier * self._schedule.unmultiplied(self._optimizer.iterations)
-        return self._base * multiplier if rate is None else rate
-
-    def set(self, multiplier: float, rate: float | None) -> None:
-        """Set the rate to a number, or to the template's times a multiplier."""
-        if self._schedule is not None:
-            self._schedule.multiplier.assign(multiplier)
-        else:
-            self._optimizer.learning_rate = self._base * multiplier if rate is None else rate
-
-
-class Multiplied(keras.optimizers.schedules.LearningRateSchedule):
-    """A schedule, or a function without arguments, times a variable."""
-
-    def __init__(self, schedule: Any) -> None:
-        self.schedule = schedule
-        self.multiplier = tf.Variable(1.0, trainable=False)
-
-    def __call__(self, step: Any) -> tf.Tensor:
-        """Return the learning rate at a step of the optimizer's own count."""
-        return tf.cast(self._at(step), self.multiplier.dtype) * self.multiplier
-
-    def unmultiplied(self, step: Any) -> float:
-        """Return the schedule's own number at a step."""
-        return float(self._at(step))
-
-    def _at(self, step: Any) -> Any:
-        is_schedule = isinstance(self.schedule, keras.optimizers.schedules.LearningRateSchedule)
-        return self.schedule(step) if is_schedule else self.schedule()
 
 
 class LearningRates(Mapping[str, float]):
@@ -203,6 +159,12 @@ class Optimizers:
             if mine:
                 cohort.optimizer.apply(*zip(*mine))
 
+    def state(self, variables: Iterable[VariableInfo]) -> list[tf.Variable]:
+        """Return what the optimizers of these variables keep, step counts included."""
+        keys = {id(variable.variable) for variable in variables}
+        mine = [cohort.optimizer for cohort in self.cohorts if not keys.isdisjoint(cohort.slots)]
+        return [raw(variable) for optimizer in mine for variable in optimizer.variables]
+
     def state_bytes(self, variable: VariableInfo) -> int:
         """Return how many bytes of optimizer state are held for one variable, in all groups that it trained in."""
         slots = [slot for cohort in self.cohorts for slot in cohort.slots.get(id(variable.variable), ())]
@@ -219,13 +181,14 @@ def _as_optimizer(optimizer: OptimizerLike) -> keras.optimizers.Optimizer:
         )
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer) or optimizer.loss_scale_factor is not None:
         raise TypeError(
-            "`optimizer` must not scale the loss: each would decide for its own group alone, and unscale a loss that "
-            f"was never scaled. Received: {optimizer!r}. Pass the optimizer inside it, without `loss_scale_factor`."
+            "`optimizer` must not scale the loss: each would decide for its own group alone. The trainer does it for "
+            f"all together where a layer computes in float16. Received: {optimizer!r}. Pass the optimizer inside it, "
+            "without `loss_scale_factor`."
         )
     if optimizer.use_ema:
         raise TypeError(
             "`optimizer` must not have `use_ema=True`: it averages, and overwrites, all that it was built with, also "
-            f"what is frozen by then. Received: {optimizer!r}. Pass it without."
+            f"what is frozen by then. Received: {optimizer!r}. Pass it without, and `ema=...` to the trainer."
         )
     return optimizer
 

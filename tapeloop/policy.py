@@ -200,3 +200,12 @@ def _at_least_one(policy: VariablePolicy, wheres: tuple[WhereLike, ...]) -> tupl
 
 def _matched(wheres: Iterable[Where], variable: VariableInfo) -> str:
     return next((repr(where) for where in wheres if where(variable)), "all else")
+
+
+def is_value(policy: VariablePolicy) -> bool:
+    """Tell whether a policy is a value, and not an object that may answer anew each time it is asked."""
+    try:
+        hash(policy)
+    except TypeError:
+        return False
+    return type(policy).__hash__ is not object.__hash__

@@ -2,36 +2,50 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import tensorflow as tf
 
-from tapeloop.errors import DisconnectedError
 from tapeloop.modes import frozen
-from tapeloop.optim import Gradient
 from tapeloop.selection import Selection
-from tapeloop.tree import VariableInfo
+
+COMPILE_ERRORS = (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError, tf.errors.InternalError)
 
 
-class GroupTape(tf.GradientTape):
-    """A gradient tape that watches the variables it was made for and nothing else.
+@dataclass(frozen=True)
+class Compilation:
+    """How a body becomes a step.
 
     Attributes:
-        variables: The variables that it watches.
+        autograph: Whether AutoGraph converts the body.
+        jit_compile: Whether XLA compiles it; with `"auto"`, where there is a GPU and XLA can.
+        run_eagerly: Whether it is not compiled at all, but run op by op.
     """
 
-    def __init__(self, variables: Sequence[VariableInfo], persistent: bool = False) -> None:
-        super().__init__(persistent=persistent, watch_accessed_variables=False)
-        self.variables = tuple(variables)
+    autograph: bool
+    jit_compile: bool | str = False
+    run_eagerly: bool = False
 
-    def __enter__(self) -> GroupTape:
-        super().__enter__()
-        for variable in self.variables:
-            self.watch(variable.tensor)
-        return self
+    def __post_init__(self) -> None:
+        if self.jit_compile not in (True, False, "auto"):
+            raise ValueError(f"`jit_compile` must be True, False or 'auto'. Received: {self.jit_compile!r}.")
+        if not isinstance(self.run_eagerly, bool):
+            raise ValueError(f"`run_eagerly` must be True or False. Received: {self.run_eagerly!r}.")
+        if self.run_eagerly and self.jit_compile is True:
+            raise ValueError(
+                "`run_eagerly=True` runs op by op, and `jit_compile=True` compiles. Received both: leave one out."
+            )
+
+    @property
+    def uses_xla(self) -> bool:
+        """Whether XLA is to be tried."""
+        return bool(self.jit_compile) and (self.jit_compile is True or bool(tf.config.list_physical_devices("GPU")))
 
 
 class Step:
@@ -43,50 +57,73 @@ class Step:
         trace_count: How often the body was traced.
     """
 
-    def __init__(self, kind: str, body: Callable[[Any], Any], selection: Selection, autograph: bool) -> None:
+    def __init__(
+        self,
+        kind: str,
+        body: Callable[[Any], Any],
+        selection: Selection,
+        compilation: Compilation,
+        around: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+    ) -> None:
+        """Make the step.
+
+        Args:
+            kind: `"train"`, `"eval"` or `"predict"`.
+            body: What is compiled: a function of a batch.
+            selection: What trains.
+            compilation: How it is compiled.
+            around: What else holds while the body is traced.
+        """
         self.kind = kind
         self.selection = selection
         self.trace_count = 0
         self._body = body
-        # TensorFlow counts traces by code, and would warn that all steps together retrace: a partial is one of a kind.
-        self._function = tf.function(functools.partial(self._run), autograph=autograph)
+        self._compilation = compilation
+        self._around = around
+        self.compile()
 
     def __call__(self, batch: Any) -> Any:
         """Run the body on a batch."""
-        traced = self.trace_count
-        result = self._function(batch)
-        if self.trace_count > traced:
-            self.trace(batch)
-        return result
+        if self._compilation.run_eagerly:
+            return self._run(batch)
+        self.trace(batch)
+        try:
+            return self._function(batch)
+        except COMPILE_ERRORS as error:
+            reason = re.search(r"on XLA\w*: (\w+)|(?s:.*)\bXLA\b", str(error))
+            if self._compilation.jit_compile != "auto" or not reason:
+                raise
+            warnings.warn(
+                f"XLA cannot compile the {self.kind} step because of "
+                f"{f'the op `{reason[1]}`' if reason[1] else str(error).splitlines()[0]}: going on without XLA. "
+                "`jit_compile=False` says so from the start.",
+                stacklevel=2,
+            )
+            self._compilation = Compilation(self._compilation.autograph)
+            self.compile()
+            return self(batch)
 
     def trace(self, batch: Any) -> None:
         """Trace the body for batches like this one, which shows what is wrong with it before anything has moved."""
-        _warn_untracked(self._function.get_concrete_function(batch), self.selection)
+        if self._compilation.run_eagerly:
+            return
+        traced = self.trace_count
+        concrete = self._function.get_concrete_function(batch)
+        if self.trace_count > traced:
+            _warn_untracked(concrete, self.selection)
+
+    def compile(self) -> None:
+        """Forget all traces."""
+        # TensorFlow counts traces by code, and would warn that all steps together retrace: a partial is one of a kind.
+        run = functools.partial(self._run)
+        jit_compile = self._compilation.uses_xla or None
+        self._function = tf.function(run, autograph=self._compilation.autograph, jit_compile=jit_compile)
 
     def _run(self, batch: Any) -> Any:
-        with frozen(self.selection):
+        with self._around(), frozen(self.selection):
             result = self._body(batch)
-        self.trace_count += 1
+        self.trace_count += not tf.executing_eagerly()
         return result
-
-
-def connected_gradients(tape: GroupTape, loss: tf.Tensor) -> list[tuple[Gradient, VariableInfo]]:
-    """Return the gradient of `loss` for each variable that `tape` watches.
-
-    Raises:
-        DisconnectedError: For some of them there is none.
-        TypeError: `tape` is no tape of the trainer's.
-        ValueError: `loss` is not a scalar.
-    """
-    if not isinstance(tape, GroupTape):
-        raise TypeError(f"`update` takes what `self.tape(...)` returned. Received: {tape!r}.")
-    if not tf.is_tensor(loss) or loss.shape.rank != 0:
-        raise ValueError(f"The loss must be a scalar tensor, such as the mean over the batch. Received: {loss!r}.")
-    gradients = tape.gradient(loss, [variable.tensor for variable in tape.variables])
-    missing = [variable for gradient, variable in zip(gradients, tape.variables) if gradient is None]
-    if missing:
-        raise DisconnectedError(_disconnected(missing, len(tape.variables)))
-    return list(zip(gradients, tape.variables))
 
 
 def _warn_untracked(traced: Any, selection: Selection) -> None:
@@ -100,19 +137,3 @@ def _warn_untracked(traced: Any, selection: Selection) -> None:
             "them by `add_weight`, or assign their layer to an attribute of a Keras layer or `tf.Module`.",
             stacklevel=2,
         )
-
-
-def _disconnected(missing: list[VariableInfo], total: int) -> str:
-    paths = ", ".join(f"`{variable.path}`" for variable in missing[:8])
-    more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
-    integers = [variable for variable in missing if not tf.as_dtype(variable.dtype).is_floating]
-    if integers:
-        cause = "They hold integers, which have no gradient"
-    elif len(missing) == total:
-        cause = "The loss does not depend on any of them: was it computed inside `with self.tape():`, in TensorFlow ops"
-    else:
-        cause = "Either their layer is not called in this step, or its output passes a `stop_gradient` or an integer"
-    return (
-        f"{len(missing)} of the {total} variables that should train get no gradient: {paths}{more}. {cause}. "
-        "Let the loss depend on them, or freeze them: `Freeze(...)` with these paths."
-    )

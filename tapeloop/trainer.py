@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -11,18 +12,27 @@ import numpy as np
 import tensorflow as tf
 
 from tapeloop import report
+from tapeloop.average import Averages
 from tapeloop.body import OVERRIDABLE, Body
 from tapeloop.checks import whole_number
+from tapeloop.clipping import Clipping
 from tapeloop.data import as_batches
-from tapeloop.loop import Due, History, Loop
+from tapeloop.guard import Judge
+from tapeloop.history import History
+from tapeloop.loop import Due, Loop
+from tapeloop.microbatch import Microbatches
 from tapeloop.objective import Objective
 from tapeloop.optim import LearningRates, Optimizers
-from tapeloop.policy import Progress, TrainAll, VariablePolicy
+from tapeloop.policy import Progress, TrainAll, VariablePolicy, is_value
 from tapeloop.progress import Display
+from tapeloop.remat import Remat
 from tapeloop.select import chain, select, selections_to_come
 from tapeloop.selection import Selection
-from tapeloop.step import Step
+from tapeloop.step import Compilation, Step
+from tapeloop.steps import Steps
 from tapeloop.tree import Model, Tree
+from tapeloop.updates import Updates
+from tapeloop.where import WhereLike
 
 
 class Trainer(Body):
@@ -46,6 +56,14 @@ class Trainer(Body):
         metrics: Any = None,
         weighted_metrics: Any = None,
         loss_weights: Any = None,
+        clip_norm: float | Mapping[str, float] | None = None,
+        microbatches: int | str = 1,
+        nonfinite: str = "raise",
+        max_skipped: int = 10,
+        ema: float | None = None,
+        remat: WhereLike | type | Sequence[WhereLike | type] | None = None,
+        jit_compile: bool | str = "auto",
+        run_eagerly: bool = False,
         seed: int | None = None,
     ) -> None:
         """Make a trainer. Nothing is traced or allocated before the first fit.
@@ -59,26 +77,43 @@ class Trainer(Body):
             metrics: Metrics as `keras.Model.compile` takes them.
             weighted_metrics: Metrics to which sample weights apply, likewise.
             loss_weights: Weights of the losses of several outputs, likewise.
+            clip_norm: The norm to which the gradients of an update are clipped together, or one for each of some
+                groups.
+            microbatches: In how many pieces a batch is cut, computed one after the other and averaged by examples, for
+                one update: the large batch's result, but for layers and losses that look across a batch, in a fraction
+                of its memory. `"auto"` begins with 1 and doubles it when a step runs out of memory, which is repeated.
+            nonfinite: What an Inf or NaN in a loss or a gradient does, the step having changed nothing: `"raise"`
+                stops, `"skip"` goes on and counts `skipped_steps` in the logs; `"ignore"` does not look.
+            max_skipped: How many steps in a row may be skipped before that raises.
+            ema: The decay of an exponential moving average of what trains, such as 0.999; see `ema_weights`.
+            remat: Submodels whose activations are computed again for the gradient instead of kept: a path glob that
+                names them, a class, a layer, or a list of these.
+            jit_compile: Whether XLA compiles the steps; `"auto"`: on a GPU, where it can.
+            run_eagerly: Whether steps are run op by op in Python, for breakpoints and prints.
             seed: The seed by which arrays are shuffled.
 
         Raises:
             TypeError: An argument is of the wrong type.
+            ValueError: An option has a value that it cannot have.
         """
         Tree.of(model)
         self.model = model
         self.policy = TrainAll() if policy is None else policy
         self._seed = seed
-        self._optimizers = Optimizers(optimizer)
         names = getattr(model, "output_names", None)
         self._objective = Objective(loss, loss_weights, metrics, weighted_metrics, names)
+        judge = Judge(nonfinite, max_skipped)
+        self._updates = Updates(
+            Optimizers(optimizer), Clipping(clip_norm), Microbatches(microbatches), Averages(ema), guarded=judge.looks
+        )
         # Python's `if` and `for` over tensors are the user's to write; converting our own code costs a second.
         autograph = any(getattr(type(self), name) is not getattr(Body, name) for name in OVERRIDABLE)
         bodies = {"train": self.train_step, "eval": self.eval_step, "predict": self._predict_step}
-        self._loop = Loop(bodies, self._objective, autograph)
+        compilation = Compilation(autograph, jit_compile, run_eagerly)
+        self._steps = Steps(bodies, self._objective, self._updates, compilation, Remat(remat))
+        self._loop = Loop(self._steps, self._objective, judge)
         self._selections: dict[VariablePolicy, Selection] = {}
         self._prepared: Selection | None = None
-
-    # Running
 
     def fit(
         self,
@@ -122,9 +157,9 @@ class Trainer(Body):
             validation.check_lasts(epochs)
             validation.peek()
         batches.check_lasts(epochs)
-        self._loop.build(self.model, batches.peek())
+        self._steps.build(self.model, batches.peek())
         for selection in selections_to_come(self.policy, Tree.of(self.model)):
-            self._optimizers.check(selection, changing=True)
+            self._updates.optimizers.check(selection, changing=True)
         return self._loop.fit(self._phase, self._evaluation, batches, validation, epochs, Display(progress))
 
     def evaluate(self, data: Any, *, batch_size: int = 32, progress: str = "auto") -> dict[str, Any]:
@@ -139,7 +174,7 @@ class Trainer(Body):
             DataError: The data is empty or does not fit the model.
         """
         batches = as_batches(data, batch_size=batch_size)
-        self._loop.build(self.model, batches.peek())
+        self._steps.build(self.model, batches.peek())
         return self._loop.run(self._evaluation(), batches, Display(progress), "evaluation")
 
     def predict(self, data: Any, *, batch_size: int = 32) -> Any:
@@ -154,12 +189,10 @@ class Trainer(Body):
             DataError: The data is empty or does not fit the model.
         """
         batches = as_batches(data, batch_size=batch_size)
-        self._loop.build(self.model, batches.peek())
-        step = self._loop.step("predict", self._select(trains=False))
+        self._steps.build(self.model, batches.peek())
+        step = self._steps.other("predict", self._select(trains=False))
         outputs = [tf.nest.map_structure(lambda output: np.atleast_1d(output), step(b)) for b in batches.epoch()]
         return tf.nest.map_structure(lambda *arrays: np.concatenate(arrays), *outputs)
-
-    # Looking
 
     @property
     def policy(self) -> VariablePolicy:
@@ -183,7 +216,28 @@ class Trainer(Body):
     @property
     def learning_rates(self) -> LearningRates:
         """The learning rate of each group that trains now: `trainer.learning_rates["head"] = 1e-4` sets one."""
-        return LearningRates(self._optimizers, self.selection)
+        return LearningRates(self._updates.optimizers, self.selection)
+
+    @contextlib.contextmanager
+    def ema_weights(self) -> Iterator[None]:
+        """Give what trains now its averaged values inside this context, to evaluate or save with; after, its own.
+
+        Raises:
+            RuntimeError: The trainer has no `ema`, or has not trained yet.
+        """
+        with self._updates.averages.swapped(self.selection):
+            yield
+
+    @property
+    def loss_scale(self) -> float | None:
+        """By what losses are multiplied now, where a layer computes in float16; None where none does."""
+        scale = self._updates.loss_scale
+        return None if scale is None else float(scale.value)
+
+    @property
+    def microbatches(self) -> int:
+        """In how many pieces a batch is cut now."""
+        return self._updates.microbatches.count
 
     @property
     def step(self) -> int:
@@ -198,7 +252,7 @@ class Trainer(Body):
     @property
     def trace_count(self) -> int:
         """How often a training step was traced: once for each selection and signature of a batch."""
-        return self._loop.trace_count()
+        return self._steps.trace_count()
 
     def explain(self, depth: int = 3) -> str:
         """Return a table of what trains, what is frozen, by which rule, in which mode and at what cost.
@@ -207,10 +261,8 @@ class Trainer(Body):
             depth: How many levels of submodels are shown; below the first, only where they differ inside.
         """
         selection = self.selection
-        self._optimizers.prepare(selection, changing=True)
-        return report.explain(selection, self._optimizers.state_bytes, depth)
-
-    # Within
+        self._updates.optimizers.prepare(selection, changing=True)
+        return report.explain(selection, self._updates.optimizers.state_bytes, depth)
 
     def _predict_step(self, batch: Any) -> Any:
         return self.forward(keras.utils.unpack_x_y_sample_weight(batch)[0], training=False)
@@ -220,7 +272,7 @@ class Trainer(Body):
         return select(chain(self.policy, now)[-1], Tree.of(self.model), trains)
 
     def _evaluation(self) -> Step:
-        return self._loop.step("eval", self._select(trains=False))
+        return self._steps.other("eval", self._select(trains=False))
 
     def _phase(self, logs: Mapping[str, Any], starting: bool) -> Due:
         """Return what trains now, everything that it needs being made.
@@ -232,23 +284,14 @@ class Trainer(Body):
             self._selections.clear()
         policies = chain(self.policy, Progress(self.step, self.epoch, logs))
         policy = policies[-1]
-        is_value = _is_value(policy)
-        selection = self._selections.get(policy) if is_value else None
+        kept = is_value(policy)
+        selection = self._selections.get(policy) if kept else None
         if selection is None:
             selection = select(policy, Tree.of(self.model))
-            if is_value:
+            if kept:
                 self._selections[policy] = selection
         if selection is not self._prepared:
-            self._optimizers.prepare(selection, changing=type(self.policy).at is not VariablePolicy.at)
+            self._updates.prepare(selection, changing=type(self.policy).at is not VariablePolicy.at)
             self._prepared = selection
         every_steps = math.gcd(*(policy.every for policy in policies if policy.every is not None))
-        return Due(self._loop.step("train", selection), policy, every_steps or None)
-
-
-def _is_value(policy: VariablePolicy) -> bool:
-    """Tell whether a policy is a value, and not an object that may answer anew each time it is asked."""
-    try:
-        hash(policy)
-    except TypeError:
-        return False
-    return type(policy).__hash__ is not object.__hash__
+        return Due(self._steps.train(selection), policy, every_steps or None)

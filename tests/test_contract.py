@@ -65,8 +65,8 @@ def test_the_model_is_not_written_to(fitted):
 def test_no_optimizer_state_for_what_is_frozen(fitted):
     *_, trainer = fitted
     selection = trainer.selection
-    assert not any(trainer._optimizers.state_bytes(v) for v in selection.frozen + selection.non_trainable)
-    assert all(trainer._optimizers.state_bytes(v) == 8 * v.parameters for v in selection.trained)
+    assert not any(trainer._updates.optimizers.state_bytes(v) for v in selection.frozen + selection.non_trainable)
+    assert all(trainer._updates.optimizers.state_bytes(v) == 8 * v.parameters for v in selection.trained)
 
 
 @pytest.mark.parametrize("make", [models.functional, models.pinned, MODELS["subclassed"], MODELS["insistent"]])
@@ -128,21 +128,7 @@ def test_a_frozen_middle_costs_its_activation_gradient_only():
 
 
 def op_types(trainer):
-    """The types of the ops in the training step's graph that anything comes of: TensorFlow prunes the others."""
-    step = trainer._loop.step("train", trainer.selection)
-    (concrete,) = [step._function.get_concrete_function(models_batch())]
-    live, waiting = set(), [*(t.op for t in concrete.graph.outputs), *concrete.graph.control_outputs]
-    while waiting:
-        op = waiting.pop()
-        if op not in live:
-            live.add(op)
-            waiting += [*(tensor.op for tensor in op.inputs), *op.control_inputs]
-    return [op.type for op in live]
-
-
-def models_batch():
-    x, y = models.images(8)
-    return tf.constant(x), tf.constant(y)
+    return models.live_ops(trainer, models.images(8))
 
 
 def test_the_tape_watches_what_is_selected_and_nothing_else():

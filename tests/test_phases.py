@@ -90,7 +90,7 @@ def test_who_joins_after_a_thousand_steps_first_moves_by_the_learning_rate():
 
 
 def slots_of(trainer):
-    return [slot for slots in trainer._optimizers.cohorts[0].slots.values() for slot in slots]
+    return [slot for slots in trainer._updates.optimizers.cohorts[0].slots.values() for slot in slots]
 
 
 def test_momentum_of_what_stays_is_carried_over_bit_by_bit():
@@ -105,8 +105,8 @@ def test_momentum_of_what_stays_is_carried_over_bit_by_bit():
     changing._phase({}, True)
     for slot, kept in zip(slots_of(changing), state):
         np.testing.assert_array_equal(slot.numpy(), kept)
-    assert len(changing._optimizers.cohorts) == 2
-    assert not any(changing._optimizers.state_bytes(v) for v in changing.selection.frozen)
+    assert len(changing._updates.optimizers.cohorts) == 2
+    assert not any(changing._updates.optimizers.state_bytes(v) for v in changing.selection.frozen)
 
 
 @dataclass(frozen=True)
@@ -228,7 +228,7 @@ def test_groups_that_come_later_may_have_their_optimizers_from_the_start():
     policy = tl.Phases({0: tl.Groups({"h": "head"}), 1: tl.Groups({"h": "head", "b": "base"})})
     trainer = trainer_of(policy=policy, optimizer={"h": "sgd", "b": "adam"})
     trainer.fit(models.images(8), epochs=2, progress="none")
-    assert [cohort.group for cohort in trainer._optimizers.cohorts] == ["h", "b"]
+    assert [cohort.group for cohort in trainer._updates.optimizers.cohorts] == ["h", "b"]
 
 
 def test_a_layer_in_a_plain_object_is_named_too():

@@ -51,7 +51,7 @@ def test_what_is_frozen_is_bit_identical_and_what_trains_is_all_that_trains(reci
     trainer.fit([(X, Y)] * 3, progress="none")
     for variable in still:
         assert variable.tensor.numpy().tobytes() == before[variable].tobytes(), variable.path
-        assert trainer._optimizers.state_bytes(variable) == 0
+        assert trainer._updates.optimizers.state_bytes(variable) == 0
     for variable in selection.trained:
         assert (variable.tensor.numpy() != before[variable]).any(), variable.path
     assert trainer.trace_count == 1

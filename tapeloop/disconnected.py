@@ -1,0 +1,85 @@
+"""Why a variable gets no gradient, as far as the traced graph tells."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from tapeloop.tree import VariableInfo
+
+NAMED = 8  # how many variables a message names
+
+
+def disconnected(loss: tf.Tensor, missing: Sequence[VariableInfo], total: int) -> str:
+    """Say which variables get no gradient, the likely cause for each, and what to do.
+
+    Args:
+        loss: What was differentiated.
+        missing: The variables without a gradient.
+        total: How many should have one.
+    """
+    causes: dict[str, list[str]] = {}
+    for variable in missing:
+        causes.setdefault(_cause(loss, variable), []).append(variable.path)
+    return (
+        f"{len(missing)} of the {total} variables that should train get no gradient. "
+        + " ".join(f"{_listed(paths)}: {cause}." for cause, paths in causes.items())
+        + " Let the loss depend on them, or freeze them: `Freeze(...)` with these paths."
+    )
+
+
+def _listed(paths: list[str]) -> str:
+    more = f" and {len(paths) - NAMED} more" if len(paths) > NAMED else ""
+    return ", ".join(f"`{path}`" for path in paths[:NAMED]) + more
+
+
+def _cause(loss: tf.Tensor, variable: VariableInfo) -> str:
+    if not tf.as_dtype(variable.dtype).is_floating:
+        return f"integers ({variable.dtype}) have no gradient"
+    if tf.executing_eagerly():
+        return "the loss does not depend on it, or through a `stop_gradient`, an integer or NumPy"
+    handle = variable.tensor.handle
+    read = [inside for outside, inside in loss.graph.captures if outside is handle]
+    if not read:
+        return "not read where the loss is computed, its layer is not called there"
+    route = _route(read[0], loss)
+    if route is None:
+        return "what is computed from it does not reach the loss"
+    blocks = [what for op in route if (what := _blocks(op))]
+    return f"{blocks[0]} is on the way to the loss" if blocks else "read outside of `with self.tape(...):`"
+
+
+def _route(start: tf.Tensor, end: tf.Tensor) -> list[Any] | None:
+    """Return the ops on a shortest way from one tensor of a graph to another, or None where there is no way."""
+    came_from: dict[Any, Any] = {}
+    waiting = deque((op, None) for op in start.consumers())
+    while waiting:
+        op, before = waiting.popleft()
+        if op in came_from:
+            continue
+        came_from[op] = before
+        if op is end.op:
+            route = []
+            while op is not None:
+                route.append(op)
+                op = came_from[op]
+            return route[::-1]
+        waiting.extend((following, op) for output in op.outputs for following in output.consumers())
+    return None
+
+
+def _blocks(op: Any) -> str | None:
+    """Say what in an op lets no gradient through, if anything does."""
+    if op.type in ("StopGradient", "PreventGradient"):
+        return "a `stop_gradient`"
+    if op.type in ("PyFunc", "PyFuncStateless", "EagerPyFunc"):
+        return "a `py_function` or `numpy_function`"
+    if op.type == "IdentityN":
+        return "a custom gradient"
+    dense = [output for output in op.outputs if output.dtype not in (tf.resource, tf.variant)]
+    if dense and not any(output.dtype.is_floating or output.dtype.is_complex for output in dense):
+        return f"`{op.type}`, which gives {dense[0].dtype.name}"
+    return None

@@ -1,0 +1,178 @@
+"""Noticing what is not finite in a step, and undoing such a step, so that a bad batch changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import tensorflow as tf
+
+from tapeloop.checks import whole_number
+from tapeloop.errors import NonFiniteError
+from tapeloop.selection import Selection
+from tapeloop.tape import Gradient
+from tapeloop.tree import VariableInfo
+
+MODES = ("raise", "skip", "ignore")
+MOVED, OVERFLOWED, NON_FINITE = range(3)  # how a step may end
+FIRST_SCALE = 2.0**15
+GROWS_AFTER = 2000  # finite steps
+
+
+class Guard:
+    """Watches one selection's steps: the sum of each loss and gradient is finite just where all of it is.
+
+    A variable holds the sums, so that an `update` may stand in a branch or a loop of the traced step.
+    """
+
+    def __init__(self, selection: Selection) -> None:
+        self._places = {variable: 1 + place for place, variable in enumerate(selection.trained)}
+        self._sums = tf.Variable(tf.zeros(1 + len(self._places)), trainable=False, name="sums")
+
+    @property
+    def variables(self) -> list[tf.Variable]:
+        """What it keeps."""
+        return [self._sums]
+
+    def begin(self) -> None:
+        """Forget the last step."""
+        self._sums.assign(tf.zeros_like(self._sums))
+
+    def note(self, loss: tf.Tensor | None, gradients: Sequence[tuple[Gradient, VariableInfo]]) -> None:
+        """Take in a loss and the gradients that an update is made of."""
+        places = [self._places[variable] for _, variable in gradients]
+        sums = [_sum(gradient) for gradient, _ in gradients]
+        if loss is not None:
+            places, sums = [0, *places], [tf.cast(loss, tf.float32), *sums]
+        self._sums.assign_add(tf.scatter_nd([[place] for place in places], tf.stack(sums), self._sums.shape))
+
+    def is_finite(self) -> tf.Tensor:
+        """Tell whether all that was noted in this step is finite."""
+        return tf.reduce_all(tf.math.is_finite(self._sums))
+
+    def loss_is_finite(self) -> tf.Tensor:
+        """Tell whether the losses that were noted in this step are finite."""
+        return tf.math.is_finite(self._sums[0])
+
+    def error(self, step: int, epoch: int, also: str = "") -> NonFiniteError:
+        """Return the error of the step that was not finite."""
+        bad = ~tf.math.is_finite(self._sums).numpy()
+        paths = tuple(variable.path for variable, place in self._places.items() if bad[place])
+        listed = ", ".join(f"`{path}`" for path in paths[:8]) + (
+            f" and {len(paths) - 8} more" if len(paths) > 8 else ""
+        )
+        what = [f"the loss is {self._sums.numpy()[0]}"] if bad[0] else []
+        what += (
+            [f"the gradients of {len(paths)} of {len(self._places)} variables are not finite: {listed}"]
+            if paths
+            else []
+        )
+        error = NonFiniteError(
+            f"At step {step}, epoch {epoch}, {', and '.join(what)}. {also}The model and the optimizers are as before "
+            "it. Look at its batch, lower the learning rate or set `clip_norm`; `nonfinite='skip'` goes on without "
+            "such batches."
+        )
+        error.step, error.paths = step, paths
+        return error
+
+
+class Judge:
+    """Decides what a step that was not finite means for the run.
+
+    Attributes:
+        skipped_steps: How many steps were skipped since the last epoch began.
+    """
+
+    def __init__(self, mode: str, max_skipped: int) -> None:
+        """Check and keep what was asked.
+
+        Args:
+            mode: `"raise"`, `"skip"` or `"ignore"`.
+            max_skipped: How many steps in a row may be skipped.
+
+        Raises:
+            ValueError: `mode` is none of these, or `max_skipped` no whole number of 1 or more.
+        """
+        if mode not in MODES:
+            raise ValueError(f"`nonfinite` must be one of {', '.join(map(repr, MODES))}. Received: {mode!r}.")
+        self.skipped_steps = 0
+        self._mode = mode
+        self._max_skipped = whole_number("max_skipped", max_skipped, 1)
+        self._in_a_row = 0
+
+    @property
+    def looks(self) -> bool:
+        """Whether what is not finite is looked for."""
+        return self._mode != "ignore"
+
+    def counts(self, code: tf.Tensor | None, guard: Guard | None, step: int, epoch: int) -> bool:
+        """Tell whether a step counts, by how it ended.
+
+        Args:
+            code: How it ended.
+            guard: What watched it.
+            step: How many steps were trained before.
+            epoch: How many epochs were trained before.
+
+        Raises:
+            NonFiniteError: It was not finite, and the run is to stop at that.
+        """
+        ended = MOVED if code is None else int(code)
+        if ended != NON_FINITE:
+            self._in_a_row = 0
+            return ended == MOVED
+        if guard is not None and self._mode == "raise":
+            raise guard.error(step, epoch)
+        self.skipped_steps += 1
+        self._in_a_row += 1
+        if guard is not None and self._mode == "skip" and self._in_a_row > self._max_skipped:
+            raise guard.error(
+                step, epoch, f"{self._max_skipped} steps in a row were skipped before it, as many as may be. "
+            )
+        return False
+
+    def logs(self) -> dict[str, float]:
+        """Return what is to be logged of it."""
+        return {"skipped_steps": float(self.skipped_steps)} if self._mode == "skip" else {}
+
+
+class LossScale:
+    """The number by which a float16 loss is multiplied, so that small gradients do not vanish.
+
+    It halves when a gradient overflows and doubles after `GROWS_AFTER` steps without.
+
+    Source: Micikevicius et al., Mixed Precision Training, 2018, section 3.2; the numbers are those of Keras'
+    `LossScaleOptimizer`.
+    """
+
+    def __init__(self) -> None:
+        self.value = tf.Variable(FIRST_SCALE, trainable=False, name="loss_scale")
+        self._finite_steps = tf.Variable(0, trainable=False, name="finite_steps")
+
+    @property
+    def variables(self) -> list[tf.Variable]:
+        """What it keeps."""
+        return [self.value, self._finite_steps]
+
+    def update(self, finite: tf.Tensor) -> None:
+        """Take in how a step ended."""
+        grows = finite & (self._finite_steps + 1 >= GROWS_AFTER)
+        self._finite_steps.assign(tf.where(finite & ~grows, self._finite_steps + 1, 0))
+        halved = tf.maximum(self.value / 2, 1.0)
+        self.value.assign(tf.where(finite, tf.where(grows, self.value * 2, self.value), halved))
+
+
+class Snapshot:
+    """The values of variables at one moment. A value that is not asked for again costs nothing in a traced step."""
+
+    def __init__(self, variables: Iterable[tf.Variable]) -> None:
+        self._values = [(variable, variable.read_value()) for variable in variables]
+
+    def restore(self) -> None:
+        """Give the variables the values of then."""
+        for variable, value in self._values:
+            variable.assign(value)
+
+
+def _sum(gradient: Gradient) -> tf.Tensor:
+    values = gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient
+    return tf.reduce_sum(tf.cast(values, tf.float32))

@@ -1,0 +1,199 @@
+"""Cutting a batch in pieces that are computed one after the other, and averaging what they give."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import tensorflow as tf
+
+from tapeloop.checks import whole_number
+from tapeloop.errors import DataError
+
+_LOG = logging.getLogger("tapeloop")
+
+
+class Microbatches:
+    """In how many pieces batches are cut; with `"auto"`, in twice as many whenever a step runs out of memory.
+
+    Attributes:
+        count: In how many.
+        adapts: Whether the number grows.
+    """
+
+    def __init__(self, count: int | str) -> None:
+        """Check and keep the number.
+
+        Raises:
+            ValueError: It is neither a whole number of 1 or more nor `"auto"`.
+        """
+        self.adapts = count == "auto"
+        self.count = 1 if self.adapts else whole_number("microbatches", count, 1)
+        self._begun = tf.Variable(0, trainable=False, name="begun") if self.adapts else None
+
+    @property
+    def variables(self) -> list[tf.Variable]:
+        """What it keeps."""
+        return [] if self._begun is None else [self._begun]
+
+    def begin(self) -> None:
+        """Note that a step begins, of which nothing has moved."""
+        if self._begun is not None:
+            self._begun.assign(0)
+
+    def mark(self, number: int) -> list[tf.Operation | tf.Tensor]:
+        """Note, when the step runs, that its update of this number begins."""
+        return [] if self._begun is None else [self._begun.assign(number)]
+
+    def double(self, examples: int, updates: int, error: Exception) -> None:
+        """Cut batches in twice as many pieces, after a step of so many updates ran out of memory.
+
+        Raises:
+            RuntimeError: Pieces of one example were too large, or the last update had begun.
+        """
+        if self._begun is not None and 0 < updates <= int(self._begun):
+            raise RuntimeError(
+                "The step ran out of memory while the last of its updates was being made: some variables have moved, "
+                "others have not. Start again from what was saved, with `microbatches=2` or more from the beginning."
+            ) from error
+        if self.count >= examples:
+            raise RuntimeError(
+                f"The step ran out of memory with one example at a time, {self.count} micro-batches of a batch of "
+                f"{examples}. Make the model or its inputs smaller, freeze more of it, or use `remat`."
+            ) from error
+        before, self.count = self.count, min(2 * self.count, examples)
+        _LOG.warning("Out of memory with microbatches=%d: going on with microbatches=%d.", before, self.count)
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Some pieces of a batch of one size, which follow on one another.
+
+    Attributes:
+        count: How many.
+        size: How many examples each has: a number, or None where it is known only when the step runs.
+        start: The first example of the first.
+    """
+
+    count: int
+    size: int | None
+    start: int
+
+
+def plan(examples: int | None, count: int) -> list[Pieces]:
+    """Say how a batch is cut: the pieces differ in size by one example at most, larger ones first.
+
+    Args:
+        examples: How many examples it has, or None where that is known only when the step runs.
+        count: In how many pieces.
+
+    Raises:
+        DataError: It has fewer examples than pieces.
+    """
+    if examples is None:
+        return [Pieces(count, None, 0)]
+    size, larger = divmod(examples, count)
+    if not size:
+        raise DataError(
+            f"A batch of {examples} examples cannot be cut in {count} micro-batches. Make the batches larger, drop the "
+            f"remainder, or set `microbatches` to {examples} or less."
+        )
+    pieces = [Pieces(larger, size + 1, 0), Pieces(count - larger, size, larger * (size + 1))]
+    return [some for some in pieces if some.count]
+
+
+def piece(batch: Any, pieces: Pieces, index: Any, examples: tf.Tensor) -> Any:
+    """Return one piece of a batch.
+
+    Args:
+        batch: A structure of tensors, with the examples first; what has no dimensions is in every piece.
+        pieces: Of which pieces.
+        index: Which of them.
+        examples: How many examples the batch has.
+    """
+    if pieces.size is None:
+        each, larger = examples // pieces.count, examples % pieces.count
+        start, size = index * each + tf.minimum(index, larger), each + tf.cast(index < larger, examples.dtype)
+    else:
+        start, size = pieces.start + index * pieces.size, pieces.size
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, tf.SparseTensor):
+            rest = tf.shape(value, out_type=tf.int64)[1:]
+            first = tf.concat([[tf.cast(start, tf.int64)], tf.zeros_like(rest)], 0)
+            return tf.sparse.slice(value, first, tf.concat([[tf.cast(size, tf.int64)], rest], 0))
+        if value is None or not value.shape.rank:
+            return value
+        part = value[start : start + size]
+        if isinstance(part, tf.Tensor):
+            part = tf.ensure_shape(part, [pieces.size, *value.shape[1:]])
+        return part
+
+    return tf.nest.map_structure(cut, batch)
+
+
+def spec_of(batch: Any, size: int | None) -> Any:
+    """Return the signature of a batch, or a piece of one, of so many examples."""
+
+    def spec(value: Any) -> Any:
+        if value is None or not value.shape.rank:
+            return None if value is None else tf.type_spec_from_value(value)
+        shape = [size, *value.shape[1:]]
+        if isinstance(value, tf.RaggedTensor):
+            return tf.RaggedTensorSpec(shape, value.dtype, value.ragged_rank, value.row_splits.dtype)
+        kind = tf.SparseTensorSpec if isinstance(value, tf.SparseTensor) else tf.TensorSpec
+        return kind(shape, value.dtype)
+
+    return tf.nest.map_structure(spec, batch)
+
+
+def zeros_of(shape: tf.TensorShape, dtype: tf.DType) -> tf.Tensor:
+    """Return zeros to add to in a traced loop.
+
+    TensorFlow would keep constant zeros in memory for as long as the step lives, and copy them to add to them; whatever
+    comes of a placeholder with a default is made anew.
+    """
+    return tf.fill(shape, tf.compat.v1.placeholder_with_default(tf.zeros((), dtype), ()))
+
+
+def averaged(
+    run: Callable[[Any, Pieces], Any], batch: Any, examples: tf.Tensor, cuts: list[Pieces], zeros: Any | None
+) -> Any:
+    """Run a function on each piece of a batch, one after the other, and average what it returns by examples.
+
+    Args:
+        run: Takes a piece and how it was cut, and returns a structure of tensors.
+        batch: The batch.
+        examples: How many examples it has.
+        cuts: How it is cut.
+        zeros: Zeros of what `run` returns, to begin with in a graph; None where nothing is traced.
+    """
+    total = zeros
+    for pieces in cuts:
+
+        def add(index: Any, total: Any, pieces: Pieces = pieces) -> tuple[Any, Any]:
+            part = piece(batch, pieces, index, examples)
+            share = tf.cast(_first_dimension(part), tf.float32) / tf.cast(examples, tf.float32)
+            weighted = tf.nest.map_structure(lambda value: value * tf.cast(share, value.dtype), run(part, pieces))
+            total = weighted if total is None else tf.nest.map_structure(tf.add, total, weighted)
+            return index + 1, total
+
+        if zeros is None:
+            for index in range(pieces.count):
+                _, total = add(tf.constant(index), total)
+        else:
+            _, total = tf.while_loop(
+                lambda index, _, pieces=pieces: index < pieces.count,
+                add,
+                (tf.constant(0), total),
+                parallel_iterations=1,
+                maximum_iterations=pieces.count,
+            )
+    return total
+
+
+def _first_dimension(batch: Any) -> Any:
+    tensor = next(value for value in tf.nest.flatten(batch) if value is not None and value.shape.rank)
+    return tensor.shape[0] if tensor.shape[0] is not None else tf.shape(tensor)[0]

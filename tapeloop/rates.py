@@ -1,0 +1,55 @@
+"""Learning rates that may change without a new trace: a number, or a schedule times a variable."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tapeloop import _compat
+
+
+class Rate:
+    """The learning rate of one optimizer: its template's number or schedule, times a multiplier that may change."""
+
+    def __init__(self, optimizer: keras.optimizers.Optimizer) -> None:
+        self._optimizer = optimizer
+        schedule = _compat.schedule_of(optimizer)
+        self._base = 0.0 if schedule is not None else float(optimizer.learning_rate)
+        self._schedule = None if schedule is None else Multiplied(schedule)
+        if self._schedule is not None:
+            optimizer.learning_rate = self._schedule
+
+    def get(self, multiplier: float, rate: float | None) -> float:
+        """Return the rate that `set` would give now."""
+        if self._schedule is not None:
+            return multiplier * self._schedule.unmultiplied(self._optimizer.iterations)
+        return self._base * multiplier if rate is None else rate
+
+    def set(self, multiplier: float, rate: float | None) -> None:
+        """Set the rate to a number, or to the template's times a multiplier."""
+        if self._schedule is not None:
+            self._schedule.multiplier.assign(multiplier)
+        else:
+            self._optimizer.learning_rate = self._base * multiplier if rate is None else rate
+
+
+class Multiplied(keras.optimizers.schedules.LearningRateSchedule):
+    """A schedule, or a function without arguments, times a variable."""
+
+    def __init__(self, schedule: Any) -> None:
+        self.schedule = schedule
+        self.multiplier = tf.Variable(1.0, trainable=False)
+
+    def __call__(self, step: Any) -> tf.Tensor:
+        """Return the learning rate at a step of the optimizer's own count."""
+        return tf.cast(self._at(step), self.multiplier.dtype) * self.multiplier
+
+    def unmultiplied(self, step: Any) -> float:
+        """Return the schedule's own number at a step."""
+        return float(self._at(step))
+
+    def _at(self, step: Any) -> Any:
+        is_schedule = isinstance(self.schedule, keras.optimizers.schedules.LearningRateSchedule)
+        return self.schedule(step) if is_schedule else self.schedule()

@@ -1,0 +1,76 @@
+"""The tape that watches chosen variables and nothing else, and the gradients that it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import tensorflow as tf
+
+from tapeloop.disconnected import disconnected
+from tapeloop.errors import DisconnectedError
+from tapeloop.tree import VariableInfo
+
+Gradient: TypeAlias = "tf.Tensor | tf.IndexedSlices"
+
+
+class GroupTape(tf.GradientTape):
+    """A gradient tape that watches the variables it was made for and nothing else, but for what `watch` adds.
+
+    Attributes:
+        variables: The variables that it watches.
+        persistent: Whether gradients can be taken from it more than once.
+        spent: Whether its one gradient was taken.
+    """
+
+    def __init__(self, variables: Sequence[VariableInfo], persistent: bool = False) -> None:
+        super().__init__(persistent=persistent, watch_accessed_variables=False)
+        self.variables = tuple(variables)
+        self.persistent = persistent
+        self.spent = False
+
+    def __enter__(self) -> GroupTape:
+        super().__enter__()
+        for variable in self.variables:
+            self.watch(variable.tensor)
+        return self
+
+
+def gradients_of(tape: GroupTape, loss: tf.Tensor, scale: tf.Tensor | None) -> list[Gradient]:
+    """Return the gradient of `loss` for each variable that `tape` watches.
+
+    Args:
+        tape: What recorded the loss.
+        loss: A scalar.
+        scale: By what the loss is multiplied while its gradients are computed, and they are divided after, or None.
+
+    Raises:
+        DisconnectedError: For some of the variables there is none.
+        RuntimeError: The tape was used before.
+        TypeError: `tape` is no tape of the trainer's.
+        ValueError: `loss` is not a scalar.
+    """
+    if not isinstance(tape, GroupTape):
+        raise TypeError(f"`update` takes what `self.tape(...)` returned. Received: {tape!r}.")
+    if not tf.is_tensor(loss) or loss.shape.rank != 0:
+        raise ValueError(f"The loss must be a scalar tensor, such as the mean over the batch. Received: {loss!r}.")
+    if tape.spent:
+        raise RuntimeError(
+            f"The tape of {len(tape.variables)} variables was used before: it gives gradients once. Make another for "
+            "the second loss, or one that lasts: `self.tape(..., persistent=True)`."
+        )
+    tape.spent = not tape.persistent
+    sources = [variable.tensor for variable in tape.variables]
+    gradients = tape.gradient(loss, sources, None if scale is None else tf.cast(scale, loss.dtype))
+    missing = [variable for gradient, variable in zip(gradients, tape.variables) if gradient is None]
+    if missing:
+        raise DisconnectedError(disconnected(loss, missing, len(tape.variables)))
+    return gradients if scale is None else [scaled(gradient, 1 / scale) for gradient in gradients]
+
+
+def scaled(gradient: Gradient, factor: Any) -> Gradient:
+    """Return a gradient times a number."""
+    if isinstance(gradient, tf.IndexedSlices):
+        values = gradient.values * tf.cast(factor, gradient.dtype)
+        return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
+    return gradient * tf.cast(factor, gradient.dtype)

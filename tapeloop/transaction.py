@@ -1,0 +1,211 @@
+"""A training step that happens wholly or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tapeloop.batch import examples_of
+from tapeloop.guard import MOVED, NON_FINITE, OVERFLOWED, Snapshot
+from tapeloop.microbatch import averaged, plan, spec_of, zeros_of
+from tapeloop.modes import noting_assignments
+from tapeloop.objective import Objective
+from tapeloop.selection import Selection
+from tapeloop.updates import Call, Running, Updates
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a step ended.
+
+    Attributes:
+        logs: What the user's step returned.
+        code: One of `MOVED`, `OVERFLOWED` and `NON_FINITE`; None where nobody asked.
+    """
+
+    logs: Mapping[str, tf.Tensor]
+    code: tf.Tensor | None
+
+    @property
+    def counts(self) -> tf.Tensor | None:
+        """Whether the step moved anything; None where nobody asked."""
+        return None if self.code is None else tf.equal(self.code, MOVED)
+
+
+class Transaction:
+    """One selection's training steps: the user's step on a batch or its pieces, and what must hold around it.
+
+    Attributes:
+        selection: What trains.
+        microbatches: In how many pieces a batch is cut.
+        guard: What watches the steps, if anything does.
+    """
+
+    def __init__(
+        self, selection: Selection, updates: Updates, objective: Objective, body: Callable[[Any], Any], autograph: bool
+    ) -> None:
+        """Keep what a step is made of.
+
+        Args:
+            selection: What trains.
+            updates: What becomes of gradients.
+            objective: Whose metrics a step moves.
+            body: What the user computes, on a batch or a piece of one.
+            autograph: Whether the body is converted by AutoGraph.
+        """
+        self.guard = updates.new_guard(selection)
+        self.selection = selection
+        self.microbatches = updates.microbatches
+        self._updates = updates
+        self._objective = objective
+        self._body = body
+        self._autograph = autograph
+        self._written: set[Any] = set()
+        self._undoable: list[tf.Variable] = []
+        self._last_update = 0
+
+    def run(self, batch: Any) -> Outcome:
+        """Trace a step, or run it eagerly.
+
+        Raises:
+            DataError: The batch has fewer examples than it is to be cut in pieces.
+        """
+        running = self._updates.running = Running(self.selection, self.guard)
+        try:
+            return self._run_eagerly(running, batch) if tf.executing_eagerly() else self._trace(running, batch)
+        finally:
+            self._updates.running = None
+
+    def keep(self) -> Snapshot:
+        """Return the values of all that the next step might change, what its last update moves aside."""
+        self.microbatches.begin()
+        return Snapshot(self._undoable)
+
+    def out_of_memory(self, examples: int, error: Exception) -> None:
+        """Cut batches in more pieces from now on, after a step on so many examples ran out of memory.
+
+        Raises:
+            RuntimeError: That is no help, or not safe.
+        """
+        self.microbatches.double(examples, self._last_update, error)
+
+    def _trace(self, running: Running, batch: Any) -> Outcome:
+        count = self.microbatches.count
+        examples = examples_of(batch)
+        cuts = plan(examples if isinstance(examples, int) else None, count)
+
+        def compute(part: Any) -> dict[str, Any]:
+            return self._compute(running, part)
+
+        # What the user computes is a function of its own: its trace tells all that it touches before it runs.
+        functions = {
+            pieces.size: tf.function(compute, autograph=self._autograph).get_concrete_function(
+                spec_of(batch, pieces.size)
+            )
+            for pieces in cuts
+        }
+        self._undoable = self._exposed(running, [v for function in functions.values() for v in function.variables])
+        kept = self._begin(running)
+        if count == 1:
+            result = functions[cuts[0].size](batch)
+        else:
+            outputs = functions[cuts[0].size].structured_outputs
+            zeros = tf.nest.map_structure(lambda output: zeros_of(output.shape, output.dtype), outputs)
+            result = averaged(lambda part, pieces: functions[pieces.size](part), batch, examples, cuts, zeros)
+            self._commit(running, result["waiting"])
+        return Outcome(result["logs"], self._settle(kept.restore))
+
+    def _run_eagerly(self, running: Running, batch: Any) -> Outcome:
+        count = self.microbatches.count
+        self._undoable = self._unfrozen()
+        metrics_are_new = not self._objective.variables
+        kept = self._begin(running)
+
+        def undo() -> None:
+            kept.restore()
+            if metrics_are_new:
+                self._objective.reset()
+
+        try:
+            if count == 1:
+                result = self._compute(running, batch)
+            else:
+                examples = examples_of(batch)
+                cuts = plan(examples, count)
+                result = averaged(lambda part, _: self._compute(running, part), batch, examples, cuts, None)
+                self._commit(running, result["waiting"])
+        except Exception:
+            undo()
+            raise
+        return Outcome(result["logs"], self._settle(undo))
+
+    def _begin(self, running: Running) -> Snapshot:
+        self._last_update = len(running.calls)
+        if self.guard is not None:
+            self.guard.begin()
+        return Snapshot(self._undoable if self.guard is not None or tf.executing_eagerly() else [])
+
+    def _compute(self, running: Running, part: Any) -> dict[str, Any]:
+        """Run the user's step on a batch or a piece of one; in a piece, what its updates need waits."""
+        running.calls = []
+        running.graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+
+        def note(variable: tf.Variable) -> None:
+            if not running.updating:
+                self._written.add(variable.ref())
+
+        with noting_assignments([variable.tensor for variable in self.selection.trained], note):
+            logs = self._body(part)
+        if self.microbatches.count > 1:
+            logs = {name: tf.cast(value, keras.config.floatx()) for name, value in logs.items()}
+        return {"logs": logs, "waiting": [call.waiting for call in running.calls]}
+
+    def _commit(self, running: Running, waiting: Sequence[Mapping[str, Sequence[tf.Tensor]]]) -> None:
+        """Make the updates that waited for the last of the micro-batches, in their order."""
+        for number, (call, given) in enumerate(zip(running.calls, waiting), 1):
+            loss = given["loss"][0] if given["loss"] else None
+            self._updates.commit(running, number, list(zip(given["gradients"], call.variables)), loss)
+
+    def _settle(self, undo: Callable[[], None]) -> tf.Tensor | None:
+        """Undo a step that was not finite, and return the code of how it ended."""
+        if self.guard is None:
+            return None
+
+        def undone() -> tf.Tensor:
+            undo()
+            return tf.constant(True)
+
+        finite = self.guard.is_finite()
+        tf.cond(finite, lambda: tf.constant(False), undone)
+        code = tf.where(finite, MOVED, NON_FINITE)
+        scale = self._updates.loss_scale
+        if scale is not None:
+            overflowed = ~finite & self.guard.loss_is_finite() & (scale.value > 1)
+            code = tf.where(overflowed, OVERFLOWED, code)
+            scale.update(finite)
+        return code
+
+    def _exposed(self, running: Running, touched: Sequence[tf.Variable]) -> list[tf.Variable]:
+        """List what a bad step must be undone in: all that it touches, but for what only its last update moves.
+
+        That one does not happen in a bad step, whereas an earlier one has happened when a later one turns out bad.
+        """
+        *earlier, last = running.calls or [Call([], nested=False)]
+        exposed = self._updates.moved([v for call in (*earlier, *[last] * last.nested) for v in call.variables])
+        aside = {variable.ref() for variable in self._updates.moved(self.selection.trained)} - self._written
+        aside |= {variable.tensor.ref() for variable in self.selection.frozen}
+        aside |= {variable.ref() for variable in self._updates.variables}
+        aside |= {variable.ref() for variable in (() if self.guard is None else self.guard.variables)}
+        found = {variable.ref(): variable for variable in touched if variable.ref() not in aside}
+        return list({**found, **{variable.ref(): variable for variable in exposed}}.values())
+
+    def _unfrozen(self) -> list[tf.Variable]:
+        """List what a step may move, where no trace tells."""
+        frozen = {variable.tensor.ref() for variable in self.selection.frozen}
+        model = [variable.tensor for variable in self.selection.tree.variables]
+        everything = [*model, *self._updates.moved(self.selection.trained), *self._objective.variables]
+        return list({variable.ref(): variable for variable in everything if variable.ref() not in frozen}.values())

@@ -1,0 +1,163 @@
+"""How gradients become updates: scaled, guarded, clipped, applied, averaged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import tensorflow as tf
+
+from tapeloop.average import Averages
+from tapeloop.clipping import Clipping
+from tapeloop.guard import Guard, LossScale
+from tapeloop.microbatch import Microbatches
+from tapeloop.optim import Optimizers
+from tapeloop.selection import Selection
+from tapeloop.tape import Gradient, GroupTape, gradients_of
+from tapeloop.tree import VariableInfo
+
+Gradients = Sequence[tuple[Gradient, VariableInfo]]
+
+
+@dataclass
+class Call:
+    """One `update` or `apply` of a step.
+
+    Attributes:
+        variables: What it updates.
+        nested: Whether it stands in a branch or a loop of the traced step.
+        waiting: Its gradients and its loss, where they wait for those of the other micro-batches.
+    """
+
+    variables: list[VariableInfo]
+    nested: bool
+    waiting: dict[str, list[tf.Tensor]] = field(default_factory=dict)
+
+
+@dataclass
+class Running:
+    """A training step while it is traced, or run eagerly.
+
+    Attributes:
+        selection: What trains.
+        guard: What watches it, if anything does.
+        graph: The graph into which the user's step is traced, or None where it runs eagerly.
+        calls: The updates so far.
+        updating: Whether an update is being made at the moment.
+    """
+
+    selection: Selection
+    guard: Guard | None
+    graph: Any = None
+    calls: list[Call] = field(default_factory=list)
+    updating: bool = False
+
+
+class Updates:
+    """Everything between the gradients of a step and the new values of its variables.
+
+    Attributes:
+        optimizers: The optimizers of all groups.
+        clipping: The norms to which gradients are clipped.
+        microbatches: In how many pieces a batch is cut.
+        averages: The averages of what trains.
+        loss_scale: By what losses are multiplied, where a layer computes in float16.
+        running: The step that is being traced, or run eagerly, while one is.
+    """
+
+    def __init__(
+        self, optimizers: Optimizers, clipping: Clipping, microbatches: Microbatches, averages: Averages, guarded: bool
+    ) -> None:
+        """Keep the parts; `guarded` tells whether what is not finite is looked for at all."""
+        self.optimizers = optimizers
+        self.clipping = clipping
+        self.microbatches = microbatches
+        self.averages = averages
+        self.loss_scale: LossScale | None = None
+        self.running: Running | None = None
+        self._guarded = guarded
+
+    def prepare(self, selection: Selection, *, changing: bool) -> None:
+        """Make all that training with a selection needs, before anything is traced.
+
+        Args:
+            selection: What trains.
+            changing: Whether the policy changes as training goes, so that other groups may come later.
+
+        Raises:
+            PolicyError: The optimizers, or the norms to clip to, are not for its groups.
+        """
+        self.clipping.check(selection, changing=changing)
+        self.optimizers.prepare(selection, changing=changing)
+        self.averages.prepare(selection)
+        if self.loss_scale is None and any(layer.object.compute_dtype == "float16" for layer in selection.tree.layers):
+            self.loss_scale = LossScale()
+
+    def new_guard(self, selection: Selection) -> Guard | None:
+        """Return what is to watch the steps of a selection, or None where nothing is."""
+        return Guard(selection) if self._guarded or self.loss_scale is not None else None
+
+    def gradients(self, tape: GroupTape, loss: tf.Tensor) -> list[tuple[Gradient, VariableInfo]]:
+        """Return the gradient of a loss for each variable that `tape` watches."""
+        scale = None if self.loss_scale is None else self.loss_scale.value
+        return list(zip(gradients_of(tape, loss, scale), tape.variables))
+
+    def apply(self, gradients: Gradients, loss: tf.Tensor | None = None) -> None:
+        """Update variables by their gradients: now, or, in a micro-batch, when all of them are done.
+
+        Raises:
+            RuntimeError: It would have to wait, but stands in a branch or a loop.
+        """
+        running = self.running
+        assert running is not None
+        nested = running.graph is not None and tf.compat.v1.get_default_graph() is not running.graph
+        call = Call([variable for _, variable in gradients], nested)
+        running.calls.append(call)
+        if self.microbatches.count == 1:
+            self.commit(running, len(running.calls), gradients, loss)
+            return
+        if nested:
+            raise RuntimeError(
+                "An `update` in a branch or a loop of the traced step cannot wait for the other micro-batches. Set "
+                "`microbatches=1`, or move it out of the `if`, the `while` or the `tf.cond`."
+            )
+        call.waiting = {
+            "gradients": [tf.convert_to_tensor(gradient) for gradient, _ in gradients],
+            "loss": [] if loss is None else [tf.cast(loss, tf.float32)],
+        }
+
+    def commit(self, running: Running, number: int, gradients: Gradients, loss: tf.Tensor | None) -> None:
+        """Update variables by their gradients on the whole batch, unless something in the step was not finite.
+
+        Args:
+            running: The step.
+            number: The update's number in it, from 1.
+            gradients: The gradients.
+            loss: What they are gradients of, where that is known.
+        """
+
+        def move() -> tf.Tensor:
+            with tf.control_dependencies(self.microbatches.mark(number)):
+                self.optimizers.apply(running.selection, self.clipping.clip(running.selection, gradients))
+            self.averages.update([variable for _, variable in gradients])
+            return tf.constant(True)
+
+        running.updating = True
+        try:
+            if running.guard is None:
+                move()
+            else:
+                running.guard.note(loss, gradients)
+                tf.cond(running.guard.is_finite(), move, lambda: tf.constant(False))
+        finally:
+            running.updating = False
+
+    @property
+    def variables(self) -> list[tf.Variable]:
+        """What keeps count here, and is none of a step's to undo."""
+        return [*self.microbatches.variables, *([] if self.loss_scale is None else self.loss_scale.variables)]
+
+    def moved(self, variables: Sequence[VariableInfo]) -> list[tf.Variable]:
+        """List what an update of these variables moves: them, their optimizers' state, their averages."""
+        return [*(v.tensor for v in variables), *self.optimizers.state(variables), *self.averages.held(variables)]
