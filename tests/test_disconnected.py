@@ -1,0 +1,108 @@
+"""Why a variable gets no gradient: the causes that the traced graph tells apart."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import tapeloop as tl
+
+layers = keras.layers
+
+
+@tf.custom_gradient
+def without_gradient(x):
+    return x, lambda upstream: None
+
+
+CAUSES = {
+    "a `stop_gradient` is on the way to the loss": tf.stop_gradient,
+    "`Cast`, which gives int32 is on the way to the loss": lambda x: tf.cast(tf.cast(x, tf.int32), tf.float32),
+    "`ArgMax`, which gives int64 is on the way": lambda x: tf.cast(tf.argmax(x, axis=-1), tf.float32),
+    "a custom gradient is on the way to the loss": without_gradient,
+    "a `py_function` or `numpy_function` is on the way": lambda x: tf.numpy_function(np.tanh, [x], tf.float32),
+    "what is computed from it does not reach the loss": lambda x: tf.zeros_like(x),
+}
+
+
+class Detached(tl.Trainer):
+    """The head is connected, the neck is not."""
+
+    def train_step(self, batch):
+        with self.tape() as tape:
+            lost = self.detach(self.model["neck"](batch))
+            loss = tf.reduce_mean(self.model["head"](batch) ** 2) + tf.reduce_mean(lost)
+        self.update(tape, loss)
+        return {}
+
+
+def trainer_of(kind, **parts):
+    networks = {
+        name: keras.Sequential([keras.Input((3,)), layers.Dense(2, use_bias=False, name="dense")])
+        for name in ("neck", "head")
+    }
+    trainer = kind(networks, optimizer="sgd")
+    for name, part in parts.items():
+        setattr(trainer, name, part)
+    return trainer
+
+
+@pytest.mark.parametrize("cause", CAUSES)
+def test_the_cause_is_told(cause):
+    trainer = trainer_of(Detached, detach=CAUSES[cause])
+    text = rf"1 of the 2 variables that should train get no gradient. `neck/dense/kernel`: {cause}.*Let the loss depend"
+    with pytest.raises(tl.DisconnectedError, match=text):
+        trainer.fit([np.ones((4, 3), "float32")], progress="none")
+
+
+class Uncalled(tl.Trainer):
+    def train_step(self, batch):
+        with self.tape() as tape:
+            loss = tf.reduce_mean(self.model["head"](batch) ** 2)
+        self.update(tape, loss)
+        return {}
+
+
+class Early(tl.Trainer):
+    def train_step(self, batch):
+        early = self.model["neck"](batch)
+        with self.tape() as tape:
+            loss = tf.reduce_mean(self.model["head"](batch) ** 2) + tf.reduce_mean(early)
+        self.update(tape, loss)
+        return {}
+
+
+@pytest.mark.parametrize(
+    ("kind", "cause"),
+    [
+        (Uncalled, "not read where the loss is computed, its layer is not called there"),
+        (Early, r"read outside of `with self.tape\(...\):`"),
+    ],
+)
+def test_other_causes(kind, cause):
+    with pytest.raises(tl.DisconnectedError, match=rf"`neck/dense/kernel`: {cause}"):
+        trainer_of(kind).fit([np.ones((4, 3), "float32")], progress="none")
+
+
+def test_eagerly_there_is_no_graph_to_ask_and_nothing_has_moved():
+    trainer = trainer_of(Detached, detach=tf.stop_gradient)
+    eager = Detached(trainer.model, optimizer="sgd", run_eagerly=True)
+    eager.detach = tf.stop_gradient
+    before = trainer.model["head"].get_weights()[0]
+    with pytest.raises(tl.DisconnectedError, match=r"`neck/dense/kernel`: the loss does not depend on it, or through a"):
+        eager.fit([np.ones((4, 3), "float32")], progress="none")
+    np.testing.assert_array_equal(trainer.model["head"].get_weights()[0], before)
+
+
+def test_integers_are_told():
+    class Module(tf.Module):
+        def __init__(self):
+            self.count = tf.Variable(1)
+            self.scale = tf.Variable(1.0)
+
+        def __call__(self, inputs):
+            return inputs * self.scale * tf.cast(self.count, tf.float32)
+
+    x = np.ones((4, 3), "float32")
+    with pytest.raises(tl.DisconnectedError, match=r"`count`: integers \(int32\) have no gradient"):
+        tl.Trainer(Module(), loss="mse", optimizer="sgd").fit([(x, x)], progress="none")
