@@ -126,10 +126,12 @@ def piece(batch: Any, pieces: Pieces, index: Any, examples: tf.Tensor) -> Any:
             return tf.sparse.slice(value, first, tf.concat([[tf.cast(size, tf.int64)], rest], 0))
         if value is None or not value.shape.rank:
             return value
-        part = value[start : start + size]
-        if isinstance(part, tf.Tensor):
-            part = tf.ensure_shape(part, [pieces.size, *value.shape[1:]])
-        return part
+        if isinstance(value, tf.RaggedTensor):
+            return value[start : start + size]
+        # XLA slices from anywhere, but no other number of examples than one that is known.
+        rest = [tf.shape(value)[axis] if length is None else length for axis, length in enumerate(value.shape)][1:]
+        part = tf.slice(value, [start, *[0] * len(rest)], [size, *rest])
+        return tf.ensure_shape(part, [pieces.size, *value.shape[1:]])
 
     return tf.nest.map_structure(cut, batch)
 

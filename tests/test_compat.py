@@ -42,6 +42,55 @@ def test_the_mode_that_nested_layers_inherit_can_be_read_and_set():
     assert seen[-2:] == [True, False]
 
 
+def test_a_call_that_is_repeated_inherits_a_mode_and_leaves_no_trace():
+    seen = []
+
+    class Inner(layers.Layer):
+        def call(self, x, training=None):
+            self.add_loss(tf.constant(1.0))
+            seen.append(training)
+            return x
+
+    inner = Inner()
+    for training in (True, False):
+        with _compat.within_call(training):
+            inner(tf.zeros((1, 1)))
+    inner(tf.zeros((1, 1)))
+    assert seen == [True, False, None]
+    assert len(_compat.added_losses(inner)) == 1  # the outermost call forgets those before, as it does elsewhere
+
+
+def test_a_repeated_call_in_a_stateless_scope_adds_no_losses():
+    class Adds(layers.Layer):
+        def call(self, x):
+            self.add_loss(tf.constant(1.0))
+            return x
+
+    layer = Adds()
+    layer(tf.zeros((1, 1)))
+    with _compat.within_call(True), keras.StatelessScope():
+        layer(tf.zeros((1, 1)))
+    assert len(_compat.added_losses(layer)) == 1
+
+
+def test_a_mask_can_be_copied():
+    masked = layers.Embedding(3, 2, mask_zero=True)(tf.constant([[1, 0]]))
+    copy = tf.identity(masked)
+    seen = []
+
+    class Looks(layers.Layer):
+        def call(self, x, mask=None):
+            seen.append(mask)
+            return x
+
+    _compat.copy_mask(tf.zeros(1), copy)
+    Looks()(copy)
+    _compat.copy_mask(masked, copy)
+    Looks()(copy)
+    assert seen[0] is None
+    assert seen[1].numpy().tolist() == [[True, False]]
+
+
 def test_a_quantized_layer_is_run_by_another_method():
     dense = layers.Dense(2)
     assert _compat.call_methods(dense) == ("call",)

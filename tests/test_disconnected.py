@@ -89,7 +89,9 @@ def test_eagerly_there_is_no_graph_to_ask_and_nothing_has_moved():
     eager = Detached(trainer.model, optimizer="sgd", run_eagerly=True)
     eager.detach = tf.stop_gradient
     before = trainer.model["head"].get_weights()[0]
-    with pytest.raises(tl.DisconnectedError, match=r"`neck/dense/kernel`: the loss does not depend on it, or through a"):
+    with pytest.raises(
+        tl.DisconnectedError, match=r"`neck/dense/kernel`: the loss does not depend on it, or through a"
+    ):
         eager.fit([np.ones((4, 3), "float32")], progress="none")
     np.testing.assert_array_equal(trainer.model["head"].get_weights()[0], before)
 

@@ -70,9 +70,9 @@ def test_private_names_of_keras_and_tensorflow_are_used_in_compat_alone(name):
 # Whose tests stand in another file than `test_<name>.py`, and in which.
 TESTED_IN = {
     "_compat": "compat", "checks": "errors", "selection": "policy", "select": "policy", "modes": "contract",
-    "step": "trainer",
-    "calling": "trainer", "loop": "trainer", "body": "trainer", "layerwise": "schedule", "ordinal": "where",
-    "__init__": "readme",
+    "calling": "trainer", "loop": "trainer", "steps": "trainer", "body": "updates", "tape": "updates",
+    "clipping": "updates", "transaction": "guard", "layerwise": "schedule", "ordinal": "where", "rates": "optim",
+    "batch": "data", "history": "phases", "__init__": "readme",
 }  # fmt: skip
 
 
