@@ -4,7 +4,8 @@
 
 The teacher has learned from all the labels. A student with 100 of them has little to learn from alone; what the teacher
 says to every image, without a label, tells it more. The teacher is frozen: its Dropout is off and its statistics stay,
-although it is called with `training=True`.
+although it is called with `training=True`. The student's weights are also averaged over the run (`ema`), the teacher's,
+which do not train, are not.
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ def main(seed: int = 0) -> dict[str, float]:
         {"teacher": teacher, "student": make_network(24, 1)},
         tl.TrainOnly("student"),
         optimizer=keras.optimizers.Adam(3e-3),
+        ema=0.99,
         seed=seed,
     )
     trainer.fit(x, epochs=30, batch_size=BATCH, progress="none")
@@ -78,6 +80,8 @@ def main(seed: int = 0) -> dict[str, float]:
     alone.fit((x[:LABELLED], y[:LABELLED]), epochs=trainer.step // batches, batch_size=BATCH, progress="none")
 
     scores = {"teacher": accuracy(teaching), "alone": accuracy(alone), "distilled": accuracy(trainer)}
+    with trainer.ema_weights():
+        scores["averaged"] = accuracy(trainer)
     print(f"test accuracy: {', '.join(f'{name} {value:.3f}' for name, value in scores.items())}")
     print(f"the teacher is bit-identical: {bits(teacher) == before}")
     return scores

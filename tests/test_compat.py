@@ -79,6 +79,8 @@ def test_a_mask_can_be_copied():
     seen = []
 
     class Looks(layers.Layer):
+        supports_masking = True
+
         def call(self, x, mask=None):
             seen.append(mask)
             return x
