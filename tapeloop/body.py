@@ -14,8 +14,8 @@ from tapeloop.objective import Objective, added_losses
 from tapeloop.policy import VariablePolicy
 from tapeloop.selection import Selection
 from tapeloop.steps import Steps
-from tapeloop.tape import Gradient, GroupTape
-from tapeloop.tree import Model, Tree, VariableInfo
+from tapeloop.tape import GroupTape
+from tapeloop.tree import Model, Tree, VariableInfo, raw
 from tapeloop.updates import Updates
 
 OVERRIDABLE = ("forward", "compute_loss", "train_step", "eval_step")
@@ -141,7 +141,7 @@ class Body:
             self._updates.apply(self._updates.gradients(tape, loss), loss)
 
     @tf.autograph.experimental.do_not_convert
-    def gradients(self, tape: GroupTape, loss: tf.Tensor) -> dict[str, Gradient]:
+    def gradients(self, tape: GroupTape, loss: tf.Tensor) -> dict[str, tf.Tensor]:
         """Return the gradients of `loss` for the variables that `tape` watched, by path, to be changed and applied.
 
         Args:
@@ -160,7 +160,7 @@ class Body:
         return {variable.path: gradient for gradient, variable in self._updates.gradients(tape, loss)}
 
     @tf.autograph.experimental.do_not_convert
-    def apply(self, gradients: Mapping[str, Gradient]) -> None:
+    def apply(self, gradients: Mapping[str, tf.Tensor]) -> None:
         """Update variables by gradients: the second half of `update`.
 
         Args:
@@ -178,6 +178,21 @@ class Body:
         """Return what layers added by `add_loss` in the last call, and the weight penalties, of all that trains."""
         return [] if self._steps.building else added_losses(self._in_step("added_losses"))
 
+    def _predict_step(self, batch: Any) -> Any:
+        return self.forward(keras.utils.unpack_x_y_sample_weight(batch)[0], training=False)
+
+    def _kept(self) -> list[tf.Variable]:
+        """Return the variables among this object's own attributes: counters, metrics, random states of a subclass."""
+        found: list[Any] = []
+        for value in vars(self).values():
+            if isinstance(value, keras.metrics.Metric):
+                found += value.variables
+            elif isinstance(value, (tf.random.Generator, keras.random.SeedGenerator)):
+                found.append(value.state)
+            elif isinstance(value, (tf.Variable, keras.Variable)):
+                found.append(value)
+        return [raw(variable) for variable in found]
+
     def _in_step(self, verb: str) -> Selection:
         """Return the selection of the step that is being traced; only one that trains may update."""
         kind, selection = self._steps.tracing or (None, None)
@@ -193,7 +208,7 @@ def _with_logs(loss: Any) -> tuple[tf.Tensor, Mapping[str, tf.Tensor]]:
     return loss if isinstance(loss, tuple) else (loss, {})
 
 
-def _paired(gradients: Mapping[str, Gradient], selection: Selection) -> list[tuple[Gradient, VariableInfo]]:
+def _paired(gradients: Mapping[str, tf.Tensor], selection: Selection) -> list[tuple[tf.Tensor, VariableInfo]]:
     by_path = {path: variable for variable in selection.trained for path in variable.paths}
     unknown = [path for path in gradients if path not in by_path]
     if unknown:
@@ -207,4 +222,4 @@ def _paired(gradients: Mapping[str, Gradient], selection: Selection) -> list[tup
             raise ValueError(
                 f"`apply` takes a tensor of the shape {by_path[path].shape} for `{path}`. Received: {gradient!r}."
             )
-    return [(gradient, by_path[path]) for path, gradient in gradients.items()]
+    return [(tf.convert_to_tensor(gradient), by_path[path]) for path, gradient in gradients.items()]

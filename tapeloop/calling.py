@@ -10,7 +10,7 @@ import keras
 import tensorflow as tf
 
 from tapeloop.batch import shapes
-from tapeloop.errors import DataError
+from tapeloop.errors import DataError, TapeloopError
 from tapeloop.tree import Model
 
 
@@ -41,6 +41,8 @@ def call_model(model: Model, inputs: Any, training: bool) -> Any:
     takes_training = "training" in parameters or (isinstance(model, keras.Layer) and any_keyword)
     try:
         return model(inputs, training=training) if takes_training else model(inputs)
+    except TapeloopError:
+        raise
     except (ValueError, tf.errors.InvalidArgumentError) as error:
         raise DataError(
             f"The model cannot be called on a batch of inputs {shapes(inputs)}: {error}\n"

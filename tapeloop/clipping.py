@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,6 @@ import tensorflow as tf
 
 from tapeloop.errors import PolicyError
 from tapeloop.selection import Selection
-from tapeloop.tape import Gradient
 from tapeloop.tree import VariableInfo
 
 
@@ -32,7 +32,7 @@ class Clipping:
         """
         self._norm = norm
         for value in norm.values() if isinstance(norm, Mapping) else [] if norm is None else [norm]:
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
+            if isinstance(value, bool) or not isinstance(value, numbers.Real):
                 raise TypeError(f"`clip_norm` must be a number, or one for each of some groups. Received: {norm!r}.")
             if not 0 < value < math.inf:
                 raise ValueError(f"`clip_norm` must be above 0 and finite. Received: {norm!r}.")
@@ -51,14 +51,14 @@ class Clipping:
             )
 
     def clip(
-        self, selection: Selection, gradients: Sequence[tuple[Gradient, VariableInfo]]
-    ) -> list[tuple[Gradient, VariableInfo]]:
+        self, selection: Selection, gradients: Sequence[tuple[tf.Tensor, VariableInfo]]
+    ) -> list[tuple[tf.Tensor, VariableInfo]]:
         """Return the gradients of one update, clipped."""
         if self._norm is None:
             return list(gradients)
         if not isinstance(self._norm, Mapping):
             return _clipped(gradients, self._norm)
-        by_group: dict[str, list[tuple[Gradient, VariableInfo]]] = {}
+        by_group: dict[str, list[tuple[tf.Tensor, VariableInfo]]] = {}
         for gradient, variable in gradients:
             by_group.setdefault(selection.group_of[variable], []).append((gradient, variable))
         return [
@@ -68,6 +68,6 @@ class Clipping:
         ]
 
 
-def _clipped(pairs: Sequence[tuple[Gradient, VariableInfo]], norm: Any) -> list[tuple[Gradient, VariableInfo]]:
+def _clipped(pairs: Sequence[tuple[tf.Tensor, VariableInfo]], norm: Any) -> list[tuple[tf.Tensor, VariableInfo]]:
     clipped, _ = tf.clip_by_global_norm([gradient for gradient, _ in pairs], norm)
     return list(zip(clipped, (variable for _, variable in pairs)))

@@ -20,6 +20,7 @@ class Batches:
 
     Attributes:
         per_epoch: How many batches an epoch has, or None where nobody can say before its end.
+        fewest: How many examples the smallest batch has, or None likewise.
     """
 
     def __init__(self, source: Iterable[Any], steps_per_epoch: int | None = None, name: str = "data") -> None:
@@ -28,6 +29,7 @@ class Batches:
         self._steps_per_epoch = steps_per_epoch
         self._running: Iterator[Any] | None = None
         self._first: list[Any] = []
+        self.fewest: int | None = getattr(source, "fewest", None)
         self.per_epoch = steps_per_epoch if steps_per_epoch is not None else _length(source)
 
     def peek(self) -> Any:
@@ -141,6 +143,7 @@ class _ArrayBatches:
         (length,) = lengths
         if not length:
             raise DataError(f"`{name}` is empty: its arrays have no examples. Received: {shapes(given)}.")
+        self.fewest = length % batch_size or min(length, batch_size)
         indices = tf.data.Dataset.range(length)
         if shuffle:
             indices = indices.shuffle(length, seed=seed, reshuffle_each_iteration=True)

@@ -42,14 +42,15 @@ def _cause(loss: tf.Tensor, variable: VariableInfo) -> str:
     if tf.executing_eagerly():
         return "the loss does not depend on it, or through a `stop_gradient`, an integer or NumPy"
     handle = variable.tensor.handle
-    read = [inside for outside, inside in loss.graph.captures if outside is handle]
-    if not read:
+    read = next((inside for outside, inside in loss.graph.captures if outside is handle), None)
+    if read is None:
         return "not read where the loss is computed, its layer is not called there"
-    route = _route(read[0], loss)
+    route = _route(read, loss)
     if route is None:
         return "what is computed from it does not reach the loss"
-    blocks = [what for op in route if (what := _blocks(op))]
-    return f"{blocks[0]} is on the way to the loss" if blocks else "read outside of `with self.tape(...):`"
+    if _is_differentiable(loss, read):
+        return "read outside of `with self.tape(...):`"
+    return f"on the way to the loss is {_what(_block(loss, route))}"
 
 
 def _route(start: tf.Tensor, end: tf.Tensor) -> list[Any] | None:
@@ -71,15 +72,37 @@ def _route(start: tf.Tensor, end: tf.Tensor) -> list[Any] | None:
     return None
 
 
-def _blocks(op: Any) -> str | None:
-    """Say what in an op lets no gradient through, if anything does."""
+def _is_differentiable(loss: tf.Tensor, tensor: tf.Tensor) -> bool:
+    """Tell whether the graph, without regard to tapes, has a gradient of the loss for a tensor of it."""
+    try:
+        return tf.gradients(loss, tensor)[0] is not None
+    except LookupError:  # an op that has none, and was not declared to have none
+        return False
+
+
+def _block(loss: tf.Tensor, route: Sequence[Any]) -> Any:
+    """Return the op of the route that lets no gradient through: those after it have one, those before it none."""
+    low, high = 0, len(route) - 1
+    while low < high:
+        middle = (low + high) // 2
+        if any(_is_differentiable(loss, output) for output in route[middle].outputs):
+            high = middle
+        else:
+            low = middle + 1
+    return route[low]
+
+
+def _what(op: Any) -> str:
+    """Say what an op is."""
     if op.type in ("StopGradient", "PreventGradient"):
         return "a `stop_gradient`"
     if op.type in ("PyFunc", "PyFuncStateless", "EagerPyFunc"):
         return "a `py_function` or `numpy_function`"
     if op.type == "IdentityN":
-        return "a custom gradient"
-    dense = [output for output in op.outputs if output.dtype not in (tf.resource, tf.variant)]
-    if dense and not any(output.dtype.is_floating or output.dtype.is_complex for output in dense):
-        return f"`{op.type}`, which gives {dense[0].dtype.name}"
-    return None
+        return "a custom gradient (or `remat`, for which a layer's arguments are all that it depends on)"
+    if op.type in ("If", "StatelessIf", "Case", "StatelessCase", "While", "StatelessWhile"):
+        return f"something in a branch or a loop (`{op.type}`)"
+    integers = [tensor.dtype.name for tensor in op.inputs if tensor.dtype.is_integer]
+    return (
+        f"`{op.type}` of {integers[0]}, and integers have no gradient" if integers else f"`{op.type}`, without gradient"
+    )

@@ -9,7 +9,6 @@ import tensorflow as tf
 from tapeloop.checks import whole_number
 from tapeloop.errors import NonFiniteError
 from tapeloop.selection import Selection
-from tapeloop.tape import Gradient
 from tapeloop.tree import VariableInfo
 
 MODES = ("raise", "skip", "ignore")
@@ -37,10 +36,10 @@ class Guard:
         """Forget the last step."""
         self._sums.assign(tf.zeros_like(self._sums))
 
-    def note(self, loss: tf.Tensor | None, gradients: Sequence[tuple[Gradient, VariableInfo]]) -> None:
+    def note(self, loss: tf.Tensor | None, gradients: Sequence[tuple[tf.Tensor, VariableInfo]]) -> None:
         """Take in a loss and the gradients that an update is made of."""
         places = [self._places[variable] for _, variable in gradients]
-        sums = [_sum(gradient) for gradient, _ in gradients]
+        sums = [tf.reduce_sum(tf.cast(gradient, tf.float32)) for gradient, _ in gradients]
         if loss is not None:
             places, sums = [0, *places], [tf.cast(loss, tf.float32), *sums]
         self._sums.assign_add(tf.scatter_nd([[place] for place in places], tf.stack(sums), self._sums.shape))
@@ -125,6 +124,7 @@ class Judge:
         self.skipped_steps += 1
         self._in_a_row += 1
         if guard is not None and self._mode == "skip" and self._in_a_row > self._max_skipped:
+            self._in_a_row = 0
             raise guard.error(
                 step, epoch, f"{self._max_skipped} steps in a row were skipped before it, as many as may be. "
             )
@@ -171,8 +171,3 @@ class Snapshot:
         """Give the variables the values of then."""
         for variable, value in self._values:
             variable.assign(value)
-
-
-def _sum(gradient: Gradient) -> tf.Tensor:
-    values = gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient
-    return tf.reduce_sum(tf.cast(values, tf.float32))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -109,6 +110,7 @@ class Loop:
         self._objective.reset()
         self._judge.skipped_steps = 0
         logs = functools.partial(self._logs, means)
+        before = self.steps_done
         shown.start(title, batches.per_epoch)
         try:
             for number, batch in enumerate(batches.epoch()):
@@ -123,6 +125,8 @@ class Loop:
                 shown.advance(int(examples_of(batch)), logs)
             final = logs()
             if isinstance(step, TrainStep):
+                if self.steps_done == before:
+                    final = dict.fromkeys(final, math.nan)
                 final |= self._judge.logs()
             shown.end(final)
         finally:

@@ -9,8 +9,11 @@ from typing import Any
 
 import tensorflow as tf
 
+from tapeloop.batch import shapes
 from tapeloop.checks import whole_number
 from tapeloop.errors import DataError
+
+WHOLE = "whole"  # the size of what is not cut
 
 _LOG = logging.getLogger("tapeloop")
 
@@ -29,7 +32,7 @@ class Microbatches:
         Raises:
             ValueError: It is neither a whole number of 1 or more nor `"auto"`.
         """
-        self.adapts = count == "auto"
+        self.adapts = isinstance(count, str) and count == "auto"
         self.count = 1 if self.adapts else whole_number("microbatches", count, 1)
         self._begun = tf.Variable(0, trainable=False, name="begun") if self.adapts else None
 
@@ -37,6 +40,15 @@ class Microbatches:
     def variables(self) -> list[tf.Variable]:
         """What it keeps."""
         return [] if self._begun is None else [self._begun]
+
+    def check(self, fewest: int | None) -> None:
+        """Check that the smallest of the batches to come, where it is known, is large enough.
+
+        Raises:
+            DataError: It is not.
+        """
+        if fewest is not None and not self.adapts:
+            plan(fewest, self.count)
 
     def begin(self) -> None:
         """Note that a step begins, of which nothing has moved."""
@@ -80,6 +92,20 @@ class Pieces:
     count: int
     size: int | None
     start: int
+
+
+def check_alike(batch: Any) -> None:
+    """Check that every tensor of a batch has the examples as its first dimension, as far as that is known.
+
+    Raises:
+        DataError: Their numbers differ, and it cannot be said how they are cut.
+    """
+    tensors = [value for value in tf.nest.flatten(batch) if value is not None and value.shape.rank]
+    if len({value.shape[0] for value in tensors} - {None}) > 1:
+        raise DataError(
+            f"A batch whose tensors have different first dimensions cannot be cut in micro-batches: {shapes(tensors)}. "
+            "Make the examples the first dimension of each, or set `microbatches=1`."
+        )
 
 
 def plan(examples: int | None, count: int) -> list[Pieces]:
@@ -136,11 +162,11 @@ def piece(batch: Any, pieces: Pieces, index: Any, examples: tf.Tensor) -> Any:
     return tf.nest.map_structure(cut, batch)
 
 
-def spec_of(batch: Any, size: int | None) -> Any:
-    """Return the signature of a batch, or a piece of one, of so many examples."""
+def spec_of(batch: Any, size: int | str | None) -> Any:
+    """Return the signature of a piece of a batch, of so many examples, or of the `WHOLE` batch."""
 
     def spec(value: Any) -> Any:
-        if value is None or not value.shape.rank:
+        if value is None or not value.shape.rank or size == WHOLE:
             return None if value is None else tf.type_spec_from_value(value)
         shape = [size, *value.shape[1:]]
         if isinstance(value, tf.RaggedTensor):

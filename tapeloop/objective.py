@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ import tensorflow as tf
 
 from tapeloop import _compat
 from tapeloop.batch import shapes
-from tapeloop.errors import DataError
+from tapeloop.errors import DataError, TapeloopError
 from tapeloop.selection import Selection
 from tapeloop.tree import VariableInfo, raw
 
@@ -84,6 +85,20 @@ class Objective:
         """Start the metrics anew."""
         self._stand_in.reset_metrics()
 
+    def check_averages(self) -> None:
+        """Check that the losses are means over examples, as averaging over pieces of a batch takes them to be.
+
+        Raises:
+            ValueError: One of them is not.
+        """
+        for loss in tf.nest.flatten(self._stand_in.loss):
+            reduction = getattr(loss, "reduction", None)
+            if reduction in ("sum", "mean_with_sample_weight"):
+                raise ValueError(
+                    f"Micro-batches average losses by examples, which the reduction {reduction!r} of {loss!r} is not "
+                    "made for. Take 'sum_over_batch_size', or set `microbatches=1`."
+                )
+
     @property
     def variables(self) -> list[tf.Variable]:
         """What the metrics keep; nothing before the first batch."""
@@ -106,6 +121,8 @@ def _fitting(y: Any, y_pred: Any, sample_weight: Any) -> Iterator[None]:
     """Say the shapes where a loss or metric refuses a batch."""
     try:
         yield
+    except TapeloopError:
+        raise
     except (ValueError, TypeError, KeyError, tf.errors.InvalidArgumentError) as error:
         raise DataError(
             f"The loss or a metric does not fit the batch: the targets are {shapes(y)}, the model's output is "
@@ -134,8 +151,9 @@ class Means:
         self._means[name] = keras.metrics.Mean(name=name, dtype=keras.config.floatx())
 
     def results(self) -> dict[str, tf.Tensor]:
-        """Return the means since the last reset, of what was taken in since."""
-        return {name: mean.result() for name, mean in self._means.items() if float(mean.count) > 0}
+        """Return the means since the last reset, of what was taken in since; NaN where that is nothing at all."""
+        counted = {name: mean.result() for name, mean in self._means.items() if float(mean.count) > 0}
+        return counted or {name: tf.constant(math.nan) for name in self._means}
 
     def reset(self) -> None:
         """Start the means anew."""

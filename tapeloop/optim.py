@@ -13,7 +13,6 @@ from tapeloop import _compat
 from tapeloop.errors import PolicyError
 from tapeloop.rates import Rate
 from tapeloop.selection import Selection
-from tapeloop.tape import Gradient
 from tapeloop.tree import VariableInfo, raw
 
 OptimizerLike: TypeAlias = Any  # keras.optimizers.Optimizer | str | Mapping[str, either]
@@ -148,7 +147,7 @@ class Optimizers:
     def _template(self, group: str) -> keras.optimizers.Optimizer:
         return self._templates[group if self._by_group else ""]
 
-    def apply(self, selection: Selection, gradients: Sequence[tuple[Gradient, VariableInfo]]) -> None:
+    def apply(self, selection: Selection, gradients: Sequence[tuple[tf.Tensor, VariableInfo]]) -> None:
         """Update the variables by their gradients, each by the optimizer of its group and cohort."""
         for cohort in self.cohorts:
             mine = [

@@ -11,11 +11,18 @@ import tensorflow as tf
 
 from tapeloop import _compat
 from tapeloop.errors import PolicyError
-from tapeloop.modes import sealed, shadowed
+from tapeloop.modes import noting_assignments, shadowed
 from tapeloop.ordinal import Ordinal, candidates
 from tapeloop.selection import Selection
-from tapeloop.tree import SubmodelInfo, Tree
+from tapeloop.tree import SubmodelInfo, Tree, VariableInfo, raw
 from tapeloop.where import Glob, Joined, Kind, Not, Under, Where, WhereLike, as_where, matches_whole
+
+# Ops that draw from a state of their own: nobody can set it back.
+RANDOM_OPS = (
+    *("RandomUniform", "RandomStandardNormal", "RandomShuffle", "RandomGamma", "RandomPoisson", "TruncatedNormal"),
+    *("ParameterizedTruncatedNormal", "Multinomial", "StatefulUniform", "StatefulStandardNormal"),
+    *("StatefulTruncatedNormal", "StatefulRandomBinomial"),
+)
 
 
 class Remat:
@@ -67,23 +74,41 @@ class Remat:
             yield
 
 
+class _Pure(keras.StatelessScope):
+    """Holds back what is assigned to Keras variables, and knows to which."""
+
+    def __init__(self, values: Sequence[tuple[keras.Variable, tf.Tensor]]) -> None:
+        super().__init__(state_mapping=values, collect_losses=True)
+        self.assigned: dict[int, keras.Variable] = {}
+
+    def add_update(self, update: tuple[keras.Variable, tf.Tensor]) -> None:
+        """Note a variable that is assigned to, and its new value."""
+        self.assigned[id(update[0])] = update[0]
+        super().add_update(update)
+
+
 def _recomputing(submodel: SubmodelInfo, selection: Selection, call: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap the `call` of a layer so that its gradient computes it again, from the state that it first found."""
+    """Wrap the `call` of a layer so that its gradient computes it again, from all the values that it first found.
+
+    Both runs are a function of their inputs and of the values of the variables alone: what the first would assign is
+    assigned after it, what the second would assign is dropped.
+    """
     layer = submodel.object
-    inside = [one for one in selection.tree.layers if one is submodel or _is_inside(one, submodel)]
-    still = [v for v in selection.tree.held[submodel] if v not in selection.group_of]
-    raw_state = [v.tensor for v in still if not isinstance(v.variable, keras.Variable)]
+    held = [v for v in selection.tree.held[submodel] if isinstance(v.variable, keras.Variable)]
+    trained = [(v, v.tensor) for v in held if v in selection.group_of]
+    still = [(v.variable, v.tensor) for v in held if v not in selection.group_of]
+    plain = [v.tensor for v in selection.tree.held[submodel] if not isinstance(v.variable, keras.Variable)]
     again = False
 
     def shadow(*args: Any, **kwargs: Any) -> Any:
         if again:
             return call(*args, **kwargs)
         flat = tf.nest.flatten((args, kwargs))
-        places = [place for place, value in enumerate(flat) if tf.is_tensor(value) and value.dtype.is_floating]
+        places = _floating(flat)
+        weights = [tensor.read_value() for _, tensor in trained]
+        found = [(variable, tensor.read_value()) for variable, tensor in still]
         training = _compat.inherited_training(layer)
-        found = [(v.variable, v.tensor.read_value()) for v in still if isinstance(v.variable, keras.Variable)]
         outputs: list[Any] = []
-        masks: list[Any] = []
 
         def run(*tensors: tf.Tensor) -> list[tf.Tensor]:
             given = list(flat)
@@ -91,39 +116,84 @@ def _recomputing(submodel: SubmodelInfo, selection: Selection, call: Callable[..
                 _compat.copy_mask(flat[place], tensor)
                 given[place] = tensor
             inner_args, inner_kwargs = tf.nest.pack_sequence_as((args, kwargs), given)
+            values = [*zip((v.variable for v, _ in trained), tensors[len(places) :]), *found]
             if outputs:
-                return tf.nest.flatten(replay(*inner_args, **inner_kwargs))
-            before = [len(_compat.added_losses(one.object)) for one in inside]
-            outputs.append(call(*inner_args, **inner_kwargs))
-            _check_losses(submodel, inside, before)
-            masks.extend(tf.nest.flatten(outputs[0]))
-            return tf.nest.flatten(outputs[0])
+                results = tf.nest.flatten(replay(values, *inner_args, **inner_kwargs))
+            else:
+                with _Pure(values) as scope, noting_assignments(plain, lambda _: _refuse_raw(submodel)):
+                    outputs.append(_refusing_chance(submodel, call)(*inner_args, **inner_kwargs))
+                _settle(submodel, scope, [v for v, _ in trained], found)
+                results = tf.nest.flatten(outputs[0])
+            return [results[place] for place in _floating(tf.nest.flatten(outputs[0]))]
 
-        def replay(*args: Any, **kwargs: Any) -> Any:
+        def replay(values: Any, *args: Any, **kwargs: Any) -> Any:
             nonlocal again
             again = True
             try:
-                # What does not train is read as it was found, and what it would become is dropped: it has become so.
-                with _compat.within_call(training), keras.StatelessScope(state_mapping=found), sealed(raw_state):
+                with _compat.within_call(training), _Pure(values):
                     return layer(*args, **kwargs)
             finally:
                 again = False
 
-        results = tf.recompute_grad(run)(*[flat[place] for place in places])
-        for before, result in zip(masks, results):
-            _compat.copy_mask(before, result)
+        run.__name__ = f"`{submodel.path}`, which `remat` computes twice: it has no second-order gradient"
+        computed = tf.nest.flatten(tf.recompute_grad(run)(*(flat[place] for place in places), *weights))
+        results = tf.nest.flatten(outputs[0])
+        for place, tensor in zip(_floating(results), computed):
+            _compat.copy_mask(results[place], tensor)
+            results[place] = tensor
         return tf.nest.pack_sequence_as(outputs[0], results)
 
     return shadow
 
 
-def _check_losses(submodel: SubmodelInfo, inside: Sequence[SubmodelInfo], before: Sequence[int]) -> None:
-    for one, count in zip(inside, before):
-        if len(_compat.added_losses(one.object)) > count:
-            raise ValueError(
-                f"`remat` cannot hold for `{submodel.path}`: `{one.path}` in it adds a loss when it is called, which "
-                "would have no gradient. Leave it out of `remat`, or add the loss in `compute_loss`."
-            )
+def _settle(
+    submodel: SubmodelInfo,
+    scope: _Pure,
+    trained: Sequence[VariableInfo],
+    found: list[tuple[keras.Variable, tf.Tensor]],
+) -> None:
+    """Assign what the first run would have assigned, having noted what it found; refuse what has no second run."""
+    if scope.losses:
+        raise _refusal(submodel, "a layer in it adds a loss when it is called, which would have no gradient")
+    for variable in trained:
+        if id(variable.variable) in scope.assigned:
+            raise _refusal(submodel, f"it assigns to `{variable.path}`, which trains, when it is called")
+    known = {id(variable) for variable, _ in found}
+    for key, variable in scope.assigned.items():
+        if key not in known:
+            found.append((variable, raw(variable).read_value()))
+        variable.assign(scope.get_current_value(variable))
+
+
+def _refusing_chance(submodel: SubmodelInfo, call: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a call so that random ops in its graph, which would draw anew in the second run, are refused."""
+
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+        before = 0 if graph is None else len(graph.get_operations())
+        outputs = call(*args, **kwargs)
+        for op in [] if graph is None else graph.get_operations()[before:]:
+            if op.type.startswith(RANDOM_OPS):
+                raise _refusal(
+                    submodel,
+                    f"it draws by `{op.type}`, anew each time; `keras.random` with a `SeedGenerator` can be repeated",
+                )
+        return outputs
+
+    return checked
+
+
+def _refuse_raw(submodel: SubmodelInfo) -> None:
+    raise _refusal(submodel, "it assigns to a `tf.Variable`, and would find another value the second time")
+
+
+def _refusal(submodel: SubmodelInfo, why: str) -> PolicyError:
+    return PolicyError(f"`remat` cannot hold for `{submodel.path}`: {why}. Leave it out of `remat`.")
+
+
+def _floating(values: Sequence[Any]) -> list[int]:
+    """Return the places of the tensors through which gradients flow."""
+    return [place for place, value in enumerate(values) if tf.is_tensor(value) and value.dtype.is_floating]
 
 
 def _names(where: Where, submodel: SubmodelInfo, tree: Tree) -> bool:

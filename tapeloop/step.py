@@ -64,6 +64,7 @@ class Step:
         selection: Selection,
         compilation: Compilation,
         around: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+        own: Callable[[], list[tf.Variable]] = list,
     ) -> None:
         """Make the step.
 
@@ -73,6 +74,7 @@ class Step:
             selection: What trains.
             compilation: How it is compiled.
             around: What else holds while the body is traced.
+            own: Gives the variables that the body may read beside the model's.
         """
         self.kind = kind
         self.selection = selection
@@ -80,6 +82,7 @@ class Step:
         self._body = body
         self._compilation = compilation
         self._around = around
+        self._own = own
         self.compile()
 
     def __call__(self, batch: Any) -> Any:
@@ -110,7 +113,7 @@ class Step:
         traced = self.trace_count
         concrete = self._function.get_concrete_function(batch)
         if self.trace_count > traced:
-            _warn_untracked(concrete, self.selection)
+            _warn_untracked(concrete, self.selection, self._own())
 
     def compile(self) -> None:
         """Forget all traces."""
@@ -126,9 +129,9 @@ class Step:
         return result
 
 
-def _warn_untracked(traced: Any, selection: Selection) -> None:
+def _warn_untracked(traced: Any, selection: Selection, own: list[tf.Variable]) -> None:
     """Name the variables that a traced step reads and the model does not track, where they could have trained."""
-    known = {id(variable.tensor) for variable in selection.tree.variables}
+    known = {id(variable.tensor) for variable in selection.tree.variables} | {id(variable) for variable in own}
     unknown = sorted({variable.name for variable in traced.trainable_variables if id(variable) not in known})
     if unknown:
         warnings.warn(

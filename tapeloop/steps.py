@@ -36,7 +36,7 @@ class TrainStep(Step):
     ) -> None:
         around = functools.partial(remat.applied, transaction.selection)
         ours = dataclasses.replace(compilation, autograph=False)  # the transaction has AutoGraph convert the user's
-        super().__init__("train", body, transaction.selection, ours, around)
+        super().__init__("train", body, transaction.selection, ours, around, transaction.own)
         self.transaction = transaction
         self._microbatches = transaction.microbatches.count
 
@@ -73,6 +73,7 @@ class Steps:
         updates: Updates,
         compilation: Compilation,
         remat: Remat,
+        others: Callable[[], list[tf.Variable]],
     ) -> None:
         """Keep what steps are made of.
 
@@ -82,6 +83,7 @@ class Steps:
             updates: What becomes of gradients.
             compilation: How steps are compiled.
             remat: What is computed twice to save memory.
+            others: Gives the variables that the user keeps beside the model.
         """
         self.tracing: tuple[str, Selection] | None = None
         self.building = False
@@ -91,6 +93,7 @@ class Steps:
         self._updates = updates
         self._compilation = compilation
         self._remat = remat
+        self._others = others
         self._kept: dict[tuple[str, Selection], Step] = {}
         self._traces_gone = 0
         self._built = False
@@ -115,7 +118,9 @@ class Steps:
         step = self._kept.get(("train", selection))
         if not isinstance(step, TrainStep):
             body = functools.partial(self._body, "train", selection)
-            transaction = Transaction(selection, self._updates, self._objective, body, self._compilation.autograph)
+            transaction = Transaction(
+                selection, self._updates, self._objective, body, self._others, self._compilation.autograph
+            )
             step = TrainStep(functools.partial(self._train, transaction), transaction, self._compilation, self._remat)
         return self._keep(step)
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias
 
 import tensorflow as tf
 
 from tapeloop.disconnected import disconnected
 from tapeloop.errors import DisconnectedError
 from tapeloop.tree import VariableInfo
-
-Gradient: TypeAlias = "tf.Tensor | tf.IndexedSlices"
 
 
 class GroupTape(tf.GradientTape):
@@ -36,7 +33,7 @@ class GroupTape(tf.GradientTape):
         return self
 
 
-def gradients_of(tape: GroupTape, loss: tf.Tensor, scale: tf.Tensor | None) -> list[Gradient]:
+def gradients_of(tape: GroupTape, loss: tf.Tensor, scale: tf.Tensor | None) -> list[tf.Tensor]:
     """Return the gradient of `loss` for each variable that `tape` watches.
 
     Args:
@@ -65,12 +62,6 @@ def gradients_of(tape: GroupTape, loss: tf.Tensor, scale: tf.Tensor | None) -> l
     missing = [variable for gradient, variable in zip(gradients, tape.variables) if gradient is None]
     if missing:
         raise DisconnectedError(disconnected(loss, missing, len(tape.variables)))
-    return gradients if scale is None else [scaled(gradient, 1 / scale) for gradient in gradients]
-
-
-def scaled(gradient: Gradient, factor: Any) -> Gradient:
-    """Return a gradient times a number."""
-    if isinstance(gradient, tf.IndexedSlices):
-        values = gradient.values * tf.cast(factor, gradient.dtype)
-        return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
-    return gradient * tf.cast(factor, gradient.dtype)
+    # A row of an embedding that is read twice has two slices, which must be one sum before it is clipped or squared.
+    dense = [tf.convert_to_tensor(gradient) for gradient in gradients]
+    return dense if scale is None else [gradient / tf.cast(scale, gradient.dtype) for gradient in dense]

@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import keras
 import numpy as np
 import tensorflow as tf
 
@@ -99,18 +98,19 @@ class Trainer(Body):
         Tree.of(model)
         self.model = model
         self.policy = TrainAll() if policy is None else policy
-        self._seed = seed
+        self._seed = None if seed is None else whole_number("seed", seed, 0)
         names = getattr(model, "output_names", None)
         self._objective = Objective(loss, loss_weights, metrics, weighted_metrics, names)
+        pieces = Microbatches(microbatches)
+        if pieces.adapts or pieces.count > 1:
+            self._objective.check_averages()
         judge = Judge(nonfinite, max_skipped)
-        self._updates = Updates(
-            Optimizers(optimizer), Clipping(clip_norm), Microbatches(microbatches), Averages(ema), guarded=judge.looks
-        )
+        self._updates = Updates(Optimizers(optimizer), Clipping(clip_norm), pieces, Averages(ema), guarded=judge.looks)
         # Python's `if` and `for` over tensors are the user's to write; converting our own code costs a second.
         autograph = any(getattr(type(self), name) is not getattr(Body, name) for name in OVERRIDABLE)
         bodies = {"train": self.train_step, "eval": self.eval_step, "predict": self._predict_step}
         compilation = Compilation(autograph, jit_compile, run_eagerly)
-        self._steps = Steps(bodies, self._objective, self._updates, compilation, Remat(remat))
+        self._steps = Steps(bodies, self._objective, self._updates, compilation, Remat(remat), self._kept)
         self._loop = Loop(self._steps, self._objective, judge)
         self._selections: dict[VariablePolicy, Selection] = {}
         self._prepared: Selection | None = None
@@ -145,8 +145,11 @@ class Trainer(Body):
             PolicyError: The policy cannot be resolved for the model.
             DataError: The data is empty or does not fit the model.
             DisconnectedError: A variable that should train gets no gradient.
+            NonFiniteError: A loss or a gradient is Inf or NaN.
+            RuntimeError: Called inside `ema_weights()`.
         """
         whole_number("epochs", epochs, 0)
+        self._updates.averages.check_may_train()
         seed = None if self._seed is None else self._seed + self.epoch
         batches = as_batches(
             data, batch_size=batch_size, shuffle=shuffle, seed=seed, steps_per_epoch=steps_per_epoch, name="data"
@@ -157,6 +160,7 @@ class Trainer(Body):
             validation.check_lasts(epochs)
             validation.peek()
         batches.check_lasts(epochs)
+        self._updates.microbatches.check(batches.fewest)
         self._steps.build(self.model, batches.peek())
         for selection in selections_to_come(self.policy, Tree.of(self.model)):
             self._updates.optimizers.check(selection, changing=True)
@@ -220,12 +224,12 @@ class Trainer(Body):
 
     @contextlib.contextmanager
     def ema_weights(self) -> Iterator[None]:
-        """Give what trains now its averaged values inside this context, to evaluate or save with; after, its own.
+        """Give what has trained its averaged values inside this context, to evaluate or save with; after, its own.
 
         Raises:
             RuntimeError: The trainer has no `ema`, or has not trained yet.
         """
-        with self._updates.averages.swapped(self.selection):
+        with self._updates.averages.swap(self.step):
             yield
 
     @property
@@ -264,9 +268,6 @@ class Trainer(Body):
         self._updates.optimizers.prepare(selection, changing=True)
         return report.explain(selection, self._updates.optimizers.state_bytes, depth)
 
-    def _predict_step(self, batch: Any) -> Any:
-        return self.forward(keras.utils.unpack_x_y_sample_weight(batch)[0], training=False)
-
     def _select(self, trains: bool = True) -> Selection:
         now = Progress(self.step, self.epoch, self._loop.last_logs)
         return select(chain(self.policy, now)[-1], Tree.of(self.model), trains)
@@ -291,7 +292,7 @@ class Trainer(Body):
             if kept:
                 self._selections[policy] = selection
         if selection is not self._prepared:
-            self._updates.prepare(selection, changing=type(self.policy).at is not VariablePolicy.at)
+            self._updates.prepare(selection, self.step, changing=type(self.policy).at is not VariablePolicy.at)
             self._prepared = selection
         every_steps = math.gcd(*(policy.every for policy in policies if policy.every is not None))
         return Due(self._steps.train(selection), policy, every_steps or None)

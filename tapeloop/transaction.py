@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from tapeloop.batch import examples_of
 from tapeloop.guard import MOVED, NON_FINITE, OVERFLOWED, Snapshot
-from tapeloop.microbatch import averaged, plan, spec_of, zeros_of
+from tapeloop.microbatch import WHOLE, averaged, check_alike, plan, spec_of, zeros_of
 from tapeloop.modes import noting_assignments
 from tapeloop.objective import Objective
 from tapeloop.selection import Selection
@@ -46,7 +46,13 @@ class Transaction:
     """
 
     def __init__(
-        self, selection: Selection, updates: Updates, objective: Objective, body: Callable[[Any], Any], autograph: bool
+        self,
+        selection: Selection,
+        updates: Updates,
+        objective: Objective,
+        body: Callable[[Any], Any],
+        others: Callable[[], list[tf.Variable]],
+        autograph: bool,
     ) -> None:
         """Keep what a step is made of.
 
@@ -55,6 +61,7 @@ class Transaction:
             updates: What becomes of gradients.
             objective: Whose metrics a step moves.
             body: What the user computes, on a batch or a piece of one.
+            others: Gives the variables that the user keeps beside the model.
             autograph: Whether the body is converted by AutoGraph.
         """
         self.guard = updates.new_guard(selection)
@@ -63,6 +70,7 @@ class Transaction:
         self._updates = updates
         self._objective = objective
         self._body = body
+        self._others = others
         self._autograph = autograph
         self._written: set[Any] = set()
         self._undoable: list[tf.Variable] = []
@@ -80,6 +88,10 @@ class Transaction:
         finally:
             self._updates.running = None
 
+    def own(self) -> list[tf.Variable]:
+        """Return the variables that are the trainer's and not the model's."""
+        return [*self._updates.moved(self.selection.trained), *self._others()]
+
     def keep(self) -> Snapshot:
         """Return the values of all that the next step might change, what its last update moves aside."""
         self.microbatches.begin()
@@ -94,8 +106,9 @@ class Transaction:
         self.microbatches.double(examples, self._last_update, error)
 
     def _trace(self, running: Running, batch: Any) -> Outcome:
-        count = self.microbatches.count
         examples = examples_of(batch)
+        count = self._count(batch, examples)
+        running.waits = count > 1
         cuts = plan(examples if isinstance(examples, int) else None, count)
 
         def compute(part: Any) -> dict[str, Any]:
@@ -104,7 +117,7 @@ class Transaction:
         # What the user computes is a function of its own: its trace tells all that it touches before it runs.
         functions = {
             pieces.size: tf.function(compute, autograph=self._autograph).get_concrete_function(
-                spec_of(batch, pieces.size)
+                spec_of(batch, pieces.size if count > 1 else WHOLE)
             )
             for pieces in cuts
         }
@@ -120,7 +133,9 @@ class Transaction:
         return Outcome(result["logs"], self._settle(kept.restore))
 
     def _run_eagerly(self, running: Running, batch: Any) -> Outcome:
-        count = self.microbatches.count
+        examples = examples_of(batch)
+        count = self._count(batch, examples)
+        running.waits = count > 1
         self._undoable = self._unfrozen()
         metrics_are_new = not self._objective.variables
         kept = self._begin(running)
@@ -134,7 +149,6 @@ class Transaction:
             if count == 1:
                 result = self._compute(running, batch)
             else:
-                examples = examples_of(batch)
                 cuts = plan(examples, count)
                 result = averaged(lambda part, _: self._compute(running, part), batch, examples, cuts, None)
                 self._commit(running, result["waiting"])
@@ -142,6 +156,13 @@ class Transaction:
             undo()
             raise
         return Outcome(result["logs"], self._settle(undo))
+
+    def _count(self, batch: Any, examples: Any) -> int:
+        """Return in how many pieces a batch is cut; where the trainer chooses, in no more than it has examples."""
+        count = self.microbatches.count
+        if count > 1:
+            check_alike(batch)
+        return min(count, examples) if self.microbatches.adapts and isinstance(examples, int) else count
 
     def _begin(self, running: Running) -> Snapshot:
         self._last_update = len(running.calls)
@@ -160,7 +181,7 @@ class Transaction:
 
         with noting_assignments([variable.tensor for variable in self.selection.trained], note):
             logs = self._body(part)
-        if self.microbatches.count > 1:
+        if running.waits:
             logs = {name: tf.cast(value, keras.config.floatx()) for name, value in logs.items()}
         return {"logs": logs, "waiting": [call.waiting for call in running.calls]}
 
@@ -200,6 +221,8 @@ class Transaction:
         aside |= {variable.tensor.ref() for variable in self.selection.frozen}
         aside |= {variable.ref() for variable in self._updates.variables}
         aside |= {variable.ref() for variable in (() if self.guard is None else self.guard.variables)}
+        # An assignment that does not read is missing from a function's variables.
+        touched = [*touched, *(variable.tensor for variable in self.selection.tree.variables), *self._others()]
         found = {variable.ref(): variable for variable in touched if variable.ref() not in aside}
         return list({**found, **{variable.ref(): variable for variable in exposed}}.values())
 
@@ -207,5 +230,5 @@ class Transaction:
         """List what a step may move, where no trace tells."""
         frozen = {variable.tensor.ref() for variable in self.selection.frozen}
         model = [variable.tensor for variable in self.selection.tree.variables]
-        everything = [*model, *self._updates.moved(self.selection.trained), *self._objective.variables]
+        everything = [*model, *self._updates.moved(self.selection.trained), *self._objective.variables, *self._others()]
         return list({variable.ref(): variable for variable in everything if variable.ref() not in frozen}.values())

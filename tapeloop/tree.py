@@ -1,8 +1,8 @@
 """A model as an ordered tree of submodels and variables with paths.
 
-A path says where something stands: `backbone/stage1/conv/kernel`. Its segments are the layers' names in
-functional and sequential models, and the attributes' names elsewhere (`blocks/0` in lists, without leading
-underscores). The root's own name is left out. What is shared stands once in the tree and keeps all its paths.
+A path says where something stands: `backbone/stage1/conv/kernel`. Its segments are the layers' names in functional and
+sequential models, the attributes' names elsewhere (`blocks/0` in lists, without leading underscores). The root's own
+name is left out. What is shared stands once in the tree and keeps all its paths.
 """
 
 from __future__ import annotations
@@ -253,25 +253,25 @@ def _children(parent: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _layer_children(layer: keras.Layer) -> Iterator[tuple[str, Any]]:
-    """Yield what Keras tracks in `layer`, and nothing else: by name in a graph of layers, else by attribute."""
+    """Yield what Keras tracks in `layer`, and other state: by name in a graph of layers, else by attribute."""
     sublayers = [child for child in _compat.sublayers(layer) if not isinstance(child, keras.layers.InputLayer)]
     tracked = {id(child) for child in (*sublayers, *layer.variables)}
     graph = layer.layers if isinstance(layer, keras.Sequential) else getattr(layer, "operations", ())
-    named = [child for child in graph if id(child) in tracked]
-    yield from ((child.name, child) for child in named)
-    graph_ids = {id(child) for child in named}
+    graph_ids = {id(child) for child in graph if id(child) in tracked}
+    yield from ((child.name, child) for child in graph if id(child) in graph_ids)
     yielded = set(graph_ids)
     for segment, child in _attributes(layer):
         state = child.state if isinstance(child, keras.random.SeedGenerator) else child
-        if id(state) in tracked and id(child) not in graph_ids:
+        is_state = _is_variable(child) and not child.trainable  # of a recurrent layer, say: Keras does not track it
+        if id(child) not in graph_ids and (id(state) in tracked or is_state):
             yielded.add(id(state))
             yield segment, child
     for child in sublayers:  # tracked through an attribute that is gone
         if id(child) not in yielded:
             yield child.name, child
-    deeper = {id(variable) for child in sublayers for variable in child.variables}
+    yielded |= {id(variable) for child in sublayers for variable in child.variables}
     for variable in layer.variables:
-        if id(variable) not in yielded | deeper:  # made by `add_weight` and kept in no attribute
+        if id(variable) not in yielded:  # made by `add_weight` and kept in no attribute
             yield variable.name, variable
 
 

@@ -14,10 +14,10 @@ from tapeloop.guard import Guard, LossScale
 from tapeloop.microbatch import Microbatches
 from tapeloop.optim import Optimizers
 from tapeloop.selection import Selection
-from tapeloop.tape import Gradient, GroupTape, gradients_of
+from tapeloop.tape import GroupTape, gradients_of
 from tapeloop.tree import VariableInfo
 
-Gradients = Sequence[tuple[Gradient, VariableInfo]]
+Gradients = Sequence[tuple[tf.Tensor, VariableInfo]]
 
 
 @dataclass
@@ -42,6 +42,7 @@ class Running:
     Attributes:
         selection: What trains.
         guard: What watches it, if anything does.
+        waits: Whether updates wait for other micro-batches.
         graph: The graph into which the user's step is traced, or None where it runs eagerly.
         calls: The updates so far.
         updating: Whether an update is being made at the moment.
@@ -49,6 +50,7 @@ class Running:
 
     selection: Selection
     guard: Guard | None
+    waits: bool = False
     graph: Any = None
     calls: list[Call] = field(default_factory=list)
     updating: bool = False
@@ -78,11 +80,12 @@ class Updates:
         self.running: Running | None = None
         self._guarded = guarded
 
-    def prepare(self, selection: Selection, *, changing: bool) -> None:
+    def prepare(self, selection: Selection, step: int, *, changing: bool) -> None:
         """Make all that training with a selection needs, before anything is traced.
 
         Args:
             selection: What trains.
+            step: How many steps were trained.
             changing: Whether the policy changes as training goes, so that other groups may come later.
 
         Raises:
@@ -90,7 +93,7 @@ class Updates:
         """
         self.clipping.check(selection, changing=changing)
         self.optimizers.prepare(selection, changing=changing)
-        self.averages.prepare(selection)
+        self.averages.prepare(selection, step)
         if self.loss_scale is None and any(layer.object.compute_dtype == "float16" for layer in selection.tree.layers):
             self.loss_scale = LossScale()
 
@@ -98,7 +101,7 @@ class Updates:
         """Return what is to watch the steps of a selection, or None where nothing is."""
         return Guard(selection) if self._guarded or self.loss_scale is not None else None
 
-    def gradients(self, tape: GroupTape, loss: tf.Tensor) -> list[tuple[Gradient, VariableInfo]]:
+    def gradients(self, tape: GroupTape, loss: tf.Tensor) -> list[tuple[tf.Tensor, VariableInfo]]:
         """Return the gradient of a loss for each variable that `tape` watches."""
         scale = None if self.loss_scale is None else self.loss_scale.value
         return list(zip(gradients_of(tape, loss, scale), tape.variables))
@@ -114,7 +117,7 @@ class Updates:
         nested = running.graph is not None and tf.compat.v1.get_default_graph() is not running.graph
         call = Call([variable for _, variable in gradients], nested)
         running.calls.append(call)
-        if self.microbatches.count == 1:
+        if not running.waits:
             self.commit(running, len(running.calls), gradients, loss)
             return
         if nested:
@@ -123,7 +126,7 @@ class Updates:
                 "`microbatches=1`, or move it out of the `if`, the `while` or the `tf.cond`."
             )
         call.waiting = {
-            "gradients": [tf.convert_to_tensor(gradient) for gradient, _ in gradients],
+            "gradients": [gradient for gradient, _ in gradients],
             "loss": [] if loss is None else [tf.cast(loss, tf.float32)],
         }
 

@@ -54,13 +54,46 @@ def test_evaluation_in_the_context_sees_the_averages_and_after_it_all_is_as_befo
     assert trainer.evaluate(data, progress="none") == live
 
 
-def test_what_is_frozen_by_now_keeps_its_own_value_in_the_context():
+def test_the_average_of_what_is_frozen_by_now_goes_on_towards_its_value():
     trainer = trainer_of(policy=tl.Phases({0: ALL, 1: HEAD}), ema=0.5)
-    trainer.fit([models.images(8)] * 3, progress="none")
-    before = models.values(trainer.model, "base")
+    conv = trainer.model.get_layer("base").get_layer("conv").kernel
+    first = conv.numpy()
+    trainer.fit([models.images(8)], epochs=3, progress="none")
+    frozen = conv.numpy()
+    average = 0.5 * first + 0.5 * frozen  # after the one step in which it trained; two more would halve what is left
     with trainer.ema_weights():
-        assert models.values(trainer.model, "base") == before
-        assert models.values(trainer.model, "head") != before
+        np.testing.assert_allclose(conv.numpy(), frozen + 0.25 * (average - frozen), atol=1e-6)
+    np.testing.assert_array_equal(conv.numpy(), frozen)
+
+
+def test_groups_that_train_in_turn_are_all_averaged_over_all_steps():
+    turns = tl.Cycle([tl.TrainOnly("head"), tl.TrainOnly("base/conv")], every=2)
+    trainer = trainer_of(policy=turns, ema=0.75, optimizer=keras.optimizers.SGD(0.1))
+    kernels = [trainer.model.get_layer("head").kernel, trainer.model.get_layer("base").get_layer("conv").kernel]
+    expected = [kernel.numpy().astype("float64") for kernel in kernels]
+    for step in range(8):
+        trainer.fit([models.images(8)], progress="none")
+        for number, kernel in enumerate(kernels):
+            if number == 0 or step >= 2:  # the second joins at step 2
+                expected[number] = 0.75 * expected[number] + 0.25 * kernel.numpy()
+    with trainer.ema_weights():
+        for kernel, average in zip(kernels, expected):
+            np.testing.assert_allclose(kernel.numpy(), average, atol=1e-6)
+
+
+def test_contexts_nest_and_there_is_no_fit_in_them():
+    trainer = trainer_of(policy=HEAD, ema=0.5)
+    trainer.fit([models.images(8)] * 2, progress="none")
+    before = models.values(trainer.model)
+    with trainer.ema_weights():
+        within = models.values(trainer.model)
+        with trainer.ema_weights():
+            assert models.values(trainer.model) == within
+        assert models.values(trainer.model) == within
+        with pytest.raises(RuntimeError, match=r"`fit` was called inside `ema_weights\(\)`, which would undo it"):
+            trainer.fit([models.images(8)], progress="none")
+    assert models.values(trainer.model) == before
+    trainer.fit([models.images(8)], progress="none")
 
 
 def test_a_trainer_without_averages_says_so():

@@ -15,12 +15,19 @@ def without_gradient(x):
     return x, lambda upstream: None
 
 
+def branch(x):
+    return tf.cond(tf.reduce_sum(x) > 0, lambda: tf.stop_gradient(x), lambda: tf.stop_gradient(2 * x))
+
+
 CAUSES = {
-    "a `stop_gradient` is on the way to the loss": tf.stop_gradient,
-    "`Cast`, which gives int32 is on the way to the loss": lambda x: tf.cast(tf.cast(x, tf.int32), tf.float32),
-    "`ArgMax`, which gives int64 is on the way": lambda x: tf.cast(tf.argmax(x, axis=-1), tf.float32),
-    "a custom gradient is on the way to the loss": without_gradient,
-    "a `py_function` or `numpy_function` is on the way": lambda x: tf.numpy_function(np.tanh, [x], tf.float32),
+    "on the way to the loss is a `stop_gradient`": tf.stop_gradient,
+    "on the way to the loss is `Cast` of int32, and integers": lambda x: tf.cast(tf.cast(x, tf.int32), tf.float32),
+    "on the way to the loss is `Cast` of int64, and integers": lambda x: tf.cast(tf.argmax(x, axis=-1), tf.float32),
+    "on the way to the loss is a custom gradient": without_gradient,
+    "on the way to the loss is a `py_function`": lambda x: tf.numpy_function(np.tanh, [x], tf.float32),
+    "on the way to the loss is `Round`, without gradient": tf.round,
+    "on the way to the loss is something in a branch or a loop": branch,
+    "on the way to the loss is a `stop_gradient`.": lambda x: tf.nn.silu(tf.stop_gradient(tf.nn.silu(x))),
     "what is computed from it does not reach the loss": lambda x: tf.zeros_like(x),
 }
 
@@ -65,7 +72,7 @@ class Uncalled(tl.Trainer):
 
 class Early(tl.Trainer):
     def train_step(self, batch):
-        early = self.model["neck"](batch)
+        early = tf.nn.silu(self.model["neck"](batch))  # whose gradient is a custom one, and innocent
         with self.tape() as tape:
             loss = tf.reduce_mean(self.model["head"](batch) ** 2) + tf.reduce_mean(early)
         self.update(tape, loss)

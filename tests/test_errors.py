@@ -71,7 +71,7 @@ def failing(trainer, data=None):
         (
             lambda: Detached(models.functional(), loss=models.cross_entropy()),
             tl.DisconnectedError,
-            r"6 of the 6 variables .*: a `stop_gradient` is on the way to the loss",
+            r"6 of the 6 variables .*: on the way to the loss is a `stop_gradient`",
         ),
         (lambda: trainer_of(policy=tl.Freeze("backbone")), tl.PolicyError, r"matches no variable"),
         (lambda: trainer_of(optimizer={"head": "adam"}), tl.PolicyError, r"The groups are \['default'\]"),

@@ -1,4 +1,4 @@
-"""A bad step changes nothing: skipping, raising, undoing, and the scale of float16 losses."""
+"""A bad step changes nothing: skipping, raising, undoing."""
 
 import keras
 import numpy as np
@@ -6,7 +6,6 @@ import pytest
 import tensorflow as tf
 
 import tapeloop as tl
-from tapeloop.guard import FIRST_SCALE, GROWS_AFTER, LossScale
 from tests import models
 from tests.models import trainer_of
 
@@ -105,7 +104,7 @@ class Pair(tl.Trainer):
 
     def train_step(self, batch):
         x, factor = batch
-        self.calls.assign_add(1)
+        self.calls.assign_add(1, read_value=False)
         with self.tape("first") as tape:
             first = tf.reduce_mean(self.model["first"](x, training=True) ** 2)
         self.update(tape, first)
@@ -134,8 +133,7 @@ def test_an_update_that_came_before_the_bad_one_is_undone_with_it(options):
     without = other.fit([good, good], progress="none").history
     assert everything(trainer) == everything(other)
     assert history["first"] == without["first"]
-    if "run_eagerly" not in options:  # what the trainer itself keeps is known by the trace alone
-        assert int(trainer.calls) == int(other.calls)
+    assert int(trainer.calls) == int(other.calls)
     with pytest.raises(tl.NonFiniteError, match=r"the loss is (inf|nan)") as error:
         pair(**options).fit([bad], progress="none")
     assert {path.split("/")[0] for path in error.value.paths} == {"second"}
@@ -198,90 +196,51 @@ def test_a_weight_that_the_forward_pass_itself_assigns_is_undone_too(options):
     assert everything(trainer) == everything(other)
 
 
-def half(units=3, factor=1.0, policy="mixed_float16"):
-    keras.utils.set_random_seed(0)
-    inputs = keras.Input((4,))
-    hidden = layers.Dense(8, activation="relu", dtype=policy, name="hidden")(inputs)
-    hidden = layers.Rescaling(factor, dtype=policy, name="times")(hidden)
-    return keras.Model(inputs, layers.Dense(units, dtype="float32", name="head")(hidden))
+def stateful():
+    inputs = keras.Input((6, 6, 1), batch_size=4)
+    x = layers.LSTM(4, stateful=True, name="lstm")(layers.Reshape((6, 6))(inputs))
+    return keras.Model(inputs, layers.Dense(3, name="head")(x))
 
 
-def numbers(count=64):
-    generator = np.random.default_rng(0)
-    return generator.normal(size=(count, 4)).astype("float32"), generator.integers(0, 3, count)
+@pytest.mark.parametrize("options", [{}, {"run_eagerly": True}], ids=str)
+def test_states_that_keras_does_not_track_are_undone_too(options):
+    trainer, _ = run(batches(5, bad=[2]), model=stateful, nonfinite="skip", **options)
+    other, _ = run([batch for number, batch in enumerate(batches(5)) if number != 2], model=stateful, **options)
+    assert "lstm/states/0" in models.values(trainer.model)
+    assert everything(trainer) == everything(other)
 
 
-def test_an_overflow_in_float16_halves_the_scale_and_moves_nothing():
-    model = half(factor=100.0)
-    trainer = tl.Trainer(model, loss=models.cross_entropy(), optimizer="adam")
-    data = [numbers(8)]
-    before = models.values(model)
-    scales = []
-    while not trainer.step:
+class Own(tl.Trainer):
+    """Keeps a metric and a random state of its own."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.metric = keras.metrics.Mean()
+        self.random = tf.random.Generator.from_seed(1)
+
+    def compute_loss(self, batch, training):
+        loss = super().compute_loss(batch, training)
+        self.metric.update_state(loss)
+        return loss * self.random.uniform(())
+
+
+@pytest.mark.parametrize("options", [{}, {"run_eagerly": True}], ids=str)
+def test_what_a_subclass_keeps_is_undone_too(options):
+    kept = []
+    for data in (batches(4, bad=[1]), [batch for number, batch in enumerate(batches(4)) if number != 1]):
+        keras.utils.set_random_seed(0)
+        trainer = Own(models.functional(), loss=models.cross_entropy(), optimizer="sgd", nonfinite="skip", **options)
         trainer.fit(data, progress="none")
-        scales.append(trainer.loss_scale)
-        assert (models.values(model) == before) == (trainer.step == 0)
-        assert len(scales) < 20
-    assert len(scales) > 1, "nothing overflowed"
-    assert scales[:-1] == [FIRST_SCALE / 2 ** (1 + number) for number in range(len(scales) - 1)]
-    assert scales[-1] == scales[-2]
+        kept.append((float(trainer.metric.result()), trainer.random.state.numpy().tolist(), everything(trainer)))
+    assert kept[0] == kept[1]
 
 
-class Grouped(tl.Trainer):
-    def train_step(self, batch):
-        x, y = batch
-        for group, factor in (("hidden", 1e6), ("head", 1.0)):
-            with self.tape(group) as tape:
-                loss = factor * models.cross_entropy()(y, self.model(x, training=True))
-            self.update(tape, loss)
-        return {"loss": loss}
-
-
-def test_an_overflow_in_one_group_halves_the_scale_once_and_moves_none():
-    model = half()
-    trainer = Grouped(model, tl.Groups({"hidden": "hidden", "head": "head"}), optimizer="adam")
-    before = models.values(model)
-    trainer.fit([numbers(8)], progress="none")
-    assert trainer.loss_scale == FIRST_SCALE / 2
-    assert models.values(model) == before
-    assert trainer.step == 0
-
-
-def test_a_scaled_step_equals_one_in_float32():
-    kernels = []
-    for policy in ("mixed_float16", "float32"):
-        model = half(policy=policy)
-        trainer = tl.Trainer(model, loss=models.cross_entropy(), optimizer=keras.optimizers.SGD(0.1))
-        trainer.fit([numbers(16)], progress="none")
-        kernels.append(model.get_layer("hidden").kernel.numpy())
-        assert (trainer.loss_scale is None) == (policy == "float32")
-    np.testing.assert_allclose(*kernels, atol=1e-3)
-
-
-def test_bfloat16_needs_no_scale():
-    trainer = tl.Trainer(half(policy="mixed_bfloat16"), loss=models.cross_entropy(), optimizer="adam")
-    first = trainer.fit(numbers(), epochs=30, progress="none").history["loss"]
-    assert trainer.loss_scale is None
-    assert first[-1] < first[0]
-
-
-def test_a_loss_that_is_not_finite_is_no_overflow():
-    x, y = numbers(8)
-    trainer = tl.Trainer(half(), loss=models.cross_entropy(), optimizer="adam")
-    with pytest.raises(tl.NonFiniteError, match="the loss is nan"):
-        trainer.fit([(np.full_like(x, np.nan), y)], progress="none")
-
-
-def test_the_scale_doubles_after_many_finite_steps_and_ends_at_one():
-    scale = LossScale()
-    for _ in range(GROWS_AFTER - 1):
-        scale.update(tf.constant(True))
-    assert float(scale.value) == FIRST_SCALE
-    scale.update(tf.constant(True))
-    assert float(scale.value) == 2 * FIRST_SCALE
-    for _ in range(20):
-        scale.update(tf.constant(False))
-    assert float(scale.value) == 1.0
+def test_an_epoch_of_which_nothing_counts_is_logged_as_that():
+    trainer = trainer_of(nonfinite="skip", metrics=["accuracy"])
+    history = trainer.fit(batches(2, bad=[0, 1]), progress="none").history
+    assert np.isnan(history["loss"] + history["accuracy"]).all()
+    assert history["skipped_steps"] == [2.0]
+    assert len(trainer.fit(batches(1), progress="none").history["loss"]) == 1
 
 
 @pytest.mark.parametrize(

@@ -258,3 +258,13 @@ def test_a_quantized_layer_with_adapters_trains_the_adapters_alone():
     assert set(moved(model, lambda: fit(model, tl.TrainOnly("d/lora_kernel_*"), optimizer="sgd"))) <= {
         "d/lora_kernel_a", "d/lora_kernel_b",
     }  # fmt: skip
+
+
+def test_the_states_of_a_frozen_recurrent_layer_stay():
+    inputs = keras.Input((3, 4), batch_size=2)
+    model = keras.Model(inputs, layers.Dense(1, name="head")(layers.LSTM(5, stateful=True, name="lstm")(inputs)))
+    before = models.values(model, "lstm")
+    assert {"lstm/states/0", "lstm/states/1"} <= before.keys()
+    data = (np.ones((2, 3, 4), "float32"), np.ones((2, 1), "float32"))
+    tl.Trainer(model, tl.Freeze("lstm"), loss="mse", optimizer="sgd").fit([data] * 3, progress="none")
+    assert models.values(model, "lstm") == before

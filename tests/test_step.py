@@ -99,9 +99,18 @@ def test_an_eager_step_shows_its_numbers():
     assert models.values(trainer.model, "base") == before
 
 
+def test_the_optimizers_own_variables_are_not_taken_for_the_models():
+    trainer_of(still(), optimizer="nadam").fit(models.images(8), progress="none")  # a warning would be an error
+
+
+def test_options_may_be_numpys():
+    trainer_of(still(), ema=np.float32(0.5), clip_norm=np.float64(1.0), microbatches=np.int8(2), seed=np.int64(3))
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [
+        ({"seed": "a"}, r"`seed` must be a whole number, 0 or more. Received: 'a'"),
         ({"jit_compile": "yes"}, r"`jit_compile` must be True, False or 'auto'. Received: 'yes'"),
         ({"run_eagerly": 1}, r"`run_eagerly` must be True or False. Received: 1"),
         (

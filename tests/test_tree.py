@@ -178,3 +178,10 @@ def test_what_a_variable_says_of_itself():
 def test_what_is_no_model_is_refused():
     with pytest.raises(TypeError, match=r"`model` must be a Keras model or layer.*Received: 3 of type int"):
         Tree.of(3)
+
+
+def test_states_that_keras_does_not_track_are_part_of_the_tree():
+    model = keras.Sequential([keras.Input((3, 4), batch_size=2), keras.layers.GRU(5, stateful=True, name="gru")])
+    (state,) = [variable for variable in Tree.of(model).variables if variable.path == "gru/states/0"]
+    assert state.shape == (2, 5)
+    assert not state.trainable
