@@ -1,6 +1,6 @@
 """What micro-batches and rematerialization save: peak memory of a full-backprop step above what persists.
 
-    python -m benchmarks.microbatches [--size 96] [--batch 64] [--counts 1 2 4 8]
+    python -m benchmarks.microbatches [--size 96] [--batch 64] [--counts 1 2 4 8] [--threads 0]
 
 A ResNet50 in full backprop, Adam, one process for each arm. What persists is the weights and the optimizer's state; the
 peak is what TensorFlow's own allocator reports, with its default threads: with one inter-op thread the gradients of
@@ -57,8 +57,9 @@ def make_model(size: int) -> keras.Model:
     return keras.Model(inputs, layers.Dense(10, name="head")(layers.GlobalAveragePooling2D()(x)))
 
 
-def measure(arm: str, size: int, batch: int, steps: int) -> dict[str, float]:
+def measure(arm: str, size: int, batch: int, steps: int, threads: int) -> dict[str, float]:
     """Return the MiB that persist, the peak MiB above them, and the median seconds of a step of one arm."""
+    tf.config.threading.set_inter_op_parallelism_threads(threads)
     generator = np.random.default_rng(0)
     x = tf.constant(generator.normal(size=(batch, size, size, 3)), tf.float32)
     y = tf.constant(generator.integers(0, 10, batch))
@@ -87,17 +88,19 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--threads", type=int, default=0, help="inter-op threads; 0 leaves it to TensorFlow")
     parser.add_argument("--arm", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.arm:
-        print(json.dumps(measure(args.arm, args.size, args.batch, args.steps)))
+        print(json.dumps(measure(args.arm, args.size, args.batch, args.steps, args.threads)))
         return
     print(f"ResNet50 {args.size}x{args.size}, batch {args.batch}, full backprop, TensorFlow {tf.__version__}")
     print(f"{'arm':<16}{'persistent MiB':>15}{'peak above MiB':>16}{'/ first':>9}{'step s':>8}{'/ first':>9}")
     first = None
     for arm in [*map(str, args.counts), "remat"]:
         command = [sys.executable, "-m", "benchmarks.microbatches", "--arm", arm]
-        command += ["--size", str(args.size), "--batch", str(args.batch), "--steps", str(args.steps)]
+        for option in ("size", "batch", "steps", "threads"):
+            command += [f"--{option}", str(getattr(args, option))]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         row = json.loads(output.splitlines()[-1])
         first = first or row

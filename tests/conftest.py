@@ -9,4 +9,4 @@ import pytest
 @pytest.fixture(autouse=True)
 def _seeded():
     keras.utils.set_random_seed(0)
-    keras.backend.clear_session()
+    keras.backend.clear_session(free_memory=False)  # collecting garbage takes seconds, once many graphs were traced

@@ -149,11 +149,6 @@ def penalized():
         (stack, layers.LSTM, tl.PolicyError, r"`remat` was asked for kind\(LSTM\), which names no layer"),
         (stack, tl.named("kernel"), TypeError, r"`remat` takes wheres that name layers: .* which speaks of variables"),
         (penalized, "block0", tl.PolicyError, r"`remat` cannot hold for `block0`: a layer in it adds a loss"),
-        (
-            "odd",
-            tl.PolicyError,
-            r"cannot hold for `odd`: it draws by `RandomUniform`, anew each time",
-        ),
     ],
 )
 def test_what_it_cannot_do(make, where, error, text):
