@@ -3,9 +3,8 @@
     python -m benchmarks.microbatches [--size 96] [--batch 64] [--counts 1 2 4 8] [--threads 0]
 
 A ResNet50 in full backprop, Adam, one process for each arm. What persists is the weights and the optimizer's state; the
-peak is what TensorFlow's own allocator reports, with its default threads: with one inter-op thread the gradients of
-weights wait until all others are done, and hold the activations that both options free. The residual blocks are nested
-models, so that `remat="block*"` can name them.
+peak is what TensorFlow's own allocator reports, with its default threads: the order in which ops happen to run moves it
+by some hundredths. The residual blocks are nested models, so that `remat="block*"` can name them.
 """
 
 from __future__ import annotations
