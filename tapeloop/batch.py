@@ -18,6 +18,11 @@ def shapes(structure: Any) -> str:
     return said[0] if len(said) == 1 else f"[{', '.join(said)}]"
 
 
+def spec_of(batch: Any) -> Any:
+    """Return the signature of a batch, or of any structure of tensors in which some may be missing."""
+    return tf.nest.map_structure(lambda value: None if value is None else tf.type_spec_from_value(value), batch)
+
+
 def examples_of(batch: Any) -> Any:
     """Return how many examples a batch has: a number, or a tensor where it is known only when the step runs.
 

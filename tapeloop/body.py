@@ -131,10 +131,7 @@ class Body:
             loss: A scalar computed inside it, the mean over the batch.
 
         Raises:
-            DisconnectedError: A watched variable gets no gradient.
-            RuntimeError: Called outside `train_step`, or with a tape that was used before.
-            TypeError: `tape` is none of the trainer's.
-            ValueError: `loss` is not a scalar.
+            DisconnectedError, RuntimeError, TypeError, ValueError: As `gradients` does.
         """
         if not self._steps.building:
             self._in_step("update")

@@ -29,7 +29,7 @@ class Batches:
         self._steps_per_epoch = steps_per_epoch
         self._running: Iterator[Any] | None = None
         self._first: list[Any] = []
-        self.fewest: int | None = getattr(source, "fewest", None)
+        self.fewest = source.fewest if isinstance(source, _ArrayBatches) else None
         self.per_epoch = steps_per_epoch if steps_per_epoch is not None else _length(source)
 
     def peek(self) -> Any:

@@ -8,9 +8,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from tapeloop.errors import listed
 from tapeloop.tree import VariableInfo
-
-NAMED = 8  # how many variables a message names
 
 
 def disconnected(loss: tf.Tensor, missing: Sequence[VariableInfo], total: int) -> str:
@@ -26,14 +25,9 @@ def disconnected(loss: tf.Tensor, missing: Sequence[VariableInfo], total: int) -
         causes.setdefault(_cause(loss, variable), []).append(variable.path)
     return (
         f"{len(missing)} of the {total} variables that should train get no gradient. "
-        + " ".join(f"{_listed(paths)}: {cause}." for cause, paths in causes.items())
+        + " ".join(f"{listed(paths)}: {cause}." for cause, paths in causes.items())
         + " Let the loss depend on them, or freeze them: `Freeze(...)` with these paths."
     )
-
-
-def _listed(paths: list[str]) -> str:
-    more = f" and {len(paths) - NAMED} more" if len(paths) > NAMED else ""
-    return ", ".join(f"`{path}`" for path in paths[:NAMED]) + more
 
 
 def _cause(loss: tf.Tensor, variable: VariableInfo) -> str:

@@ -3,6 +3,14 @@
 Every message names what was asked, what was found and what to do about it.
 """
 
+from collections.abc import Sequence
+
+
+def listed(paths: Sequence[str], most: int = 8) -> str:
+    """Name paths for a message: the first of them, and how many more there are."""
+    more = f" and {len(paths) - most} more" if len(paths) > most else ""
+    return ", ".join(f"`{path}`" for path in paths[:most]) + more
+
 
 class TapeloopError(Exception):
     """The base of every error of tapeloop."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import tensorflow as tf
 
 from tapeloop.checks import whole_number
-from tapeloop.errors import NonFiniteError
+from tapeloop.errors import NonFiniteError, listed
 from tapeloop.selection import Selection
 from tapeloop.tree import VariableInfo
 
@@ -56,15 +56,10 @@ class Guard:
         """Return the error of the step that was not finite."""
         bad = ~tf.math.is_finite(self._sums).numpy()
         paths = tuple(variable.path for variable, place in self._places.items() if bad[place])
-        listed = ", ".join(f"`{path}`" for path in paths[:8]) + (
-            f" and {len(paths) - 8} more" if len(paths) > 8 else ""
-        )
         what = [f"the loss is {self._sums.numpy()[0]}"] if bad[0] else []
-        what += (
-            [f"the gradients of {len(paths)} of {len(self._places)} variables are not finite: {listed}"]
-            if paths
-            else []
-        )
+        if paths:
+            count = f"{len(paths)} of {len(self._places)} variables"
+            what.append(f"the gradients of {count} are not finite: {listed(paths)}")
         error = NonFiniteError(
             f"At step {step}, epoch {epoch}, {', and '.join(what)}. {also}The model and the optimizers are as before "
             "it. Look at its batch, lower the learning rate or set `clip_norm`; `nonfinite='skip'` goes on without "

@@ -9,11 +9,9 @@ from typing import Any
 
 import tensorflow as tf
 
-from tapeloop.batch import shapes
+from tapeloop.batch import examples_of, shapes, spec_of
 from tapeloop.checks import whole_number
 from tapeloop.errors import DataError
-
-WHOLE = "whole"  # the size of what is not cut
 
 _LOG = logging.getLogger("tapeloop")
 
@@ -34,7 +32,7 @@ class Microbatches:
         """
         self.adapts = isinstance(count, str) and count == "auto"
         self.count = 1 if self.adapts else whole_number("microbatches", count, 1)
-        self._begun = tf.Variable(0, trainable=False, name="begun") if self.adapts else None
+        self._begun: tf.Variable | None = None
 
     @property
     def variables(self) -> list[tf.Variable]:
@@ -49,6 +47,11 @@ class Microbatches:
         """
         if fewest is not None and not self.adapts:
             plan(fewest, self.count)
+
+    def prepare(self) -> None:
+        """Make what is needed to note how far a step has come, before the first is traced."""
+        if self.adapts and self._begun is None:
+            self._begun = tf.Variable(0, trainable=False, name="begun")
 
     def begin(self) -> None:
         """Note that a step begins, of which nothing has moved."""
@@ -162,12 +165,12 @@ def piece(batch: Any, pieces: Pieces, index: Any, examples: tf.Tensor) -> Any:
     return tf.nest.map_structure(cut, batch)
 
 
-def spec_of(batch: Any, size: int | str | None) -> Any:
-    """Return the signature of a piece of a batch, of so many examples, or of the `WHOLE` batch."""
+def piece_spec(batch: Any, size: int | None) -> Any:
+    """Return the signature of a piece of a batch, of so many examples."""
 
     def spec(value: Any) -> Any:
-        if value is None or not value.shape.rank or size == WHOLE:
-            return None if value is None else tf.type_spec_from_value(value)
+        if value is None or not value.shape.rank:
+            return spec_of(value)
         shape = [size, *value.shape[1:]]
         if isinstance(value, tf.RaggedTensor):
             return tf.RaggedTensorSpec(shape, value.dtype, value.ragged_rank, value.row_splits.dtype)
@@ -203,7 +206,7 @@ def averaged(
 
         def add(index: Any, total: Any, pieces: Pieces = pieces) -> tuple[Any, Any]:
             part = piece(batch, pieces, index, examples)
-            share = tf.cast(_first_dimension(part), tf.float32) / tf.cast(examples, tf.float32)
+            share = tf.cast(examples_of(part), tf.float32) / tf.cast(examples, tf.float32)
             weighted = tf.nest.map_structure(lambda value: value * tf.cast(share, value.dtype), run(part, pieces))
             total = weighted if total is None else tf.nest.map_structure(tf.add, total, weighted)
             return index + 1, total
@@ -220,8 +223,3 @@ def averaged(
                 maximum_iterations=pieces.count,
             )
     return total
-
-
-def _first_dimension(batch: Any) -> Any:
-    tensor = next(value for value in tf.nest.flatten(batch) if value is not None and value.shape.rank)
-    return tensor.shape[0] if tensor.shape[0] is not None else tf.shape(tensor)[0]

@@ -12,7 +12,7 @@ import keras
 import tensorflow as tf
 
 from tapeloop import _compat
-from tapeloop.batch import shapes
+from tapeloop.batch import shapes, spec_of
 from tapeloop.errors import DataError, TapeloopError
 from tapeloop.selection import Selection
 from tapeloop.tree import VariableInfo, raw
@@ -60,7 +60,7 @@ class Objective:
             )
         with _fitting(y, y_pred, sample_weight):
             if not self._stand_in.built:
-                specs = tf.nest.map_structure(_spec, (y, y_pred, sample_weight))
+                specs = spec_of((y, y_pred, sample_weight))
                 _compat.outside_of_trace(lambda: self._build(*specs))
             return self._stand_in.compute_loss(None, y, y_pred, sample_weight)
 
@@ -180,7 +180,3 @@ def is_penalized(variable: VariableInfo) -> bool:
 
 def _penalty(variable: VariableInfo) -> tf.Tensor:
     return tf.cast(variable.variable.regularizer(raw(variable.variable)), keras.config.floatx())
-
-
-def _spec(tensor: Any) -> tf.TypeSpec | None:
-    return None if tensor is None else tf.type_spec_from_value(tensor)

@@ -27,9 +27,12 @@ class Ordinal(Where):
     of: Of
 
     def __call__(self, variable: VariableInfo) -> bool:
-        found = candidates(variable.tree, self.of)
-        chosen = found[: self.n] if self.end == "first" else found[-self.n :]
-        return any(submodel in variable.submodels for submodel in chosen)
+        return any(submodel in variable.submodels for submodel in self.chosen(variable.tree))
+
+    def chosen(self, tree: Tree) -> tuple[SubmodelInfo, ...]:
+        """Return the submodels that it counts off."""
+        found = candidates(tree, self.of)
+        return found[: self.n] if self.end == "first" else found[-self.n :]
 
     def __repr__(self) -> str:
         return f"{self.end}({self.n}, of={said(self.of)})"

@@ -12,10 +12,10 @@ import tensorflow as tf
 from tapeloop import _compat
 from tapeloop.errors import PolicyError
 from tapeloop.modes import noting_assignments, shadowed
-from tapeloop.ordinal import Ordinal, candidates
+from tapeloop.ordinal import Ordinal
 from tapeloop.selection import Selection
 from tapeloop.tree import SubmodelInfo, Tree, VariableInfo, raw
-from tapeloop.where import Glob, Joined, Kind, Not, Under, Where, WhereLike, as_where, matches_whole
+from tapeloop.where import Glob, Joined, Kind, Not, Under, Where, WhereLike, as_where, is_inside, matches_whole
 
 # Ops that draw from a state of their own: nobody can set it back.
 RANDOM_OPS = (
@@ -60,7 +60,7 @@ class Remat:
                     "`tl.paths(model)` prints what there is."
                 )
             found.update(dict.fromkeys(named))
-        return [one for one in found if not any(_is_inside(one, other) for other in found)]
+        return [one for one in found if not any(is_inside(one, other) for other in found)]
 
     @contextlib.contextmanager
     def applied(self, selection: Selection) -> Iterator[None]:
@@ -205,8 +205,7 @@ def _names(where: Where, submodel: SubmodelInfo, tree: Tree) -> bool:
     if isinstance(where, Under):
         return submodel.object is where.submodel
     if isinstance(where, Ordinal):
-        found = candidates(tree, where.of)
-        return submodel in (found[: where.n] if where.end == "first" else found[-where.n :])
+        return submodel in where.chosen(tree)
     if isinstance(where, Not):
         return not _names(where.where, submodel, tree)
     if isinstance(where, Joined):
@@ -216,7 +215,3 @@ def _names(where: Where, submodel: SubmodelInfo, tree: Tree) -> bool:
         "`remat` takes wheres that name layers: a path glob, a class, a layer, `first` or `last`. "
         f"Received: {where!r}, which speaks of variables."
     )
-
-
-def _is_inside(inner: SubmodelInfo, outer: SubmodelInfo) -> bool:
-    return any(path.startswith(f"{above}/") for path in inner.paths for above in outer.paths)

@@ -8,6 +8,7 @@ from tapeloop.checks import whole_number
 from tapeloop.objective import is_penalized
 from tapeloop.selection import Selection
 from tapeloop.tree import Model, SubmodelInfo, Tree, VariableInfo
+from tapeloop.where import is_inside
 
 HEADER = ("submodel", "parameters", "group", "state", "rule", "mode", "optimizer state")
 RIGHT = {"parameters", "optimizer state"}
@@ -120,15 +121,11 @@ def _differs(selection: Selection, submodel: SubmodelInfo) -> bool:
     """Tell whether the variables and submodels inside `submodel` are treated in more than one way."""
     held = [variable for variable in selection.tree.held[submodel] if variable.trainable]
     modes = {
-        inner in selection.inference for variable in held for inner in variable.submodels if _inside(inner, submodel)
+        inner in selection.inference for variable in held for inner in variable.submodels if is_inside(inner, submodel)
     }
     return (
         len({(selection.group_of.get(variable), selection.rules[variable]) for variable in held}) > 1 or len(modes) > 1
     )
-
-
-def _inside(inner: SubmodelInfo, outer: SubmodelInfo) -> bool:
-    return any(path.startswith(f"{above}/") for path in inner.paths for above in outer.paths)
 
 
 def _row(

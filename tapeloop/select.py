@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import keras
 
-from tapeloop.errors import PolicyError
+from tapeloop.errors import PolicyError, listed
 from tapeloop.policy import Progress, VariablePolicy
 from tapeloop.selection import Selection
 from tapeloop.tree import SubmodelInfo, Tree, VariableInfo
@@ -131,7 +131,7 @@ def _nearest(where: Where, tree: Tree) -> str:
     if near:
         return f"The nearest paths are {', '.join(f'`{path}`' for path in dict.fromkeys(near))}."
     top = [path for path in paths if "/" not in path]
-    return f"The model has {_listed_paths(top)} at the top."
+    return f"The model has {listed(top, most=5)} at the top."
 
 
 def _all_paths(tree: Tree) -> list[tuple[str, ...]]:
@@ -139,12 +139,7 @@ def _all_paths(tree: Tree) -> list[tuple[str, ...]]:
 
 
 def _listed(variables: Iterable[VariableInfo]) -> str:
-    return _listed_paths([variable.path for variable in variables])
-
-
-def _listed_paths(paths: list[str], most: int = 5) -> str:
-    rest = f" and {len(paths) - most} more" if len(paths) > most else ""
-    return ", ".join(f"`{path}`" for path in paths[:most]) + rest
+    return listed([variable.path for variable in variables], most=5)
 
 
 def _nothing_left(policy: VariablePolicy, frozen: list[VariableInfo]) -> str:

@@ -89,9 +89,9 @@ class Step:
         """Run the body on a batch."""
         if self._compilation.run_eagerly:
             return self._run(batch)
-        self.trace(batch)
+        traced = self.trace_count
         try:
-            return self._function(batch)
+            result = self._function(batch)
         except COMPILE_ERRORS as error:
             reason = re.search(r"on XLA\w*: (\w+)|(?s:.*)\bXLA\b", str(error))
             if self._compilation.jit_compile != "auto" or not reason:
@@ -105,6 +105,9 @@ class Step:
             self._compilation = Compilation(self._compilation.autograph)
             self.compile()
             return self(batch)
+        if self.trace_count > traced:
+            _warn_untracked(self._function.get_concrete_function(batch), self.selection, self._own())
+        return result
 
     def trace(self, batch: Any) -> None:
         """Trace the body for batches like this one, which shows what is wrong with it before anything has moved."""

@@ -9,9 +9,9 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tapeloop.batch import examples_of
+from tapeloop.batch import examples_of, spec_of
 from tapeloop.guard import MOVED, NON_FINITE, OVERFLOWED, Snapshot
-from tapeloop.microbatch import WHOLE, averaged, check_alike, plan, spec_of, zeros_of
+from tapeloop.microbatch import averaged, check_alike, piece_spec, plan, zeros_of
 from tapeloop.modes import noting_assignments
 from tapeloop.objective import Objective
 from tapeloop.selection import Selection
@@ -117,7 +117,7 @@ class Transaction:
         # What the user computes is a function of its own: its trace tells all that it touches before it runs.
         functions = {
             pieces.size: tf.function(compute, autograph=self._autograph).get_concrete_function(
-                spec_of(batch, pieces.size if count > 1 else WHOLE)
+                piece_spec(batch, pieces.size) if count > 1 else spec_of(batch)
             )
             for pieces in cuts
         }

@@ -94,6 +94,7 @@ class Updates:
         self.clipping.check(selection, changing=changing)
         self.optimizers.prepare(selection, changing=changing)
         self.averages.prepare(selection, step)
+        self.microbatches.prepare()
         if self.loss_scale is None and any(layer.object.compute_dtype == "float16" for layer in selection.tree.layers):
             self.loss_scale = LossScale()
 

@@ -14,7 +14,7 @@ from typing import TypeAlias
 import keras
 import tensorflow as tf
 
-from tapeloop.tree import Model, VariableInfo
+from tapeloop.tree import Model, SubmodelInfo, VariableInfo
 
 WhereLike: TypeAlias = "Where | str | Model"
 
@@ -277,6 +277,11 @@ def as_where(value: WhereLike) -> Where:
 def matches_whole(pattern: str, path: str) -> bool:
     """Tell whether a glob matches a path to its end, and not only the first segments of it."""
     return _matches(tuple(pattern.split("/")), tuple(path.split("/")), whole=True)
+
+
+def is_inside(inner: SubmodelInfo, outer: SubmodelInfo) -> bool:
+    """Tell whether a submodel stands in another, at any of its paths."""
+    return any(path.startswith(f"{above}/") for path in inner.paths for above in outer.paths)
 
 
 def _matches(pattern: tuple[str, ...], path: tuple[str, ...], whole: bool = False) -> bool:

@@ -272,3 +272,27 @@ def test_what_trains_equals_a_step_written_by_hand():
     for mine, theirs in zip(model.get_weights(), twin.get_weights()):
         np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(logs["loss"], [np.mean(losses)], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"microbatches": 3},
+        {"nonfinite": "skip", "ema": 0.5, "clip_norm": 0.1},
+        {"remat": "base"},
+        {"run_eagerly": True, "microbatches": 2},
+        {"jit_compile": True},
+    ],
+    ids=str,
+)
+def test_what_is_frozen_stays_under_every_option(options):
+    model = models.functional()
+    before, (x, y) = models.values(model, "base"), models.images(6)
+    trainer = models.trainer_of(model, tl.Freeze("base"), optimizer=keras.optimizers.AdamW(0.1), **options)
+    trainer.fit([(x, y)] * 3, progress="none")
+    if options.get("nonfinite") == "skip":
+        trainer.fit([(np.full_like(x, np.nan), y), (x, y)], progress="none")
+    assert models.values(model, "base") == before
+    held = [*trainer._updates.averages.held(trainer.selection.tree.variables)]
+    assert len(held) == (len(trainer.selection.trained) if "ema" in options else 0)
+    assert not any(trainer._updates.optimizers.state_bytes(v) for v in trainer.selection.frozen)
