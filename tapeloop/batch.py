@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import keras
+import numpy as np
 import tensorflow as tf
 
 from tapeloop.errors import DataError
@@ -33,3 +35,39 @@ def examples_of(batch: Any) -> Any:
         if value is not None and value.shape.rank:
             return tf.shape(value)[0] if value.shape[0] is None else value.shape[0]
     raise DataError(f"A batch must hold a tensor with the batch as its first dimension. Received: {shapes(batch)}.")
+
+
+def any_size(value: Any) -> Any:
+    """Return the signature of a tensor, or what one signature becomes, with any number of examples."""
+    spec = value if isinstance(value, tf.TypeSpec) else tf.type_spec_from_value(value)
+    shape = [None, *spec.shape[1:]] if spec.shape.rank else spec.shape
+    if isinstance(spec, tf.RaggedTensorSpec):
+        return tf.RaggedTensorSpec(shape, spec.dtype, spec.ragged_rank, spec.row_splits_dtype)
+    return type(spec)(shape, spec.dtype)
+
+
+def as_tensors(batch: Any, name: str) -> Any:
+    """Return a structure whose arrays are tensors, floating ones in Keras' float type; what is missing stays so.
+
+    Raises:
+        DataError: One of them cannot be a tensor.
+    """
+
+    def convert(value: Any) -> Any:
+        if value is None or isinstance(value, (tf.Tensor, tf.RaggedTensor, tf.SparseTensor)):
+            return value
+        if hasattr(value, "tocoo"):  # a sparse matrix of SciPy
+            coo = value.tocoo()
+            entries = coo.astype(keras.config.floatx()) if coo.dtype == np.float64 else coo
+            places = np.stack([entries.row, entries.col], 1).astype(np.int64)
+            return tf.sparse.reorder(tf.SparseTensor(places, entries.data, entries.shape))
+        array = np.asarray(value)
+        try:
+            return tf.convert_to_tensor(array.astype(keras.config.floatx()) if array.dtype == np.float64 else array)
+        except (ValueError, TypeError) as error:
+            raise DataError(
+                f"In {name}, {type(value).__name__} of the dtype `{array.dtype}` and the shape {array.shape} cannot be "
+                f"a tensor: {error}. Give its numbers one dtype, as by `.astype('float32')`, and its rows one length."
+            ) from error
+
+    return tf.nest.map_structure(convert, batch)

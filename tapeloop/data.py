@@ -2,79 +2,144 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+import math
+import numbers
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from typing import Any, Protocol
 
 import keras
-import numpy as np
 import tensorflow as tf
 
-from tapeloop.batch import shapes
+from tapeloop.arrays import Dataset, Gathered, Orders, Slices, lies_in_file, sparse
+from tapeloop.batch import any_size, as_tensors, shapes
 from tapeloop.checks import whole_number
 from tapeloop.errors import DataError
+from tapeloop.feed import ClassWeights, Feed
+from tapeloop.stream import PyDatasetBatches, Streamed
+
+
+class Source(Protocol):
+    """What can be gone through again and again."""
+
+    def feeds(self) -> Iterator[Feed]:
+        """Go through it once."""
 
 
 class Batches:
     """Batches of data, gone through epoch by epoch.
 
     Attributes:
+        name: What the data is called in errors.
         per_epoch: How many batches an epoch has, or None where nobody can say before its end.
         fewest: How many examples the smallest batch has, or None likewise.
     """
 
-    def __init__(self, source: Iterable[Any], steps_per_epoch: int | None = None, name: str = "data") -> None:
+    def __init__(
+        self, source: Source, length: int | None, steps_per_epoch: int | None, name: str, fewest: int | None = None
+    ) -> None:
+        self.name = name
+        self.per_epoch = steps_per_epoch if steps_per_epoch is not None else length
+        self.fewest = fewest
         self._source = source
-        self._name = name
         self._steps_per_epoch = steps_per_epoch
-        self._running: Iterator[Any] | None = None
-        self._first: list[Any] = []
-        self.fewest = source.fewest if isinstance(source, _ArrayBatches) else None
-        self.per_epoch = steps_per_epoch if steps_per_epoch is not None else _length(source)
+        self._feeds: Iterator[Feed] | None = None
+        self._feed: Feed | None = None
 
-    def peek(self) -> Any:
-        """Return the first batch of the next epoch, which will still be part of it.
+    def feed(self) -> Feed:
+        """Return what the next batch comes from.
 
         Raises:
             DataError: There is none.
         """
-        if not self._first:
-            self._first = [self._next()]
-        return self._first[0]
+        for running in (self._feeds, None):  # what is left of the last epoch, then from the start
+            if self._feed is not None and not self._feed.ended:
+                break
+            self._feeds = self._source.feeds() if running is None else running
+            self._feed = next(self._feeds, None)
+        if self._feed is None or self._feed.ended:
+            self._feed = self._feeds = None
+            raise self._empty()
+        return self._feed
 
-    def epoch(self) -> Iterator[Any]:
-        """Go through one epoch; with `steps_per_epoch`, on from where the last one ended, and around."""
-        if self._steps_per_epoch is not None:
-            for _ in range(self._steps_per_epoch):
-                self.peek()
-                yield self._first.pop()
-            return
-        self.peek()
-        yield self._first.pop()
-        assert self._running is not None
-        yield from map(_as_tensors, self._running)
-        self._running = None
+    def epoch(self) -> Iterator[Feed]:
+        """Go through one epoch; with `steps_per_epoch`, on from where the last one ended, and around.
 
-    def check_lasts(self, epochs: int) -> None:
-        """Check that data which can be gone through once alone is not asked for more.
+        Each feed is to be drawn from until nothing is left of what it allows.
+        """
+        left = self._steps_per_epoch
+        done = False
+        while left or (left is None and not done):
+            feed = self.feed()
+            feed.allow(left)
+            before = feed.position
+            yield feed
+            if not feed.position:
+                self.stop()
+                raise self._empty()
+            if left is not None:
+                left -= feed.position - before
+            elif feed.ended:
+                assert self._feeds is not None
+                self._feed = next(self._feeds, None)
+                done = self._feed is None
+
+    def check(self) -> None:
+        """Find out whether there is a batch at all, before anything is trained.
+
+        Raises:
+            DataError: There is none.
+        """
+        source = self._source
+        if self.feed().left is None and isinstance(source, Dataset) and next(iter(source.data), None) is None:
+            raise self._empty()
+
+    def specs(self) -> Iterator[Any]:
+        """Give signatures of batches of any size: what is declared, then what the first of a dataset is."""
+        declared = self.feed().spec()
+        yield tf.nest.map_structure(lambda spec: None if spec is None else any_size(spec), declared)
+        source = self._source
+        if isinstance(source, Dataset):
+            for batch in source.data.take(1):
+                yield tf.nest.map_structure(any_size, batch)
+
+    def drawn(self) -> Iterator[Any]:
+        """Go through one epoch batch by batch, on the host."""
+        for feed in self.epoch():
+            while feed.left != 0:
+                try:
+                    batch = feed.source.batch(tf.constant(feed.position, tf.int64))
+                except tf.errors.OutOfRangeError:
+                    feed.end()
+                    break
+                except tf.errors.OpError as error:
+                    raise feed.cause or error from None
+                feed.drawn(1)
+                yield batch
+
+    def stop(self) -> None:
+        """Leave the epoch: the next one begins at the start of the data."""
+        self._feed = self._feeds = None
+
+    def lasts(self, epochs: int) -> None:
+        """Check that data which can be gone through once alone is not asked for more, and read no more than needed.
 
         Raises:
             DataError: It is.
         """
-        if epochs > 1 and self._steps_per_epoch is None and iter(self._source) is self._source:
+        source = self._source
+        if not (isinstance(source, Streamed) and source.once):
+            return
+        if self._steps_per_epoch is not None:
+            source.limit(self._steps_per_epoch * epochs)
+        elif epochs > 1:
             raise DataError(
-                f"`{self._name}` is an iterator, which lasts one epoch, and {epochs} epochs were asked for. Pass "
+                f"`{self.name}` is an iterator, which lasts one epoch, and {epochs} epochs were asked for. Pass "
                 "something that can be gone through again, such as a list or a dataset, or `steps_per_epoch`."
             )
 
-    def _next(self) -> Any:
-        for running in (self._running, None):  # what is left of the last epoch, then from the start
-            self._running = iter(self._source) if running is None else running
-            batch = next(self._running, None)
-            if batch is not None:
-                return _as_tensors(batch)
-        raise DataError(
-            f"`{self._name}` is empty: it was asked for a batch and has none. Pass a dataset with at least "
+    def _empty(self) -> DataError:
+        return DataError(
+            f"`{self.name}` is empty: it was asked for a batch and has none. Pass a dataset with at least "
             "one batch; a generator that has been gone through cannot start again."
         )
 
@@ -83,9 +148,9 @@ def as_batches(
     data: Any,
     *,
     batch_size: int = 32,
-    shuffle: bool = False,
-    seed: int | None = None,
-    steps_per_epoch: int | None = None,
+    orders: Orders | None = None,
+    steps: tuple[str, int | None] = ("steps_per_epoch", None),
+    class_weight: Mapping[int, float] | None = None,
     name: str = "data",
 ) -> Batches:
     """Make batches of what a user passes as data.
@@ -93,109 +158,99 @@ def as_batches(
     Args:
         data: A `tf.data.Dataset` of batches, a `keras.utils.PyDataset`, any other iterable of batches (a list is one),
             or arrays: one array, a dict of inputs, or a tuple `(inputs[, targets[, sample_weight]])` whose members
-            may be nested in dicts and lists.
+            may be nested. Arrays are NumPy arrays, tensors (ragged and sparse ones too), data frames, sparse matrices
+            of SciPy, or files that are read in slices, such as `np.memmap`.
         batch_size: Examples per batch, for arrays.
-        shuffle: Whether arrays are shuffled anew each epoch.
-        seed: The seed of the shuffling.
-        steps_per_epoch: Batches per epoch, for data without end.
-        name: What the caller calls the data, for errors.
+        orders: In which order arrays, and the batches of a `PyDataset`, come; by default as they are.
+        steps: What the user calls the number of batches per epoch, and how many there are to be, for data without end.
+        class_weight: The weights of examples by the class of their target.
+        name: What the data is called in errors.
 
     Raises:
-        DataError: Arrays of different lengths, or no data at all.
-        ValueError: `batch_size` or `steps_per_epoch` is no whole number of 1 or more.
+        DataError: The arrays do not have the same number of examples, or the data is of no known kind, empty, or
+            without end.
+        ValueError: `batch_size` or the number of batches is no whole number of 1 or more.
     """
     batch_size = whole_number("batch_size", batch_size, 1)
-    if steps_per_epoch is not None:
-        steps_per_epoch = whole_number("steps_per_epoch", steps_per_epoch, 1)
+    steps_name, per_epoch = steps[0], None if steps[1] is None else whole_number(*steps, 1)
+    orders = orders or Orders(shuffle=False)
+    weights = None if class_weight is None else _class_weights(class_weight)
     if data is None:
         raise DataError(f"`{name}` is None. Pass a `tf.data.Dataset`, arrays `(x, y)`, or an iterable of batches.")
+    if isinstance(data, tf.data.Dataset):
+        if int(data.cardinality()) == tf.data.INFINITE_CARDINALITY and per_epoch is None:
+            raise DataError(f"`{name}` never ends. Pass `{steps_name}`, or a dataset with an end, such as by `take`.")
+        dataset = Dataset(data, None, weights)
+        return Batches(dataset, dataset.size, per_epoch, name)
+    if isinstance(data, keras.utils.PyDataset):
+        pairs = PyDatasetBatches(data, orders.next)
+        return Batches(Streamed(pairs, name, weights), len(pairs) or None, per_epoch, name)
     if _is_arrays(data):
-        source: Iterable[Any] = _ArrayBatches(data, batch_size, shuffle, seed, name)
-    elif isinstance(data, keras.utils.PyDataset):
-        source = _PyDatasetBatches(data)
-    elif isinstance(data, Iterable):
-        source = data
-    else:
-        raise DataError(
-            f"`{name}` must be a `tf.data.Dataset`, arrays `(x, y)`, a `keras.utils.PyDataset` or an iterable of "
-            f"batches. Received: {data!r} of type {type(data).__name__}."
-        )
-    return Batches(source, steps_per_epoch, name)
+        return _of_arrays(data, batch_size, orders, per_epoch, weights, name)
+    if isinstance(data, Iterable):
+        length = len(data) if isinstance(data, Sized) else 0
+        return Batches(Streamed(data, name, weights), length or None, per_epoch, name)
+    raise DataError(
+        f"`{name}` must be a `tf.data.Dataset`, arrays `(x, y)`, a `keras.utils.PyDataset` or an iterable of "
+        f"batches. Received: {data!r} of type {type(data).__name__}."
+    )
 
 
 def _is_arrays(data: Any) -> bool:
-    return isinstance(data, (np.ndarray, tf.Tensor, Mapping, tuple))
+    return isinstance(data, (tuple, Mapping, tf.RaggedTensor, tf.SparseTensor)) or (
+        hasattr(data, "shape") and (hasattr(data, "__array__") or hasattr(data, "tocoo"))
+    )
 
 
-class _ArrayBatches:
-    """One epoch of batches cut from arrays after the other."""
+def _of_arrays(
+    data: Any,
+    batch_size: int,
+    orders: Orders,
+    per_epoch: int | None,
+    class_weights: ClassWeights | None,
+    name: str,
+) -> Batches:
+    """Make batches of arrays, by where they lie and of what kind they are.
 
-    def __init__(self, data: Any, batch_size: int, shuffle: bool, seed: int | None, name: str) -> None:
-        self._arrays = _as_tensors(data)
-        given = [array for array in tf.nest.flatten(self._arrays) if array is not None]
-        lengths = {array.shape[0] if array.shape.rank else None for array in given}
-        if len(lengths) != 1 or None in lengths:
-            raise DataError(
-                f"The arrays of `{name}` must have the same number of examples, as their first dimension. "
-                f"Received: {shapes(given[:6])}{' and more' * (len(given) > 6)}. Lists are taken for several arrays: "
-                "make one of them with `np.asarray`."
-            )
-        (length,) = lengths
-        if not length:
-            raise DataError(f"`{name}` is empty: its arrays have no examples. Received: {shapes(given)}.")
-        self.fewest = length % batch_size or min(length, batch_size)
-        indices = tf.data.Dataset.range(length)
-        if shuffle:
-            indices = indices.shuffle(length, seed=seed, reshuffle_each_iteration=True)
-        # A dataset would make one tensor of the arrays in a list: they go through it flat.
-        self._batches = (
-            indices.batch(batch_size)
-            .map(lambda batch: tuple(tf.gather(array, batch) for array in given))
-            .prefetch(tf.data.AUTOTUNE)
+    Raises:
+        DataError: They do not have the same number of examples, or none.
+    """
+    in_file = any(lies_in_file(array) for array in tf.nest.flatten(data))
+    arrays = data if in_file else as_tensors(data, f"`{name}`")
+    given = [array for array in tf.nest.flatten(arrays) if array is not None]
+    lengths = {array.shape[0] if len(array.shape) else None for array in given}
+    if len(lengths) != 1 or None in lengths:
+        raise DataError(
+            f"The arrays of `{name}` must have the same number of examples, as their first dimension. "
+            f"Received: {shapes(given[:6])}{' and more' * (len(given) > 6)}. Lists are taken for several arrays: "
+            "make one of them with `np.asarray`."
         )
-
-    def __len__(self) -> int:
-        return int(self._batches.cardinality())
-
-    def __iter__(self) -> Iterator[Any]:
-        for flat in self._batches:
-            tensors = iter(flat)
-            yield tf.nest.map_structure(lambda array: None if array is None else next(tensors), self._arrays)  # noqa: B023
-
-
-class _PyDatasetBatches:
-    """One epoch of a PyDataset after the other."""
-
-    def __init__(self, data: keras.utils.PyDataset) -> None:
-        self._data = data
-
-    def __len__(self) -> int:
-        return int(self._data.num_batches or 0)
-
-    def __iter__(self) -> Iterator[Any]:
-        self._data.on_epoch_begin()
-        for index in itertools.count() if self._data.num_batches is None else range(self._data.num_batches):
-            yield self._data[index]
-        self._data.on_epoch_end()
+    (examples,) = lengths
+    if not examples:
+        raise DataError(f"`{name}` is empty: its arrays have no examples. Received: {shapes(given)}.")
+    source: Source
+    if in_file:
+        source = Streamed(Slices(arrays, batch_size, examples, orders), name, class_weights)
+    elif any(isinstance(array, tf.SparseTensor) for array in given):
+        source = sparse(arrays, batch_size, examples, orders, class_weights)
+    else:
+        source = Gathered(arrays, batch_size, examples, orders, class_weights)
+    fewest = examples % batch_size or min(examples, batch_size)
+    return Batches(source, math.ceil(examples / batch_size), per_epoch, name, fewest)
 
 
-def _length(source: Iterable[Any]) -> int | None:
-    if isinstance(source, tf.data.Dataset):
-        cardinality = int(source.cardinality())
-        return cardinality if cardinality >= 0 else None
-    try:
-        return len(source) or None  # type: ignore[arg-type]
-    except TypeError:
-        return None
+def _class_weights(weights: Mapping[int, float]) -> ClassWeights:
+    """Check and keep the weights of classes.
 
-
-def _as_tensors(batch: Any) -> Any:
-    """Turn a batch's arrays into tensors, floating ones in Keras' float type. None stays, where weights are missing."""
-
-    def convert(value: Any) -> Any:
-        if value is None or isinstance(value, (tf.Tensor, tf.RaggedTensor, tf.SparseTensor)):
-            return value
-        array = np.asarray(value)
-        return tf.convert_to_tensor(array.astype(keras.config.floatx()) if array.dtype == np.float64 else array)
-
-    return tf.nest.map_structure(convert, batch)
+    Raises:
+        TypeError: They are no mapping from whole numbers to numbers.
+        ValueError: There are none.
+    """
+    if not isinstance(weights, Mapping) or not all(
+        isinstance(label, numbers.Integral) and isinstance(weight, numbers.Real) for label, weight in weights.items()
+    ):
+        raise TypeError(f"`class_weight` must be a mapping from classes to weights. Received: {weights!r}.")
+    if not weights:
+        raise ValueError("`class_weight` is empty. Name a class with its weight, or leave it out.")
+    classes, values = zip(*weights.items())
+    return ClassWeights(tf.constant(classes, tf.int64), tf.constant(values, keras.config.floatx()))

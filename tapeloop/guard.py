@@ -9,10 +9,10 @@ import tensorflow as tf
 from tapeloop.checks import whole_number
 from tapeloop.errors import NonFiniteError, listed
 from tapeloop.selection import Selection
+from tapeloop.tally import ANY, Tally
 from tapeloop.tree import VariableInfo
 
 MODES = ("raise", "skip", "ignore")
-MOVED, OVERFLOWED, NON_FINITE = range(3)  # how a step may end
 FIRST_SCALE = 2.0**15
 GROWS_AFTER = 2000  # finite steps
 
@@ -70,10 +70,12 @@ class Guard:
 
 
 class Judge:
-    """Decides what a step that was not finite means for the run.
+    """Decides what steps that were not finite mean for the run.
 
     Attributes:
-        skipped_steps: How many steps were skipped since the last epoch began.
+        patience: How many of them in a row are gone on after.
+        skipped_steps: How many there were since the last epoch began.
+        last: What the last steps came to.
     """
 
     def __init__(self, mode: str, max_skipped: int) -> None:
@@ -89,41 +91,33 @@ class Judge:
         if mode not in MODES:
             raise ValueError(f"`nonfinite` must be one of {', '.join(map(repr, MODES))}. Received: {mode!r}.")
         self.skipped_steps = 0
+        self.last = Tally()
+        self.patience = {"raise": 0, "skip": whole_number("max_skipped", max_skipped, 1), "ignore": ANY}[mode]
         self._mode = mode
-        self._max_skipped = whole_number("max_skipped", max_skipped, 1)
-        self._in_a_row = 0
 
     @property
     def looks(self) -> bool:
         """Whether what is not finite is looked for."""
         return self._mode != "ignore"
 
-    def counts(self, code: tf.Tensor | None, guard: Guard | None, step: int, epoch: int) -> bool:
-        """Tell whether a step counts, by how it ended.
+    def take(self, tally: Tally, guard: Guard | None, step: int, epoch: int) -> None:
+        """Take in what steps came to.
 
         Args:
-            code: How it ended.
-            guard: What watched it.
-            step: How many steps were trained before.
+            tally: What they came to.
+            guard: What watched them.
+            step: How many steps were trained before the next one.
             epoch: How many epochs were trained before.
 
         Raises:
-            NonFiniteError: It was not finite, and the run is to stop at that.
+            NonFiniteError: The last was not finite, and the run is to stop at that.
         """
-        ended = MOVED if code is None else int(code)
-        if ended != NON_FINITE:
-            self._in_a_row = 0
-            return ended == MOVED
-        if guard is not None and self._mode == "raise":
-            raise guard.error(step, epoch)
-        self.skipped_steps += 1
-        self._in_a_row += 1
-        if guard is not None and self._mode == "skip" and self._in_a_row > self._max_skipped:
-            self._in_a_row = 0
-            raise guard.error(
-                step, epoch, f"{self._max_skipped} steps in a row were skipped before it, as many as may be. "
-            )
-        return False
+        self.last = tally
+        self.skipped_steps += tally.bad
+        if guard is not None and tally.bad_in_a_row > self.patience:
+            self.last = Tally()
+            also = f"{self.patience} steps in a row were skipped before it, as many as may be. "
+            raise guard.error(step, epoch, also if self._mode == "skip" else "")
 
     def logs(self) -> dict[str, float]:
         """Return what is to be logged of it."""

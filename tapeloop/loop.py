@@ -4,34 +4,21 @@ from __future__ import annotations
 
 import functools
 import math
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from tapeloop.batch import examples_of
 from tapeloop.data import Batches
+from tapeloop.errors import DataError, TapeloopError
+from tapeloop.feed import Feed
 from tapeloop.guard import Judge
 from tapeloop.history import History, LazyLogs, Phase
 from tapeloop.objective import Means, Objective
-from tapeloop.policy import VariablePolicy
 from tapeloop.progress import Display
+from tapeloop.selections import Due
 from tapeloop.step import Step
 from tapeloop.steps import Steps, TrainStep
-
-
-@dataclass(frozen=True)
-class Due:
-    """What trains next.
-
-    Attributes:
-        step: The compiled step.
-        policy: The policy that it is for.
-        every_steps: At which multiples of steps it is to be asked anew within an epoch, or None.
-    """
-
-    step: TrainStep
-    policy: VariablePolicy
-    every_steps: int | None
+from tapeloop.tally import Tally
 
 
 class Loop:
@@ -82,8 +69,8 @@ class Loop:
         for number in range(1, epochs + 1):
             due = choose(self.last_logs, starting=True)
             if validation is not None and number == 1:
-                due.step.trace(batches.peek())
-                evaluation().trace(validation.peek())
+                due.step.trace(batches.feed())
+                evaluation().trace(validation.feed())
             logs = self.run(due.step, batches, shown, f"epoch {number}/{epochs}", due.every_steps, choose)
             if validation is not None:
                 evaluated = self.run(evaluation(), validation, shown, "  validation")
@@ -109,30 +96,59 @@ class Loop:
         means.reset()
         self._objective.reset()
         self._judge.skipped_steps = 0
-        logs = functools.partial(self._logs, means)
-        before = self.steps_done
+        look = functools.partial(self._look, means)
+        before = asked = self.steps_done
         shown.start(title, batches.per_epoch)
         try:
-            for number, batch in enumerate(batches.epoch()):
-                if every_steps is not None and choose is not None and number and self.steps_done % every_steps == 0:
-                    due = choose(LazyLogs(logs))
-                    step, every_steps = due.step, due.every_steps
-                ended = step(batch)
-                if isinstance(step, TrainStep):
-                    self.steps_done += self._judge.counts(
-                        ended, step.transaction.guard, self.steps_done, self.epochs_done
-                    )
-                shown.advance(int(examples_of(batch)), logs)
-            final = logs()
+            for feed in batches.epoch():
+                while feed.left != 0:
+                    most = step.pace.steps if feed.left is None else min(step.pace.steps, feed.left)
+                    if every_steps is not None and choose is not None:
+                        if self.steps_done != asked and self.steps_done % every_steps == 0:
+                            asked = self.steps_done
+                            due = choose(LazyLogs(lambda: look()[0]))
+                            step, every_steps = due.step, due.every_steps
+                        if every_steps is not None:
+                            most = min(most, every_steps - self.steps_done % every_steps)
+                    shown.advance(self._call(step, feed, most, batches), look)
+            final, examples = look()
             if isinstance(step, TrainStep):
                 if self.steps_done == before:
                     final = dict.fromkeys(final, math.nan)
                 final |= self._judge.logs()
-            shown.end(final)
+            shown.end(final, examples)
+        except BaseException:
+            batches.stop()
+            raise
         finally:
             shown.close()
         return final
 
-    def _logs(self, means: Means) -> dict[str, Any]:
-        values = {**means.results(), **self._objective.results()}
-        return {name: value.numpy() if value.shape.rank else float(value) for name, value in values.items()}
+    def _call(self, step: Step, feed: Feed, most: int, batches: Batches) -> int:
+        """Call the compiled loop once, and return on how many batches it ran a step."""
+        began = time.perf_counter()
+        trains = isinstance(step, TrainStep)
+        tally, failure = step.run(feed, most, self._judge.last if trains else Tally(), self._judge.patience)
+        step.pace.took(tally.batches, time.perf_counter() - began)
+        if isinstance(step, TrainStep):
+            self.steps_done += tally.moved
+            self._judge.take(tally, step.transaction.guard, self.steps_done, self.epochs_done)
+        if failure is not None:
+            _locate(failure, f"batch {feed.number} of `{batches.name}` (the first is 0)", feed.number)
+            raise failure
+        return tally.batches
+
+    def _look(self, means: Means) -> tuple[dict[str, Any], int]:
+        """Return the logs so far, and over how many examples they are."""
+        logs, examples = means.results()
+        results = self._objective.results()
+        return logs | {n: v.numpy() if v.shape.rank else float(v) for n, v in results.items()}, examples
+
+
+def _locate(error: BaseException, where: str, number: int) -> None:
+    """Have an error say at which batch it came up."""
+    if isinstance(error, DataError):
+        if number and where.split(" (")[0] not in str(error):
+            error.args = (f"At {where}: {error}",)
+    elif isinstance(error, Exception) and not isinstance(error, TapeloopError) and hasattr(error, "add_note"):
+        error.add_note(f"This came up at {where}.")

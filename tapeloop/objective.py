@@ -135,30 +135,37 @@ class Means:
     """The running means of the scalars that a step returns, in variables, so that nothing is fetched unasked."""
 
     def __init__(self) -> None:
-        self._means: dict[str, keras.metrics.Mean] = {}
+        self._sums: dict[tuple[str, ...], tf.Variable] = {}
 
-    def update(self, values: Mapping[str, tf.Tensor], weight: tf.Tensor, counts: tf.Tensor | None = None) -> None:
-        """Take in one step's values, each counted `weight` times, or not at all where `counts` is False."""
-        for name, value in values.items():
-            if name not in self._means:
-                _compat.outside_of_trace(functools.partial(self._make, name))
-            if counts is not None:
-                value = tf.where(counts, value, tf.zeros_like(value))
-                weight = weight * tf.cast(counts, weight.dtype)
-            self._means[name].update_state(value, sample_weight=weight)
+    def update(self, values: Mapping[str, Any], examples: Any, counts: tf.Tensor | None = None) -> None:
+        """Take in one step's values, counted by its examples, or not at all where `counts` is False."""
+        names = tuple(values)
+        if names not in self._sums:
+            _compat.outside_of_trace(functools.partial(self._make, names))
+        # In float64: a sum in float32 no longer notices its smallest terms once it is a few million times as large.
+        scalars = [tf.reduce_mean(tf.cast(value, tf.float64)) for value in values.values()]
+        added = tf.stack([*scalars, tf.ones((), tf.float64)]) * tf.cast(examples, tf.float64)
+        self._sums[names].assign_add(added if counts is None else tf.where(counts, added, tf.zeros_like(added)))
 
-    def _make(self, name: str) -> None:
-        self._means[name] = keras.metrics.Mean(name=name, dtype=keras.config.floatx())
+    def _make(self, names: tuple[str, ...]) -> None:
+        self._sums[names] = tf.Variable(tf.zeros(len(names) + 1, tf.float64), trainable=False, name="sums")
 
-    def results(self) -> dict[str, tf.Tensor]:
-        """Return the means since the last reset, of what was taken in since; NaN where that is nothing at all."""
-        counted = {name: mean.result() for name, mean in self._means.items() if float(mean.count) > 0}
-        return counted or {name: tf.constant(math.nan) for name in self._means}
+    def results(self) -> tuple[dict[str, float], int]:
+        """Return the means since the last reset, NaN where nothing was taken in, and over how many examples."""
+        fetched = {names: sums.numpy() for names, sums in self._sums.items()}
+        counted = {names: sums for names, sums in fetched.items() if sums[-1]} or fetched
+        totals: dict[str, list[float]] = {}
+        for names, sums in counted.items():
+            for name, total in zip(names, sums):
+                totals.setdefault(name, [0.0, 0.0])
+                totals[name] = [totals[name][0] + total, totals[name][1] + sums[-1]]
+        means = {name: float(total / count) if count else math.nan for name, (total, count) in totals.items()}
+        return means, int(sum(sums[-1] for sums in fetched.values()))
 
     def reset(self) -> None:
         """Start the means anew."""
-        for mean in self._means.values():
-            mean.reset_state()
+        for sums in self._sums.values():
+            sums.assign(tf.zeros_like(sums))
 
 
 def added_losses(selection: Selection) -> list[tf.Tensor]:

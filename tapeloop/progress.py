@@ -51,29 +51,27 @@ class Display:
     def start(self, title: str, total: int | None) -> None:
         """Begin a pass of `total` batches."""
         self._title = title
-        self._examples = 0
         self._began = self._shown = self._clock()
         if self._style == "bar":
             self._bar = tqdm(total=total, desc=title, unit="batch", file=self._stream, leave=True, dynamic_ncols=True)
 
-    def advance(self, examples: int, logs: Callable[[], Mapping[str, Any]]) -> None:
-        """Count one batch of `examples`, and show `logs()` if it is time."""
-        self._examples += examples
+    def advance(self, batches: int, look: Callable[[], tuple[Mapping[str, Any], int]]) -> None:
+        """Count some batches, and, if it is time, look at the logs and the number of examples so far, and show them."""
         if self._bar is not None:
-            self._bar.update(1)
+            self._bar.update(batches)
             if self._clock() - self._shown >= self._every_seconds:
-                self._bar.set_postfix_str(f"{_format(logs())}, {self._rate()}", refresh=True)
+                self._bar.set_postfix_str(self._said(*look()), refresh=True)
                 self._shown = self._clock()
 
-    def end(self, logs: Mapping[str, Any]) -> None:
-        """Finish the pass with its final `logs`."""
+    def end(self, logs: Mapping[str, Any], examples: int) -> None:
+        """Finish the pass with its final logs and the number of its examples."""
         if self._bar is not None:
-            self._bar.set_postfix_str(f"{_format(logs)}, {self._rate()}", refresh=True)
+            self._bar.set_postfix_str(self._said(logs, examples), refresh=True)
             self._bar.close()
             self._bar = None
         elif self._style == "lines":
             seconds = self._clock() - self._began
-            print(f"{self._title}: {_format(logs)}, {self._rate()}, {seconds:.1f} s", file=self._stream, flush=True)
+            print(f"{self._title}: {self._said(logs, examples)}, {seconds:.1f} s", file=self._stream, flush=True)
 
     def close(self) -> None:
         """Leave an unfinished bar behind in good order."""
@@ -81,10 +79,7 @@ class Display:
             self._bar.close()
             self._bar = None
 
-    def _rate(self) -> str:
+    def _said(self, logs: Mapping[str, Any], examples: int) -> str:
+        shown = [f"{name} {value:.4g}" for name, value in logs.items() if isinstance(value, float)]
         seconds = self._clock() - self._began
-        return f"{self._examples / seconds:,.0f} examples/s" if seconds > 0 else "- examples/s"
-
-
-def _format(logs: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value:.4g}" for name, value in logs.items() if isinstance(value, float))
+        return ", ".join([*shown, f"{examples / seconds:,.0f} examples/s" if seconds > 0 else "- examples/s"])

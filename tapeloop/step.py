@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import re
 import warnings
@@ -12,8 +13,11 @@ from typing import Any
 
 import tensorflow as tf
 
+from tapeloop.feed import Arrays, Feed, Stream
 from tapeloop.modes import frozen
+from tapeloop.pace import Pace
 from tapeloop.selection import Selection
+from tapeloop.tally import Tally, counted, limits
 
 COMPILE_ERRORS = (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError, tf.errors.InternalError)
 
@@ -26,11 +30,13 @@ class Compilation:
         autograph: Whether AutoGraph converts the body.
         jit_compile: Whether XLA compiles it; with `"auto"`, where there is a GPU and XLA can.
         run_eagerly: Whether it is not compiled at all, but run op by op.
+        steps_per_call: How many steps a call of the compiled loop runs, or `"auto"`.
     """
 
     autograph: bool
     jit_compile: bool | str = False
     run_eagerly: bool = False
+    steps_per_call: int | str = "auto"
 
     def __post_init__(self) -> None:
         if self.jit_compile not in (True, False, "auto"):
@@ -41,6 +47,7 @@ class Compilation:
             raise ValueError(
                 "`run_eagerly=True` runs op by op, and `jit_compile=True` compiles. Received both: leave one out."
             )
+        Pace(self.steps_per_call)
 
     @property
     def uses_xla(self) -> bool:
@@ -49,12 +56,15 @@ class Compilation:
 
 
 class Step:
-    """A body compiled for one selection: traced once for each signature of a batch.
+    """A body compiled for one selection, and a loop around it that draws batches from a feed without the host.
+
+    Both are traced once for each signature of a batch.
 
     Attributes:
         selection: What trains and what runs in inference mode while the body is traced.
         kind: `"train"`, `"eval"` or `"predict"`.
         trace_count: How often the body was traced.
+        pace: How many steps a call of the loop runs.
     """
 
     def __init__(
@@ -70,7 +80,7 @@ class Step:
 
         Args:
             kind: `"train"`, `"eval"` or `"predict"`.
-            body: What is compiled: a function of a batch.
+            body: What is compiled: a function of a batch. In a loop it returns how the step ended, or None.
             selection: What trains.
             compilation: How it is compiled.
             around: What else holds while the body is traced.
@@ -79,19 +89,54 @@ class Step:
         self.kind = kind
         self.selection = selection
         self.trace_count = 0
+        self.pace = Pace(compilation.steps_per_call)
         self._body = body
         self._compilation = compilation
         self._around = around
         self._own = own
+        self._is_on_trial = False
+        with tf.device("CPU:0"):
+            self._begun = tf.Variable(tf.zeros(4, tf.int64), trainable=False, name="begun")
         self.compile()
+
+    def run(self, feed: Feed, most: int, before: Tally, patience: int) -> tuple[Tally, BaseException | None]:
+        """Run steps on the next batches of a feed, until something is for the host to do.
+
+        Args:
+            feed: Where batches come from.
+            most: How many steps at most.
+            before: What the steps before came to.
+            patience: How many bad steps in a row are gone on after.
+
+        Returns:
+            What the steps came to, and the exception that ended them, if one did: that of the last step, which then
+            does not count, or of the data.
+        """
+        start, limit = tf.constant(feed.position, tf.int64), limits(1 if self._is_on_trial else most, patience)
+        self._begun.assign(before.start())
+        failure: BaseException | None = None
+        try:
+            if self._is_driven:
+                if self._is_on_trial:
+                    self.trace(feed)
+                self._loop(self, feed.source, start, self._begun.read_value(), limit)
+                self._is_on_trial = False
+            else:
+                self._traced(self._looped, feed.source, start, self._begun.read_value(), limit)
+        except BaseException as error:
+            failure = error
+        tally = Tally.of(self._begun)
+        feed.drawn(tally.batches)
+        if isinstance(failure, tf.errors.OutOfRangeError) and feed.has_ended():
+            failure = None
+        return tally, (failure and feed.cause) or failure
 
     def __call__(self, batch: Any) -> Any:
         """Run the body on a batch."""
         if self._compilation.run_eagerly:
             return self._run(batch)
-        traced = self.trace_count
         try:
-            result = self._function(batch)
+            return self._traced(self._function, batch)
         except COMPILE_ERRORS as error:
             reason = re.search(r"on XLA\w*: (\w+)|(?s:.*)\bXLA\b", str(error))
             if self._compilation.jit_compile != "auto" or not reason:
@@ -102,34 +147,73 @@ class Step:
                 "`jit_compile=False` says so from the start.",
                 stacklevel=2,
             )
-            self._compilation = Compilation(self._compilation.autograph)
+            self._compilation = dataclasses.replace(self._compilation, jit_compile=False)
             self.compile()
             return self(batch)
-        if self.trace_count > traced:
-            _warn_untracked(self._function.get_concrete_function(batch), self.selection, self._own())
-        return result
 
-    def trace(self, batch: Any) -> None:
-        """Trace the body for batches like this one, which shows what is wrong with it before anything has moved."""
+    def trace(self, feed: Feed) -> None:
+        """Trace the loop for batches of a feed, which shows what is wrong before anything has moved."""
         if self._compilation.run_eagerly:
             return
-        traced = self.trace_count
-        concrete = self._function.get_concrete_function(batch)
-        if self.trace_count > traced:
-            _warn_untracked(concrete, self.selection, self._own())
+        if self._is_driven and not self._is_on_trial:
+            self._check(self._function, feed.spec())
+        else:
+            self._check(self._looped, feed.source, tf.constant(0, tf.int64), self._begun.read_value(), limits(1, 0))
 
     def compile(self) -> None:
         """Forget all traces."""
         # TensorFlow counts traces by code, and would warn that all steps together retrace: a partial is one of a kind.
-        run = functools.partial(self._run)
-        jit_compile = self._compilation.uses_xla or None
-        self._function = tf.function(run, autograph=self._compilation.autograph, jit_compile=jit_compile)
+        autograph, uses_xla = self._compilation.autograph, self._compilation.uses_xla
+        self._function = tf.function(functools.partial(self._run), autograph=autograph, jit_compile=uses_xla or None)
+        # In the loop the body is a function of its own where it is compiled in another way than the loop.
+        step = self._function if autograph or uses_xla else self._run
+        self._looped = tf.function(functools.partial(self._loop, step), autograph=False)
+        self._is_on_trial = uses_xla and self._compilation.jit_compile == "auto"
+
+    @property
+    def _is_driven(self) -> bool:
+        """Whether the host runs step by step: because it is to, or because it must see how the first one ends."""
+        return self._compilation.run_eagerly or self._is_on_trial
+
+    def _loop(self, step: Callable[[Any], Any], source: Arrays | Stream, start: Any, counts: Any, limit: Any) -> None:
+        """Run steps until the counts pass the limit. They are noted before each, for the case that it fails."""
+
+        def goes_on(counts: tf.Tensor) -> tf.Tensor:
+            with tf.device("CPU:0"):
+                return tf.reduce_all(counts <= limit)
+
+        def run(counts: tf.Tensor) -> tuple[tf.Tensor]:
+            with tf.device("CPU:0"):
+                noted, number = self._begun.assign(counts), start + counts[0]
+            with tf.control_dependencies([noted]):
+                batch = source.batch(number)
+            ended = step(batch)
+            with tf.device("CPU:0"):
+                return (counted(counts, ended),)
+
+        (counts,) = tf.while_loop(goes_on, run, (counts,))
+        self._begun.assign(counts)
 
     def _run(self, batch: Any) -> Any:
         with self._around(), frozen(self.selection):
             result = self._body(batch)
         self.trace_count += not tf.executing_eagerly()
         return result
+
+    def _traced(self, function: Any, *args: Any) -> Any:
+        """Call a compiled function; where that traces it, look what it reads."""
+        traced = self.trace_count
+        result = function(*args)
+        if self.trace_count > traced:
+            _warn_untracked(function.get_concrete_function(*args), self.selection, self._own())
+        return result
+
+    def _check(self, function: Any, *args: Any) -> None:
+        """Trace a function, if that has not been done, and look what it reads."""
+        traced = self.trace_count
+        concrete = function.get_concrete_function(*args)
+        if self.trace_count > traced:
+            _warn_untracked(concrete, self.selection, self._own())
 
 
 def _warn_untracked(traced: Any, selection: Selection, own: list[tf.Variable]) -> None:

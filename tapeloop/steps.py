@@ -7,11 +7,11 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import keras
 import tensorflow as tf
 
 from tapeloop import _compat
 from tapeloop.batch import examples_of
+from tapeloop.data import Batches
 from tapeloop.modes import inlined_functions
 from tapeloop.objective import Means, Objective
 from tapeloop.remat import Remat
@@ -40,6 +40,10 @@ class TrainStep(Step):
         self.transaction = transaction
         self._microbatches = transaction.microbatches.count
 
+    @property
+    def _is_driven(self) -> bool:
+        return super()._is_driven or self.transaction.microbatches.adapts
+
     def __call__(self, batch: Any) -> Any:
         """Train on a batch; where it runs out of memory and may, once more in smaller pieces."""
         microbatches = self.transaction.microbatches
@@ -47,7 +51,8 @@ class TrainStep(Step):
             if self._microbatches != microbatches.count:
                 self._microbatches = microbatches.count
                 self.compile()
-            self.trace(batch)
+            if not self._compilation.run_eagerly:
+                self._check(self._function, batch)
             kept = self.transaction.keep()
             try:
                 return super().__call__(batch)
@@ -98,7 +103,7 @@ class Steps:
         self._traces_gone = 0
         self._built = False
 
-    def build(self, model: Model, batch: Any) -> None:
+    def build(self, model: Model, batches: Batches) -> None:
         """Make the variables of a model that makes them in its first call, by tracing a step that trains nothing."""
         if self._built:
             return
@@ -107,8 +112,8 @@ class Steps:
         if modules or not all(submodel.object.built for submodel in tree.layers):
             self.building = True
             try:
-                trace = tf.function(self._traced_to_build, autograph=self._compilation.autograph)
-                trace.get_concrete_function(_any_size(batch))
+                declared, *seen = batches.specs()
+                self._trace_to_build(declared, *seen)
             finally:
                 self.building = False
         self._built = True
@@ -146,7 +151,7 @@ class Steps:
     def _train(self, transaction: Transaction, batch: Any) -> Any:
         """What is compiled of a step that trains; it returns how it ended."""
         outcome = transaction.run(batch)
-        self._take("train", outcome.logs, batch, outcome.counts)
+        self.means["train"].update(outcome.logs, examples_of(batch), outcome.counts)
         return outcome.code
 
     def _other(self, kind: str, selection: Selection, batch: Any) -> Any:
@@ -154,11 +159,8 @@ class Steps:
         result = self._body(kind, selection, batch)
         if kind == "predict":
             return result
-        self._take(kind, result, batch, None)
+        self.means[kind].update(result, examples_of(batch))
         return None
-
-    def _take(self, kind: str, logs: Mapping[str, Any], batch: Any, counts: Any) -> None:
-        self.means[kind].update(logs, tf.cast(examples_of(batch), keras.config.floatx()), counts)
 
     def _body(self, kind: str, selection: Selection, batch: Any) -> Any:
         """Run what the user wrote for a step of a kind."""
@@ -173,17 +175,16 @@ class Steps:
             raise TypeError(f'`{kind}_step` must return a mapping `{{"name": scalar}}`. Received: {result!r}.')
         return result
 
-    def _traced_to_build(self, batch: Any) -> None:
-        with inlined_functions():
-            self._bodies["train"](batch)
+    def _trace_to_build(self, spec: Any, *others: Any) -> None:
+        """Trace a step for batches of this signature, or where a layer needs to know more, of the others."""
 
+        def run(batch: Any) -> None:
+            with inlined_functions():
+                self._bodies["train"](batch)
 
-def _any_size(batch: Any) -> Any:
-    """Return the signature of batches of any size like this one: the size of the first is nobody's to keep."""
-
-    def spec(value: Any) -> Any:
-        if not isinstance(value, tf.Tensor) or not value.shape.rank:
-            return value
-        return tf.TensorSpec([None, *value.shape[1:]], value.dtype)
-
-    return tf.nest.map_structure(spec, batch)
+        try:
+            tf.function(run, autograph=self._compilation.autograph).get_concrete_function(spec)
+        except (ValueError, TypeError):
+            if not others or others[0] == spec:
+                raise
+            self._trace_to_build(*others)

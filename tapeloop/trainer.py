@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from tapeloop import report
+from tapeloop.arrays import Orders
 from tapeloop.average import Averages
 from tapeloop.body import OVERRIDABLE, Body
 from tapeloop.checks import whole_number
@@ -18,15 +18,15 @@ from tapeloop.clipping import Clipping
 from tapeloop.data import as_batches
 from tapeloop.guard import Judge
 from tapeloop.history import History
-from tapeloop.loop import Due, Loop
+from tapeloop.loop import Loop
 from tapeloop.microbatch import Microbatches
 from tapeloop.objective import Objective
 from tapeloop.optim import LearningRates, Optimizers
-from tapeloop.policy import Progress, TrainAll, VariablePolicy, is_value
+from tapeloop.policy import Progress, TrainAll, VariablePolicy
 from tapeloop.progress import Display
 from tapeloop.remat import Remat
-from tapeloop.select import chain, select, selections_to_come
 from tapeloop.selection import Selection
+from tapeloop.selections import Due, Selections
 from tapeloop.step import Compilation, Step
 from tapeloop.steps import Steps
 from tapeloop.tree import Model, Tree
@@ -63,6 +63,7 @@ class Trainer(Body):
         remat: WhereLike | type | Sequence[WhereLike | type] | None = None,
         jit_compile: bool | str = "auto",
         run_eagerly: bool = False,
+        steps_per_call: int | str = "auto",
         seed: int | None = None,
     ) -> None:
         """Make a trainer. Nothing is traced or allocated before the first fit.
@@ -89,6 +90,7 @@ class Trainer(Body):
                 names them, a class, a layer, or a list of these.
             jit_compile: Whether XLA compiles the steps; `"auto"`: on a GPU, where it can.
             run_eagerly: Whether steps are run op by op in Python, for breakpoints and prints.
+            steps_per_call: How many steps the compiled loop runs before the host looks; `"auto"`: for about 0.2 s.
             seed: The seed by which arrays are shuffled.
 
         Raises:
@@ -109,11 +111,10 @@ class Trainer(Body):
         # Python's `if` and `for` over tensors are the user's to write; converting our own code costs a second.
         autograph = any(getattr(type(self), name) is not getattr(Body, name) for name in OVERRIDABLE)
         bodies = {"train": self.train_step, "eval": self.eval_step, "predict": self._predict_step}
-        compilation = Compilation(autograph, jit_compile, run_eagerly)
+        compilation = Compilation(autograph, jit_compile, run_eagerly, steps_per_call)
         self._steps = Steps(bodies, self._objective, self._updates, compilation, Remat(remat), self._kept)
         self._loop = Loop(self._steps, self._objective, judge)
-        self._selections: dict[VariablePolicy, Selection] = {}
-        self._prepared: Selection | None = None
+        self._selections = Selections(model, self._steps, self._updates)
 
     def fit(
         self,
@@ -123,19 +124,24 @@ class Trainer(Body):
         batch_size: int = 32,
         shuffle: bool = True,
         steps_per_epoch: int | None = None,
+        class_weight: Mapping[int, float] | None = None,
         validation_data: Any = None,
+        validation_steps: int | None = None,
         progress: str = "auto",
     ) -> History:
         """Train for some more epochs.
 
         Args:
             data: A `tf.data.Dataset` of batches, arrays `(inputs, targets[, sample_weight])`, a
-                `keras.utils.PyDataset`, or any other iterable of batches.
+                `keras.utils.PyDataset`, or any other iterable of batches. Arrays are NumPy's, tensors (ragged and
+                sparse ones too), data frames, or files such as `np.memmap`.
             epochs: How many epochs more.
             batch_size: Examples per batch, for arrays.
-            shuffle: Whether arrays are shuffled anew each epoch.
+            shuffle: Whether arrays, and the batches of a `PyDataset`, are shuffled anew each epoch.
             steps_per_epoch: Batches per epoch, for data without end.
+            class_weight: Weights of examples by the class of their target; other classes have the weight 1.
             validation_data: Data to evaluate after each epoch.
+            validation_steps: Batches per evaluation, for data without end.
             progress: `"auto"`, `"bar"`, `"lines"` or `"none"`.
 
         Returns:
@@ -150,52 +156,63 @@ class Trainer(Body):
         """
         whole_number("epochs", epochs, 0)
         self._updates.averages.check_may_train()
-        seed = None if self._seed is None else self._seed + self.epoch
         batches = as_batches(
-            data, batch_size=batch_size, shuffle=shuffle, seed=seed, steps_per_epoch=steps_per_epoch, name="data"
+            data,
+            batch_size=batch_size,
+            orders=Orders(shuffle, self._seed, self.epoch),
+            steps=("steps_per_epoch", steps_per_epoch),
+            class_weight=class_weight,
         )
         validation = None
         if validation_data is not None:
-            validation = as_batches(validation_data, batch_size=batch_size, name="validation_data")
-            validation.check_lasts(epochs)
-            validation.peek()
-        batches.check_lasts(epochs)
+            validation = as_batches(
+                validation_data,
+                batch_size=batch_size,
+                steps=("validation_steps", validation_steps),
+                name="validation_data",
+            )
+            validation.lasts(epochs)
+            validation.check()
+        batches.lasts(epochs)
         self._updates.microbatches.check(batches.fewest)
-        self._steps.build(self.model, batches.peek())
-        for selection in selections_to_come(self.policy, Tree.of(self.model)):
-            self._updates.optimizers.check(selection, changing=True)
-        return self._loop.fit(self._phase, self._evaluation, batches, validation, epochs, Display(progress))
+        self._steps.build(self.model, batches)
+        self._selections.check(self.policy)
+        return self._loop.fit(self._due, self._evaluation, batches, validation, epochs, Display(progress))
 
-    def evaluate(self, data: Any, *, batch_size: int = 32, progress: str = "auto") -> dict[str, Any]:
+    def evaluate(
+        self, data: Any, *, batch_size: int = 32, steps: int | None = None, progress: str = "auto"
+    ) -> dict[str, Any]:
         """Return the loss and metrics on data, which may be all that `fit` takes.
 
         Args:
             data: The data.
             batch_size: Examples per batch, for arrays.
+            steps: How many batches, for data without end.
             progress: As for `fit`.
 
         Raises:
             DataError: The data is empty or does not fit the model.
         """
-        batches = as_batches(data, batch_size=batch_size)
-        self._steps.build(self.model, batches.peek())
+        batches = as_batches(data, batch_size=batch_size, steps=("steps", steps))
+        self._steps.build(self.model, batches)
         return self._loop.run(self._evaluation(), batches, Display(progress), "evaluation")
 
-    def predict(self, data: Any, *, batch_size: int = 32) -> Any:
+    def predict(self, data: Any, *, batch_size: int = 32, steps: int | None = None) -> Any:
         """Return the model's outputs on data as NumPy arrays, examples first.
 
         Args:
             data: All that `fit` takes; of batches `(inputs, targets, ...)` the inputs count. Several inputs in arrays
                 are a dict, or `([first, second],)`.
             batch_size: Examples per batch, for arrays.
+            steps: How many batches, for data without end.
 
         Raises:
             DataError: The data is empty or does not fit the model.
         """
-        batches = as_batches(data, batch_size=batch_size)
-        self._steps.build(self.model, batches.peek())
+        batches = as_batches(data, batch_size=batch_size, steps=("steps", steps))
+        self._steps.build(self.model, batches)
         step = self._steps.other("predict", self._select(trains=False))
-        outputs = [tf.nest.map_structure(lambda output: np.atleast_1d(output), step(b)) for b in batches.epoch()]
+        outputs = [tf.nest.map_structure(lambda output: np.atleast_1d(output), step(b)) for b in batches.drawn()]
         return tf.nest.map_structure(lambda *arrays: np.concatenate(arrays), *outputs)
 
     @property
@@ -268,31 +285,11 @@ class Trainer(Body):
         self._updates.optimizers.prepare(selection, changing=True)
         return report.explain(selection, self._updates.optimizers.state_bytes, depth)
 
-    def _select(self, trains: bool = True) -> Selection:
-        now = Progress(self.step, self.epoch, self._loop.last_logs)
-        return select(chain(self.policy, now)[-1], Tree.of(self.model), trains)
+    def _select(self, *, trains: bool = True) -> Selection:
+        return self._selections.now(self.policy, Progress(self.step, self.epoch, self._loop.last_logs), trains=trains)
 
     def _evaluation(self) -> Step:
         return self._steps.other("eval", self._select(trains=False))
 
-    def _phase(self, logs: Mapping[str, Any], starting: bool) -> Due:
-        """Return what trains now, everything that it needs being made.
-
-        The model's flags are read at the start of an epoch; within one, a policy that held before gets its selection of
-        then.
-        """
-        if starting:
-            self._selections.clear()
-        policies = chain(self.policy, Progress(self.step, self.epoch, logs))
-        policy = policies[-1]
-        kept = is_value(policy)
-        selection = self._selections.get(policy) if kept else None
-        if selection is None:
-            selection = select(policy, Tree.of(self.model))
-            if kept:
-                self._selections[policy] = selection
-        if selection is not self._prepared:
-            self._updates.prepare(selection, self.step, changing=type(self.policy).at is not VariablePolicy.at)
-            self._prepared = selection
-        every_steps = math.gcd(*(policy.every for policy in policies if policy.every is not None))
-        return Due(self._steps.train(selection), policy, every_steps or None)
+    def _due(self, logs: Mapping[str, Any], starting: bool) -> Due:
+        return self._selections.due(self.policy, Progress(self.step, self.epoch, logs), starting=starting)

@@ -10,11 +10,12 @@ import keras
 import tensorflow as tf
 
 from tapeloop.batch import examples_of, spec_of
-from tapeloop.guard import MOVED, NON_FINITE, OVERFLOWED, Snapshot
+from tapeloop.guard import Snapshot
 from tapeloop.microbatch import averaged, check_alike, piece_spec, plan, zeros_of
 from tapeloop.modes import noting_assignments
 from tapeloop.objective import Objective
 from tapeloop.selection import Selection
+from tapeloop.tally import MOVED, NON_FINITE, OVERFLOWED
 from tapeloop.updates import Call, Running, Updates
 
 

@@ -19,14 +19,14 @@ def run(style, stream, **options):
 
     def logs():
         asked.append(clock.now)
-        return {"loss": 0.5, "accuracy": 0.25}
+        return {"loss": 0.5, "accuracy": 0.25}, 8 * round(clock.now / 0.03)
 
     progress = Display(style, stream=stream, clock=clock, **options)
     progress.start("epoch 1/2", 10)
     for _ in range(10):
         clock.now += 0.03
-        progress.advance(8, logs)
-    progress.end({"loss": 0.125, "accuracy": 1.0})
+        progress.advance(1, logs)
+    progress.end({"loss": 0.125, "accuracy": 1.0}, 80)
     return asked
 
 

@@ -8,11 +8,13 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parent.parent / "tapeloop"
 FLOORS = {
     "errors": 0, "checks": 0, "_compat": 0, "tree": 0,
-    "where": 1, "selection": 1, "rates": 1, "batch": 1, "disconnected": 1,
-    "ordinal": 2, "policy": 2, "modes": 2, "objective": 2, "tape": 2, "average": 2, "microbatch": 2,
-    "schedule": 3, "layerwise": 3, "select": 3, "calling": 3, "data": 3, "progress": 3, "report": 3, "history": 3,
+    "where": 1, "selection": 1, "rates": 1, "batch": 1, "disconnected": 1, "tally": 1, "pace": 1,
+    "ordinal": 2, "policy": 2, "modes": 2, "objective": 2, "tape": 2, "average": 2, "microbatch": 2, "feed": 2,
+    "schedule": 3, "layerwise": 3, "select": 3, "calling": 3, "stream": 3, "arrays": 3,
+    "progress": 3, "report": 3, "history": 3,
     "optim": 3, "clipping": 3, "guard": 3, "remat": 3, "step": 3,
-    "updates": 4, "transaction": 5, "steps": 6, "loop": 7, "body": 7, "trainer": 8, "__init__": 9,
+    "data": 4, "updates": 4, "transaction": 5, "steps": 6, "selections": 7, "body": 7, "loop": 8, "trainer": 9,
+    "__init__": 10,
 }  # fmt: skip
 # On the ground floor, what a file of it may build on.
 BELOW = {"tree": {"_compat"}}

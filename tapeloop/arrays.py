@@ -1,0 +1,130 @@
+"""Batches cut from arrays: gathered in the graph where they lie in memory, read in slices where they lie in a file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tapeloop.feed import Arrays, ClassWeights, Feed, Stream, on_device, places_of
+
+ON_DEVICE_BYTES = 2**30  # arrays up to this size lie on the device of the steps, larger ones in the host's memory
+
+
+class Orders:
+    """The order of examples in one epoch after the other.
+
+    Attributes:
+        shuffle: Whether each has an order of its own.
+        seed: By what they are shuffled.
+    """
+
+    def __init__(self, shuffle: bool, seed: int | None = None, epoch: int = 0) -> None:
+        """Shuffle by a seed from an epoch of this number on, or not; without a seed by one that NumPy draws."""
+        self.shuffle = shuffle
+        self.seed = int(np.random.randint(2**31)) if seed is None else seed
+        self._epoch = epoch
+
+    def next(self, size: int) -> Any:
+        """Return the numbers of so many examples in the order of the next epoch."""
+        self._epoch += 1
+        if not self.shuffle:
+            return np.arange(size)
+        return np.random.default_rng([self.seed, self._epoch - 1]).permutation(size)
+
+
+class Gathered:
+    """Batches gathered in the graph from tensors in memory."""
+
+    def __init__(
+        self, tensors: Any, batch_size: int, examples: int, orders: Orders, class_weights: ClassWeights | None
+    ) -> None:
+        """Put the tensors where batches are to be gathered.
+
+        Args:
+            tensors: A structure of tensors with the examples first; None where something is missing.
+            batch_size: Examples in a batch.
+            examples: How many there are.
+            orders: In which order they come.
+            class_weights: Weights of examples by class, if there are any.
+        """
+        self._batch_size = batch_size
+        self._examples = examples
+        self._orders = orders
+        self._class_weights = class_weights
+        given = [value for value in tf.nest.flatten(tensors) if isinstance(value, tf.Tensor)]
+        too_large = sum(value.dtype.size * value.shape.num_elements() for value in given) > ON_DEVICE_BYTES
+        self._device = "CPU:0" if too_large and tf.config.list_logical_devices("GPU") else None
+        with tf.device(self._device):
+            self._tensors = tf.nest.map_structure(
+                lambda value: tf.identity(value) if isinstance(value, tf.Tensor) else value, tensors
+            )
+
+    def feeds(self) -> Iterator[Feed]:
+        """Give the batches of one epoch."""
+        alike = self._examples % self._batch_size == 0
+        batch_size = self._batch_size if alike else tf.constant(self._batch_size, tf.int64)
+        order = tf.constant(self._orders.next(self._examples), tf.int64)
+        source = Arrays(self._tensors, order, batch_size, self._device, self._class_weights)
+        yield Feed(source, math.ceil(self._examples / self._batch_size))
+
+
+class Dataset:
+    """The batches of a `tf.data.Dataset`."""
+
+    def __init__(self, data: tf.data.Dataset, places: Any, class_weights: ClassWeights | None) -> None:
+        """Keep the dataset.
+
+        Args:
+            data: Batches.
+            places: Where each tensor of an element belongs in the batch, or None where elements are batches.
+            class_weights: Weights of examples by class, if there are any.
+        """
+        self.data = data
+        self._places = places
+        self._class_weights = class_weights
+
+    @property
+    def size(self) -> int | None:
+        """How many batches it has, or None where nobody knows, or there is no end."""
+        cardinality = int(self.data.cardinality())
+        return cardinality if cardinality >= 0 else None
+
+    def feeds(self) -> Iterator[Feed]:
+        """Give the batches of one epoch."""
+        yield Feed(Stream(iter(on_device(self.data)), self._places, self._class_weights), self.size)
+
+
+def sparse(tensors: Any, batch_size: int, examples: int, orders: Orders, class_weights: ClassWeights | None) -> Dataset:
+    """Return batches of tensors some of which are sparse, which cannot be gathered; see `Gathered`."""
+    flat = tuple(value for value in tf.nest.flatten(tensors) if value is not None)
+    data = tf.data.Dataset.from_tensor_slices(flat)
+    if orders.shuffle:
+        data = data.shuffle(examples, seed=orders.seed, reshuffle_each_iteration=True)
+    return Dataset(data.batch(batch_size).prefetch(tf.data.AUTOTUNE), places_of(tensors), class_weights)
+
+
+class Slices:
+    """Batches read from arrays that lie in a file, which are not to be in memory all at once."""
+
+    def __init__(self, arrays: Any, batch_size: int, examples: int, orders: Orders) -> None:
+        """Keep the arrays, of so many examples each."""
+        self._arrays = arrays
+        self._batch_size = batch_size
+        self._examples = examples
+        self._orders = orders
+
+    def __iter__(self) -> Iterator[Any]:
+        order = self._orders.next(self._examples)
+        for start in range(0, self._examples, self._batch_size):
+            chosen = order[start : start + self._batch_size]
+            in_file, back = np.unique(chosen, return_inverse=True)  # HDF5 reads in ascending order alone
+            yield tf.nest.map_structure(lambda array: None if array is None else array[in_file][back], self._arrays)  # noqa: B023
+
+
+def lies_in_file(array: Any) -> bool:
+    """Tell whether an array is read when it is asked for: a `np.memmap`, or a dataset of HDF5 or Zarr."""
+    return isinstance(array, np.memmap) or (hasattr(array, "chunks") and hasattr(array, "__array__"))

@@ -1,0 +1,201 @@
+"""Where a compiled loop draws its batches from: tensors in memory, or an iterator of `tf.data`."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+
+from tapeloop.batch import shapes, spec_of
+from tapeloop.errors import DataError
+
+
+class ClassWeights(NamedTuple):
+    """Weights of examples by the class of their target.
+
+    Attributes:
+        classes: The classes, `[n]`.
+        weights: The weight of each, `[n]`; an example of another class has the weight 1.
+    """
+
+    classes: tf.Tensor
+    weights: tf.Tensor
+
+    def applied(self, batch: Any) -> Any:
+        """Return a batch `(inputs, targets)` with the weights of its examples.
+
+        Raises:
+            DataError: It has weights already, or its targets are not one class for each example.
+        """
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
+        if sample_weight is not None:
+            raise DataError("`class_weight` was given, and the data has sample weights already: leave one of them out.")
+        if not isinstance(y, tf.Tensor) or y.shape.rank not in (1, 2):
+            raise DataError(
+                "`class_weight` needs one target for each example: its class, of the shape `[examples]` or "
+                f"`[examples, 1]`, or its one-hot vector. The targets are {shapes(y)}."
+            )
+        if y.shape.rank == 2:
+            y = tf.squeeze(y, 1) if y.shape[1] == 1 else tf.argmax(y, 1)
+        label = tf.cast(tf.round(y) if y.dtype.is_floating else y, tf.int64)
+        matches = tf.equal(label[:, tf.newaxis], self.classes)
+        known = tf.reduce_any(matches, 1)
+        weight = tf.where(known, tf.gather(self.weights, tf.argmax(tf.cast(matches, tf.int32), 1)), 1.0)
+        return x, batch[1], weight
+
+
+class Arrays(NamedTuple):
+    """Batches cut from tensors that lie in memory.
+
+    Attributes:
+        tensors: A structure of tensors with the examples first; None where something is missing.
+        order: The examples' numbers, in the order in which they come.
+        batch_size: Examples in a batch: a number where all have as many, or a tensor where the last has fewer.
+        device: Where they lie, if that is not where the steps run.
+        class_weights: Weights of examples by class, if there are any.
+    """
+
+    tensors: Any
+    order: tf.Tensor
+    batch_size: Any
+    device: str | None
+    class_weights: ClassWeights | None
+
+    def batch(self, number: tf.Tensor) -> Any:
+        """Return the batch of this number, counted from 0."""
+        with tf.device(self.device):
+            size = tf.cast(self.batch_size, tf.int64)
+            chosen = self.order[number * size : (number + 1) * size]
+            if isinstance(self.batch_size, int):
+                chosen = tf.ensure_shape(chosen, [self.batch_size])
+            batch = tf.nest.map_structure(
+                lambda array: None if array is None else tf.gather(array, chosen), self.tensors
+            )
+        return _weighted(batch, self.class_weights)
+
+
+class Stream(NamedTuple):
+    """Batches that an iterator gives.
+
+    Attributes:
+        iterator: A `tf.data` iterator.
+        places: Where a batch is a structure with lists or with something missing, which `tf.data` does not carry: that
+            structure, and in it for each of the iterator's tensors its place. None where its elements are the batches.
+        class_weights: Weights of examples by class, if there are any.
+    """
+
+    iterator: Any
+    places: Any
+    class_weights: ClassWeights | None
+
+    def batch(self, number: tf.Tensor) -> Any:
+        """Return the next batch; which one it is, is the iterator's to know.
+
+        Raises:
+            tf.errors.OutOfRangeError: There is none.
+        """
+        del number
+        batch = self.iterator.get_next()
+        if self.places is not None:
+            flat = batch
+            batch = tf.nest.map_structure(lambda place: None if place is None else flat[place], self.places)
+        return _weighted(batch, self.class_weights)
+
+
+class Feed:
+    """A source of batches, and how far it has been drawn.
+
+    Attributes:
+        source: What a compiled loop draws from.
+        position: How many batches were drawn.
+        left: How many may yet be drawn before the host has to look again, or None where nobody knows how many there
+            are.
+        ended: Whether there are no more.
+    """
+
+    def __init__(
+        self,
+        source: Arrays | Stream,
+        size: int | None,
+        first: int = 0,
+        cause: Callable[[], BaseException | None] = lambda: None,
+    ) -> None:
+        """Keep the source.
+
+        Args:
+            source: What a compiled loop draws from.
+            size: How many batches it has, or None where nobody knows.
+            first: The number of its first batch among those of the data, counted from 0.
+            cause: Gives the exception that the user's own code ended it with, if it did.
+        """
+        self.source = source
+        self.position = 0
+        self.left = size
+        self.ended = size == 0
+        self._size = size
+        self._first = first
+        self._cause = cause
+
+    @property
+    def number(self) -> int:
+        """The number of the next batch among those of the data, counted from 0."""
+        return self._first + self.position
+
+    @property
+    def cause(self) -> BaseException | None:
+        """The exception that the user's own code ended the data with, if it did."""
+        return self._cause()
+
+    def allow(self, most: int | None) -> None:
+        """Let so many batches be drawn, if there are as many; None: all."""
+        rest = None if self._size is None else self._size - self.position
+        self.left = rest if most is None else most if rest is None else min(rest, most)
+
+    def drawn(self, batches: int) -> None:
+        """Note that so many batches were drawn."""
+        self.position += batches
+        if self.left is not None:
+            self.left -= batches
+        self.ended = self.position == self._size
+
+    def has_ended(self) -> bool:
+        """Tell whether the source, which has just reported its end, has come to it; that was the step's report else."""
+        try:
+            self.source.batch(tf.constant(self.position, tf.int64))
+        except tf.errors.OutOfRangeError:
+            self.end()
+        return self.ended
+
+    def end(self) -> None:
+        """Note that there are no more."""
+        self.ended, self.left = True, 0
+
+    def spec(self) -> Any:
+        """Return the signature of its batches."""
+        get = tf.function(lambda source: self.source.__class__.batch(source, tf.constant(0, tf.int64)), autograph=False)
+        return spec_of(get.get_concrete_function(self.source).structured_outputs)
+
+
+def on_device(data: tf.data.Dataset) -> tf.data.Dataset:
+    """Return a dataset whose next elements are on the device of the steps before they are asked for."""
+    devices = tf.config.list_logical_devices("GPU")
+    plain = all(
+        isinstance(spec, tf.TensorSpec) and (spec.dtype.is_floating or spec.dtype.is_integer or spec.dtype.is_bool)
+        for spec in tf.nest.flatten(data.element_spec)
+    )
+    if not devices or not plain:
+        return data
+    return data.apply(tf.data.experimental.prefetch_to_device(devices[0].name))
+
+
+def places_of(batch: Any) -> Any:
+    """Return a batch's structure with each tensor's place among all of them, and None where something is missing."""
+    places = itertools.count()
+    return tf.nest.map_structure(lambda value: None if value is None else next(places), batch)
+
+
+def _weighted(batch: Any, class_weights: ClassWeights | None) -> Any:
+    return batch if class_weights is None else class_weights.applied(batch)

@@ -1,0 +1,206 @@
+"""Python iterables as streams of `tf.data`, so that a compiled loop can draw from them while Python makes the next."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tapeloop.batch import any_size, as_tensors, shapes, spec_of
+from tapeloop.errors import DataError
+from tapeloop.feed import ClassWeights, Feed, Stream, on_device, places_of
+
+AHEAD = 2  # batches that Python makes before they are drawn
+
+
+class Streamed:
+    """Feeds of what a Python iterable gives, one after the other.
+
+    The shape of the first batch, its number of examples left open, is that of a feed. A batch of another shape ends it,
+    and begins one in which the lengths that differ are left open too: each such change costs a trace.
+    """
+
+    def __init__(self, source: Iterable[Any], name: str, class_weights: ClassWeights | None) -> None:
+        """Keep the source.
+
+        Args:
+            source: What gives batches.
+            name: What it is called in errors.
+            class_weights: Weights of examples by class, if there are any.
+        """
+        self._source = source
+        self._name = name
+        self._class_weights = class_weights
+        self._places: Any = None
+        self._specs: tuple[Any, ...] = ()
+        self._cause: BaseException | None = None
+
+    @property
+    def once(self) -> bool:
+        """Whether the source can be gone through once alone."""
+        return iter(self._source) is self._source
+
+    def limit(self, batches: int) -> None:
+        """Take so many batches at most from the source, though more are made ahead than are asked for."""
+        self._source = itertools.islice(self._source, batches)
+
+    def feeds(self) -> Iterator[Feed]:
+        """Go through the source once.
+
+        Raises:
+            DataError: A batch has not the structure of the first, or no array that can be a tensor.
+        """
+        batches = iter(self._source)
+        number, batch = 0, next(batches, None)
+        while batch is not None:
+            flat = self._flat(batch, number)
+            self._open(flat)
+            rest: list[tuple[int, Any]] = []
+            signature = self._specs
+            generate = self._segment(batches, flat, number, rest)
+            data = tf.data.Dataset.from_generator(generate, output_signature=signature).prefetch(AHEAD)
+            self._cause = None
+            source = Stream(iter(on_device(data)), self._places, self._class_weights)
+            yield Feed(source, None, number, lambda: self._cause)
+            number, batch = rest[0] if rest else (0, None)
+
+    def _segment(
+        self, batches: Iterator[Any], first: tuple[Any, ...], number: int, rest: list[tuple[int, Any]]
+    ) -> Callable[[], Iterator[tuple[Any, ...]]]:
+        """Return what goes on while batches have the shapes that are expected; the one that has not is the rest."""
+
+        def generate() -> Iterator[tuple[Any, ...]]:
+            try:
+                yield first
+                for following, batch in enumerate(batches, number + 1):
+                    flat = self._flat(batch, following)
+                    if not all(spec.is_compatible_with(value) for spec, value in zip(self._specs, flat)):
+                        rest.append((following, batch))
+                        return
+                    yield flat
+            except Exception as error:
+                self._cause = error
+                raise
+
+        return generate
+
+    def _flat(self, batch: Any, number: int) -> tuple[Any, ...]:
+        """Return the tensors of a batch.
+
+        Raises:
+            DataError: It has not the structure of those before it.
+        """
+        batch = as_tensors(batch, f"batch {number} of `{self._name}`")
+        leaves = tf.nest.flatten(batch)
+        places = places_of(batch)
+        if self._places is None:
+            self._places = places
+        elif not _alike(places, self._places) or tf.nest.flatten(places) != tf.nest.flatten(self._places):
+            raise DataError(
+                f"The structure of `{self._name}` changes: batch {number} (the first is 0) is {_said(batch)}, those "
+                f"before it are {_said(self._places)}. Give all batches the same nesting of tuples and dicts, with the "
+                "same members missing."
+            )
+        flat = tuple(value for value in leaves if value is not None)
+        for value, spec in zip(flat, self._specs):
+            if type(spec_of(value)) is not type(spec) or value.dtype != spec.dtype:
+                raise DataError(
+                    f"The types in `{self._name}` change: batch {number} (the first is 0) has {shapes(value)} where "
+                    f"those before it have {spec.dtype.name} in a {type(spec).__name__}. Give all batches the same."
+                )
+        return flat
+
+    def _open(self, flat: tuple[Any, ...]) -> None:
+        """Leave open what differs from one batch to another, and the number of examples."""
+        specs = [any_size(value) for value in flat]
+        if self._specs:
+            specs = [_common(before, now) for before, now in zip(self._specs, specs)]
+        self._specs = tuple(specs)
+
+
+class PyDatasetBatches:
+    """The batches of a `keras.utils.PyDataset`, made by its workers where it has some."""
+
+    def __init__(self, data: keras.utils.PyDataset, order: Callable[[int], Iterable[int]]) -> None:
+        """Keep the data set.
+
+        Args:
+            data: The data set.
+            order: Gives the order of so many batches in an epoch.
+        """
+        self._data = data
+        self._order = order
+
+    def __len__(self) -> int:
+        return int(self._data.num_batches or 0)
+
+    def __iter__(self) -> Iterator[Any]:
+        data = self._data
+        data.on_epoch_begin()
+        numbers = itertools.count() if data.num_batches is None else iter(self._order(data.num_batches))
+        if data.workers > 1 or (data.workers and data.use_multiprocessing):
+            yield from _by_workers(data, numbers)
+        else:
+            yield from map(data.__getitem__, numbers)
+        data.on_epoch_end()
+
+
+def _by_workers(data: keras.utils.PyDataset, numbers: Iterator[int]) -> Iterator[Any]:
+    """Give batches in order, while workers make those after them."""
+    pool: concurrent.futures.Executor
+    if data.use_multiprocessing:
+        pool = concurrent.futures.ProcessPoolExecutor(data.workers, initializer=_take, initargs=(data,))
+    else:
+        pool = concurrent.futures.ThreadPoolExecutor(data.workers)
+    make = _make if data.use_multiprocessing else data.__getitem__
+    waiting: deque[concurrent.futures.Future[Any]] = deque()
+    try:
+        for number in itertools.islice(numbers, max(data.max_queue_size, data.workers)):
+            waiting.append(pool.submit(make, number))
+        while waiting:
+            yield waiting.popleft().result()
+            waiting.extend(pool.submit(make, number) for number in itertools.islice(numbers, 1))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_taken: list[keras.utils.PyDataset] = []
+
+
+def _take(data: keras.utils.PyDataset) -> None:
+    """In a process of its own, keep the data set, so that it is handed over once and not with each batch."""
+    _taken[:] = [data]
+
+
+def _make(number: int) -> Any:
+    return _taken[0][number]
+
+
+def _common(one: Any, other: Any) -> Any:
+    """Return the signature of what fits either of two."""
+    found = one.most_specific_common_supertype([other])
+    return other if found is None or found.shape.rank is None else found  # of another number of dimensions
+
+
+def _alike(one: Any, other: Any) -> bool:
+    try:
+        tf.nest.assert_same_structure(one, other)
+    except (ValueError, TypeError):
+        return False
+    return True
+
+
+def _said(structure: Any) -> str:
+    """Say a structure without its values: `({'a': *, 'b': *}, *, None)`."""
+    leaves = tf.nest.map_structure(lambda value: None if value is None else _Star(), structure)
+    return repr(leaves)
+
+
+class _Star:
+    def __repr__(self) -> str:
+        return "*"
