@@ -51,7 +51,7 @@ class Gathered:
             orders: In which order they come.
             class_weights: Weights of examples by class, if there are any.
         """
-        self._batch_size = batch_size
+        self._batch_size = min(batch_size, examples)
         self._examples = examples
         self._orders = orders
         self._class_weights = class_weights

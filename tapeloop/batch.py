@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 from typing import Any
 
 import keras
@@ -9,6 +11,8 @@ import numpy as np
 import tensorflow as tf
 
 from tapeloop.errors import DataError
+
+_REFUSED = "the batch is refused:"
 
 
 def shapes(structure: Any) -> str:
@@ -35,6 +39,33 @@ def examples_of(batch: Any) -> Any:
         if value is not None and value.shape.rank:
             return tf.shape(value)[0] if value.shape[0] is None else value.shape[0]
     raise DataError(f"A batch must hold a tensor with the batch as its first dimension. Received: {shapes(batch)}.")
+
+
+def after(batch: Any) -> contextlib.AbstractContextManager[None]:
+    """Return a context in which no op of a graph runs before a batch is there.
+
+    What depends on nothing in it, such as `counter.assign_add(1)`, would run though an iterator has come to its end
+    instead of giving the batch.
+    """
+    tensors = [value for value in tf.nest.flatten(batch, expand_composites=True) if value is not None]
+    # Tied to the tensors themselves, an op that takes one of them would not count as tied, nor what is called by it.
+    return tf.control_dependencies([tf.group(*tensors)])
+
+
+def require(condition: tf.Tensor, *said: Any) -> tf.Operation:
+    """Return what lets a step fail, when it runs, where a batch is not as it must be; `refusal` makes an error of it.
+
+    Args:
+        condition: What must hold.
+        said: The error's text, in strings and scalars.
+    """
+    return tf.debugging.Assert(condition, [_REFUSED, *said])
+
+
+def refusal(error: BaseException) -> DataError | None:
+    """Return the error that `require` has prepared, if that is what came up."""
+    found = re.search(rf"\[{_REFUSED}\] (.*\])", str(error)) if isinstance(error, tf.errors.OpError) else None
+    return None if found is None else DataError(" ".join(re.findall(r"\[([^\]]*)\]", found[1])))
 
 
 def any_size(value: Any) -> Any:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from tapeloop.batch import refusal
 from tapeloop.data import Batches
 from tapeloop.errors import DataError, TapeloopError
 from tapeloop.feed import Feed
@@ -134,6 +135,7 @@ class Loop:
             self.steps_done += tally.moved
             self._judge.take(tally, step.transaction.guard, self.steps_done, self.epochs_done)
         if failure is not None:
+            failure = refusal(failure) or failure
             _locate(failure, f"batch {feed.number} of `{batches.name}` (the first is 0)", feed.number)
             raise failure
         return tally.batches

@@ -9,10 +9,14 @@ from typing import Any
 
 import tensorflow as tf
 
-from tapeloop.batch import examples_of, shapes, spec_of
+from tapeloop.batch import examples_of, require, shapes, spec_of
 from tapeloop.checks import whole_number
 from tapeloop.errors import DataError
 
+SEVERAL = (
+    "A batch whose tensors have different first dimensions cannot be cut in micro-batches:",
+    ". Make the examples the first dimension of each, or set `microbatches=1`.",
+)
 _LOG = logging.getLogger("tapeloop")
 
 
@@ -103,12 +107,32 @@ def check_alike(batch: Any) -> None:
     Raises:
         DataError: Their numbers differ, and it cannot be said how they are cut.
     """
-    tensors = [value for value in tf.nest.flatten(batch) if value is not None and value.shape.rank]
+    tensors = _cuttable(batch)
     if len({value.shape[0] for value in tensors} - {None}) > 1:
-        raise DataError(
-            f"A batch whose tensors have different first dimensions cannot be cut in micro-batches: {shapes(tensors)}. "
-            "Make the examples the first dimension of each, or set `microbatches=1`."
-        )
+        raise DataError(f"{SEVERAL[0]} {shapes(tensors)}{SEVERAL[1]}")
+
+
+def checked(batch: Any, count: int) -> Any:
+    """Return a batch whose size is known only when the step runs, which then finds out whether it can be cut.
+
+    Where it cannot, the step fails before anything has moved.
+    """
+    sizes = [tf.shape(value, out_type=tf.int64)[0] for value in _cuttable(batch)]
+    checks = [require(tf.equal(size, sizes[0]), SEVERAL[0], sizes[0], "and", size, SEVERAL[1]) for size in sizes[1:]]
+    checks.append(require(sizes[0] >= count, "A batch of", sizes[0], _too_few(count)))
+    with tf.control_dependencies(checks):
+        return tf.nest.map_structure(lambda value: None if value is None else tf.identity(value), batch)
+
+
+def _cuttable(batch: Any) -> list[Any]:
+    return [value for value in tf.nest.flatten(batch) if value is not None and value.shape.rank]
+
+
+def _too_few(count: int) -> str:
+    return (
+        f"examples cannot be cut in {count} micro-batches. Make the batches larger, drop the remainder, or set "
+        "`microbatches` to their number or less."
+    )
 
 
 def plan(examples: int | None, count: int) -> list[Pieces]:
@@ -125,10 +149,7 @@ def plan(examples: int | None, count: int) -> list[Pieces]:
         return [Pieces(count, None, 0)]
     size, larger = divmod(examples, count)
     if not size:
-        raise DataError(
-            f"A batch of {examples} examples cannot be cut in {count} micro-batches. Make the batches larger, drop the "
-            f"remainder, or set `microbatches` to {examples} or less."
-        )
+        raise DataError(f"A batch of {examples} {_too_few(count)}")
     pieces = [Pieces(larger, size + 1, 0), Pieces(count - larger, size, larger * (size + 1))]
     return [some for some in pieces if some.count]
 

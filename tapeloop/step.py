@@ -13,6 +13,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from tapeloop.batch import after
 from tapeloop.feed import Arrays, Feed, Stream
 from tapeloop.modes import frozen
 from tapeloop.pace import Pace
@@ -116,7 +117,7 @@ class Step:
         self._begun.assign(before.start())
         failure: BaseException | None = None
         try:
-            if self._is_driven:
+            if self.is_driven:
                 if self._is_on_trial:
                     self.trace(feed)
                 self._loop(self, feed.source, start, self._begun.read_value(), limit)
@@ -155,7 +156,7 @@ class Step:
         """Trace the loop for batches of a feed, which shows what is wrong before anything has moved."""
         if self._compilation.run_eagerly:
             return
-        if self._is_driven and not self._is_on_trial:
+        if self.is_driven and not self._is_on_trial:
             self._check(self._function, feed.spec())
         else:
             self._check(self._looped, feed.source, tf.constant(0, tf.int64), self._begun.read_value(), limits(1, 0))
@@ -171,7 +172,7 @@ class Step:
         self._is_on_trial = uses_xla and self._compilation.jit_compile == "auto"
 
     @property
-    def _is_driven(self) -> bool:
+    def is_driven(self) -> bool:
         """Whether the host runs step by step: because it is to, or because it must see how the first one ends."""
         return self._compilation.run_eagerly or self._is_on_trial
 
@@ -187,7 +188,8 @@ class Step:
                 noted, number = self._begun.assign(counts), start + counts[0]
             with tf.control_dependencies([noted]):
                 batch = source.batch(number)
-            ended = step(batch)
+            with after(batch):
+                ended = step(batch)
             with tf.device("CPU:0"):
                 return (counted(counts, ended),)
 

@@ -41,8 +41,8 @@ class TrainStep(Step):
         self._microbatches = transaction.microbatches.count
 
     @property
-    def _is_driven(self) -> bool:
-        return super()._is_driven or self.transaction.microbatches.adapts
+    def is_driven(self) -> bool:
+        return super().is_driven or self.transaction.microbatches.adapts
 
     def __call__(self, batch: Any) -> Any:
         """Train on a batch; where it runs out of memory and may, once more in smaller pieces."""

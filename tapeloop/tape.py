@@ -64,4 +64,6 @@ def gradients_of(tape: GroupTape, loss: tf.Tensor, scale: tf.Tensor | None) -> l
         raise DisconnectedError(disconnected(loss, missing, len(tape.variables)))
     # A row of an embedding that is read twice has two slices, which must be one sum before it is clipped or squared.
     dense = [tf.convert_to_tensor(gradient) for gradient in gradients]
+    for gradient, source in zip(dense, sources):
+        gradient.set_shape(source.shape)  # which a custom gradient may not know
     return dense if scale is None else [gradient / tf.cast(scale, gradient.dtype) for gradient in dense]

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from tapeloop.batch import examples_of, spec_of
 from tapeloop.guard import Snapshot
-from tapeloop.microbatch import averaged, check_alike, piece_spec, plan, zeros_of
+from tapeloop.microbatch import averaged, check_alike, checked, piece_spec, plan, zeros_of
 from tapeloop.modes import noting_assignments
 from tapeloop.objective import Objective
 from tapeloop.selection import Selection
@@ -111,6 +111,8 @@ class Transaction:
         count = self._count(batch, examples)
         running.waits = count > 1
         cuts = plan(examples if isinstance(examples, int) else None, count)
+        if count > 1 and not isinstance(examples, int):
+            batch = checked(batch, count)
 
         def compute(part: Any) -> dict[str, Any]:
             return self._compute(running, part)

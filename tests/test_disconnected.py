@@ -28,7 +28,8 @@ CAUSES = {
     "on the way to the loss is `Round`, without gradient": tf.round,
     "on the way to the loss is something in a branch or a loop": branch,
     "on the way to the loss is a `stop_gradient`.": lambda x: tf.nn.silu(tf.stop_gradient(tf.nn.silu(x))),
-    "what is computed from it does not reach the loss": lambda x: tf.zeros_like(x),
+    "on the way to the loss is `ZerosLike`, without gradient": tf.zeros_like,
+    "what is computed from it does not reach the loss": lambda x: tf.zeros(2),
 }
 
 

@@ -9,12 +9,18 @@ from tapeloop.objective import Means, Objective, shapes
 
 def test_means_are_weighted_and_start_anew():
     means = Means()
-    assert means.results() == {}
+    assert means.results() == ({}, 0)
     means.update({"loss": tf.constant(1.0)}, tf.constant(3.0))
     means.update({"loss": tf.constant(5.0)}, tf.constant(1.0))
-    assert {name: float(value) for name, value in means.results().items()} == {"loss": 2.0}
+    assert means.results() == ({"loss": 2.0}, 4)
+    means.update({"loss": tf.constant(6.0), "other": tf.constant([1.0, 3.0])}, 4)  # a step that logs more
+    assert means.results() == ({"loss": 4.0, "other": 2.0}, 8)
+    means.update({"loss": tf.constant(np.nan)}, 4, tf.constant(False))
+    assert means.results() == ({"loss": 4.0, "other": 2.0}, 8)
     means.reset()
-    assert [name for name, value in means.results().items() if np.isnan(value)] == ["loss"]  # of nothing at all
+    logs, examples = means.results()
+    assert examples == 0
+    assert [name for name, value in logs.items() if np.isnan(value)] == ["loss", "other"]  # of nothing at all
 
 
 def test_making_the_variables_costs_no_second_trace():

@@ -81,7 +81,7 @@ def test_momentum_of_what_stays_is_carried_over_bit_by_bit():
     changing = trainer_of(one, tl.Phases({0: HEAD, 1: tl.TrainOnly("head", "base/bn")}), optimizer="adam")
     changing.fit(data, progress="none")
     state = [slot.numpy() for slot in slots_of(changing)]
-    changing._phase({}, True)
+    changing._due({}, True)
     for slot, kept in zip(slots_of(changing), state):
         np.testing.assert_array_equal(slot.numpy(), kept)
     assert len(changing._updates.optimizers.cohorts) == 2

@@ -70,7 +70,7 @@ def test_explicit_tape():
 
 def test_adaptive_policy():
     printed = run("adaptive_policy")
-    assert re.search(r"\n3 phases, 6 traces", printed)
+    assert re.search(r"\n3 phases, 3 traces", printed)
     assert float(re.findall(r"accuracy ([\d.]+)", printed)[-1]) > 0.85
 
 

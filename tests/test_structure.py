@@ -74,7 +74,7 @@ TESTED_IN = {
     "_compat": "compat", "checks": "errors", "selection": "policy", "select": "policy", "modes": "contract",
     "calling": "trainer", "loop": "trainer", "steps": "trainer", "body": "updates", "tape": "updates",
     "clipping": "updates", "transaction": "guard", "layerwise": "schedule", "ordinal": "where", "rates": "optim",
-    "batch": "data", "history": "phases", "__init__": "readme",
+    "batch": "data", "history": "phases", "selections": "phases", "tally": "guard", "__init__": "readme",
 }  # fmt: skip
 
 
