@@ -120,6 +120,11 @@ class Batches:
         """Leave the epoch: the next one begins at the start of the data."""
         self._feed = self._feeds = None
 
+    def rewind(self) -> None:
+        """Have the next epoch begin at the start of the data, where it can be gone through again."""
+        if not (isinstance(self._source, Streamed) and self._source.once):
+            self.stop()
+
     def lasts(self, epochs: int) -> None:
         """Check that data which can be gone through once alone is not asked for more, and read no more than needed.
 

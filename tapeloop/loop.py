@@ -75,6 +75,7 @@ class Loop:
             logs = self.run(due.step, batches, shown, f"epoch {number}/{epochs}", due.every_steps, choose)
             if validation is not None:
                 evaluated = self.run(evaluation(), validation, shown, "  validation")
+                validation.rewind()  # so that each epoch is judged by the same batches
                 logs |= {f"val_{name}": value for name, value in evaluated.items()}
             self.epochs_done += 1
             self.last_logs = logs

@@ -42,6 +42,7 @@ class TrainStep(Step):
 
     @property
     def is_driven(self) -> bool:
+        """Whether the host runs step by step, here also since it may have to repeat one."""
         return super().is_driven or self.transaction.microbatches.adapts
 
     def __call__(self, batch: Any) -> Any:

@@ -1,0 +1,295 @@
+"""What the loop around a step costs, beside Keras' `fit` and loops written by hand.
+
+    python -m benchmarks.loop [--rounds 5] [--only mlp mobilenet resnet full adapters first]
+
+Each row divides the time of a step under tapeloop by that of another loop over the same data, with the same
+optimizer, loss and metrics. The arms of a row take turns in one process, after a warm-up; the figure is the median of
+the ratios of the rounds. The time to the first step is that of a process each, from a built model on.
+
+A loop by hand is what one would write with TensorFlow alone: a `tf.function` that loops over batches in the graph, a
+tape that watches what trains, and weights that stay where the loss or a gradient is not finite.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import tapeloop as tl
+
+layers = keras.layers
+Arm = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A ratio of two arms, and the most that it should be."""
+
+    what: str
+    arm: str
+    base: str
+    most: float
+
+
+def cross_entropy() -> keras.losses.Loss:
+    """Return the loss of all classifiers here."""
+    return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def mlp() -> keras.Model:
+    """Build three dense layers."""
+    dense = [layers.Dense(128, activation="relu") for _ in range(2)]
+    return keras.Sequential([keras.Input((64,)), *dense, layers.Dense(10)])
+
+
+def classifier(application: str) -> keras.Model:
+    """Nest an architecture with random weights under a ten-class head."""
+    backbone = getattr(keras.applications, application)((96, 96, 3), include_top=False, weights=None, pooling="avg")
+    backbone.name = "backbone"
+    inputs = keras.Input((96, 96, 3))
+    return keras.Model(inputs, layers.Dense(10, name="head")(backbone(inputs)))
+
+
+def encoder(length: int = 64, width: int = 256, depth: int = 6) -> keras.Model:
+    """Build a transformer encoder with an adapter in each block."""
+    inputs = keras.Input((length,), dtype="int32")
+    x = layers.Embedding(1000, width, name="embedding")(inputs)
+    for block in range(depth):
+        attended = layers.MultiHeadAttention(4, width // 4, name=f"attention_{block}")(x, x)
+        x = layers.LayerNormalization(name=f"norm_{block}a")(x + attended)
+        hidden = layers.Dense(4 * width, activation="gelu", name=f"up_{block}")(x)
+        x = layers.LayerNormalization(name=f"norm_{block}b")(x + layers.Dense(width, name=f"down_{block}")(hidden))
+        adapted = layers.Dense(16, activation="gelu", name=f"adapter_{block}a")(x)
+        x = x + layers.Dense(width, name=f"adapter_{block}b")(adapted)
+    return keras.Model(inputs, layers.Dense(10, name="head")(layers.GlobalAveragePooling1D()(x)))
+
+
+def images(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draw images and labels."""
+    generator = np.random.default_rng(0)
+    return generator.normal(size=(count, 96, 96, 3)).astype("float32"), generator.integers(0, 10, count)
+
+
+def by_hand(
+    model: keras.Model, trained: list[keras.Variable], data: Any, batch: int, metrics: int = 1, training: bool = True
+) -> Arm:
+    """Return a loop over one epoch of arrays, or of a dataset of batches, written with TensorFlow alone."""
+    optimizer, loss_of = keras.optimizers.Adam(1e-4), cross_entropy()
+    optimizer.build(trained)
+    sources = [variable.value for variable in trained]
+    means = [keras.metrics.Mean()] + [keras.metrics.SparseCategoricalAccuracy() for _ in range(metrics)]
+
+    def step(x: tf.Tensor, y: tf.Tensor) -> None:
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(sources)
+            logits = model(x, training=training)
+            loss = loss_of(y, logits)
+        gradients = tape.gradient(loss, sources)
+        finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(value)) for value in [loss, *gradients]])
+        tf.cond(finite, lambda: [optimizer.apply(gradients, trained), True][1], lambda: False)
+        means[0].update_state(loss, tf.shape(x)[0])
+        for metric in means[1:]:
+            metric.update_state(y, logits)
+
+    return looped(step, data, batch)
+
+
+def forward(model: keras.Model, data: Any, batch: int) -> Arm:
+    """Return a loop of forward passes alone over one epoch of arrays."""
+    seen = tf.Variable(0.0)
+    return looped(lambda x, y: seen.assign(tf.reduce_sum(model(x, training=False))), data, batch)
+
+
+def looped(step: Callable[[tf.Tensor, tf.Tensor], Any], data: Any, batch: int) -> Arm:
+    """Return one epoch of a step, looped over in the graph: over a dataset, or gathered from arrays in random order."""
+    if isinstance(data, tf.data.Dataset):
+        steps = tf.constant(int(data.cardinality()))
+
+        @tf.function
+        def over_dataset(iterator: Any, steps: tf.Tensor) -> None:
+            for _ in tf.range(steps):
+                step(*next(iterator))
+
+        return lambda: over_dataset(iter(data), steps)
+    x, y = map(tf.constant, data)
+
+    @tf.function
+    def over_arrays(order: tf.Tensor) -> None:
+        for number in tf.range(len(x) // batch):
+            chosen = tf.ensure_shape(order[number * batch : (number + 1) * batch], [batch])
+            step(tf.gather(x, chosen), tf.gather(y, chosen))
+
+    return lambda: over_arrays(tf.random.shuffle(tf.range(len(x))))
+
+
+def tapeloop(model: keras.Model, policy: tl.VariablePolicy, data: Any, batch: int, **options: Any) -> Arm:
+    """Return one epoch of a trainer, with a progress bar, and with what comes by default."""
+    progress = options.pop("progress", "bar")
+    options.setdefault("metrics", ["accuracy"])
+    trainer = tl.Trainer(model, policy, loss=cross_entropy(), optimizer=keras.optimizers.Adam(1e-4), **options)
+    return lambda: trainer.fit(data, batch_size=batch, progress=progress)
+
+
+def keras_fit(model: keras.Model, data: Any, batch: int, **options: Any) -> Arm:
+    """Return one epoch of Keras' `fit` as it comes."""
+    model.compile(keras.optimizers.Adam(1e-4), cross_entropy(), metrics=["accuracy"], **options)
+    return lambda: model.fit(*data, batch_size=batch)
+
+
+def compare(arms: dict[str, Arm], rows: list[Row], rounds: int, steps: int) -> None:
+    """Run the arms in turns and print the rows."""
+    times: dict[str, list[float]] = {arm: [] for arm in arms}
+    for number in range(rounds + 2):
+        for arm, run in arms.items():
+            began = time.perf_counter()
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                run()
+            if number > 1:
+                times[arm].append((time.perf_counter() - began) / steps)
+    report(times, rows)
+
+
+def report(times: dict[str, list[float]], rows: list[Row]) -> None:
+    """Print the rows."""
+    for row in rows:
+        ratio = statistics.median(one / other for one, other in zip(times[row.arm], times[row.base]))
+        one, other = (1e3 * statistics.median(times[arm]) for arm in (row.arm, row.base))
+        print(f"{row.what:<66}{one:>9.2f}{other:>9.2f}{ratio:>7.2f}{row.most:>7.2f}", flush=True)
+
+
+def measure_mlp(rounds: int) -> None:
+    """Measure a model so small that the loop is most of its cost."""
+    batch, steps = 64, 1000
+    generator = np.random.default_rng(0)
+    x, y = generator.normal(size=(batch * steps, 64)).astype("float32"), generator.integers(0, 10, batch * steps)
+    dataset = tf.data.Dataset.from_tensor_slices((x, y)).batch(batch, drop_remainder=True)
+    hand, other = mlp(), mlp()
+    several = [keras.metrics.SparseCategoricalAccuracy(), keras.metrics.SparseTopKCategoricalAccuracy(3)]
+    arms = {
+        "tapeloop": tapeloop(mlp(), tl.TrainAll(), (x, y), batch),
+        "tapeloop dataset": tapeloop(mlp(), tl.TrainAll(), dataset, batch),
+        "keras": keras_fit(mlp(), (x, y), batch),
+        "keras 16": keras_fit(mlp(), (x, y), batch, steps_per_execution=16),
+        "hand": by_hand(hand, hand.trainable_variables, (x, y), batch),
+        "hand dataset": by_hand(other, other.trainable_variables, dataset, batch),
+        "metrics": tapeloop(
+            mlp(), tl.TrainAll(), (x, y), batch, metrics=[*several, keras.metrics.SparseCategoricalCrossentropy()]
+        ),
+        "bare": tapeloop(mlp(), tl.TrainAll(), (x, y), batch, metrics=None, progress="none"),
+    }
+    rows = [
+        Row("MLP, batch 64 / Keras `fit`", "tapeloop", "keras", 0.25),
+        Row("the same / Keras `fit`, `steps_per_execution=16`", "tapeloop", "keras 16", 0.70),
+        Row("the same / by hand, from arrays", "tapeloop", "hand", 1.05),
+        Row("the same, from a dataset / by hand, from a dataset", "tapeloop dataset", "hand dataset", 1.05),
+        Row("the same, progress and 3 metrics / without both", "metrics", "bare", 1.05),
+    ]
+    compare(arms, rows, rounds, steps)
+
+
+def measure_head(application: str, rounds: int) -> None:
+    """Measure a frozen architecture under a trained head."""
+    batch, steps = 16, 20
+    data = images(batch * steps)
+    arms = {
+        "tapeloop": tapeloop(classifier(application), tl.Freeze("backbone"), data, batch),
+        "forward": forward(classifier(application), data, batch),
+    }
+    rows = [Row(f"{application} 96x96, batch 16, head only / forward pass alone", "tapeloop", "forward", 1.05)]
+    compare(arms, rows, rounds, steps)
+
+
+def measure_full(rounds: int) -> None:
+    """Measure full backprop."""
+    batch, steps = 16, 8
+    data, model = images(batch * steps), classifier("ResNet50")
+    arms = {
+        "tapeloop": tapeloop(classifier("ResNet50"), tl.TrainAll(), data, batch),
+        "hand": by_hand(model, model.trainable_variables, data, batch),
+    }
+    compare(arms, [Row("ResNet50, full backprop / by hand", "tapeloop", "hand", 1.02)], rounds, steps)
+
+
+def measure_adapters(rounds: int) -> None:
+    """Measure a frozen middle: what trains lies before and behind it."""
+    batch, steps = 16, 20
+    generator = np.random.default_rng(0)
+    data = generator.integers(0, 1000, (batch * steps, 64)), generator.integers(0, 10, batch * steps)
+    model = encoder()
+    trained = [v for layer in model.layers if layer.name.startswith(("adapter", "head")) for v in layer.variables]
+    arms = {
+        "tapeloop": tapeloop(encoder(), tl.TrainOnly("adapter*", "head"), data, batch),
+        "hand": by_hand(model, trained, data, batch),
+    }
+    compare(arms, [Row("encoder, adapters in a frozen body / by hand", "tapeloop", "hand", 1.02)], rounds, steps)
+
+
+def first_step(arm: str) -> float:
+    """Return the seconds from a built model to the end of its first step."""
+    data, model = images(16), classifier("MobileNetV2")
+    began = time.perf_counter()
+    if arm == "tapeloop":
+        run = tapeloop(model, tl.Freeze("backbone"), data, 16, progress="lines")
+    else:
+        model.get_layer("backbone").trainable = False
+        run = keras_fit(model, data, 16)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        run()
+    return time.perf_counter() - began
+
+
+def measure_first(rounds: int) -> None:
+    """Measure how long the first step takes, a process for each."""
+    times: dict[str, list[float]] = {"tapeloop": [], "keras": []}
+    for _ in range(rounds):
+        for arm, seconds in times.items():
+            command = [sys.executable, "-m", "benchmarks.loop", "--first-step-of", arm]
+            seconds.append(
+                float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+            )
+    report(times, [Row("MobileNetV2, head only, first step / Keras `fit`, frozen by flag", "tapeloop", "keras", 0.8)])
+
+
+MEASURES: dict[str, Callable[[int], None]] = {
+    "mlp": measure_mlp,
+    "mobilenet": lambda rounds: measure_head("MobileNetV2", rounds),
+    "resnet": lambda rounds: measure_head("ResNet50", rounds),
+    "full": measure_full,
+    "adapters": measure_adapters,
+    "first": measure_first,
+}
+
+
+def main() -> None:
+    """Measure and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", nargs="*", choices=list(MEASURES), default=list(MEASURES))
+    parser.add_argument("--first-step-of", choices=("tapeloop", "keras"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.first_step_of:
+        print(first_step(args.first_step_of))
+        return
+    print(f"TensorFlow {tf.__version__}, Keras {keras.__version__}, {os.cpu_count()} CPU cores, {args.rounds} rounds")
+    print(f"{'a step of this / a step of that':<66}{'ms':>9}{'ms':>9}{'ratio':>7}{'most':>7}")
+    for name in args.only:
+        MEASURES[name](args.rounds)
+
+
+if __name__ == "__main__":
+    main()
