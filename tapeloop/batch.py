@@ -57,7 +57,7 @@ def require(condition: tf.Tensor, *said: Any) -> tf.Operation:
 
     Args:
         condition: What must hold.
-        said: The error's text, in strings and scalars.
+        said: The error's text, in strings and small tensors.
     """
     return tf.debugging.Assert(condition, [_REFUSED, *said])
 
@@ -65,7 +65,7 @@ def require(condition: tf.Tensor, *said: Any) -> tf.Operation:
 def refusal(error: BaseException) -> DataError | None:
     """Return the error that `require` has prepared, if that is what came up."""
     found = re.search(rf"\[{_REFUSED}\] (.*\])", str(error)) if isinstance(error, tf.errors.OpError) else None
-    return None if found is None else DataError(" ".join(re.findall(r"\[([^\]]*)\]", found[1])))
+    return None if found is None else DataError(" ".join(re.findall(r"\[+([^\]]*)\]+", found[1])))
 
 
 def any_size(value: Any) -> Any:

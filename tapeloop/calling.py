@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tapeloop.batch import shapes
+from tapeloop.batch import require, shapes
 from tapeloop.errors import DataError, TapeloopError
 from tapeloop.tree import Model
 
@@ -35,7 +35,7 @@ def call_model(model: Model, inputs: Any, training: bool) -> Any:
         raise TypeError(
             f"The model {model!r} cannot be called: give {type(model).__name__} a `__call__`, or override `forward`."
         )
-    _check_declared(model, inputs)
+    inputs = _checked(model, inputs)
     parameters = inspect.signature(model).parameters
     any_keyword = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
     takes_training = "training" in parameters or (isinstance(model, keras.Layer) and any_keyword)
@@ -50,11 +50,14 @@ def call_model(model: Model, inputs: Any, training: bool) -> Any:
         ) from error
 
 
-def _check_declared(model: Model, x: Any) -> None:
-    """Check a batch of inputs against what a functional or sequential model declares."""
+def _checked(model: Model, x: Any) -> Any:
+    """Return a batch of inputs, checked against what a functional or sequential model declares.
+
+    What is known only when the step runs is checked then.
+    """
     declared = getattr(model, "inputs", None)
     if not declared:
-        return
+        return x
     if isinstance(x, Mapping):
         by_name = {tensor.name: tensor for tensor in declared}
         pairs = [(by_name[name], given) for name, given in x.items() if name in by_name]
@@ -66,6 +69,26 @@ def _check_declared(model: Model, x: Any) -> None:
             f"The inputs do not fit the model `{model.name}`: it takes {shapes(declared)}, the batch has {shapes(x)}. "
             "Batches are `(inputs, targets)` with the batch as the first dimension."
         )
+    checks = [_require(model, tensor.shape, given) for tensor, given in pairs if _is_open(tensor.shape, given)]
+    if not checks:
+        return x
+    with tf.control_dependencies(checks):
+        return tf.nest.map_structure(lambda value: None if value is None else tf.identity(value), x)
+
+
+def _is_open(declared: tuple[int | None, ...], value: Any) -> bool:
+    """Tell whether a tensor has a length that only the running step knows, where the model declares one."""
+    if not isinstance(value, tf.Tensor) or value.shape.rank != len(declared):
+        return False
+    return any(length is not None and given is None for length, given in zip(declared[1:], value.shape[1:]))
+
+
+def _require(model: Model, declared: tuple[int | None, ...], value: tf.Tensor) -> tf.Operation:
+    """Have the running step fail where a tensor does not fit."""
+    wanted = tf.constant([-1 if length is None else length for length in declared])
+    fits = tf.reduce_all((wanted < 0) | (tf.shape(value) == wanted))
+    text = f"The inputs do not fit the model `{model.name}`: it takes {declared}, the batch has the shape"
+    return require(fits, text, tf.shape(value))
 
 
 def _fits(declared: tuple[int | None, ...], value: Any) -> bool:

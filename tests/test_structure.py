@@ -72,9 +72,9 @@ def test_private_names_of_keras_and_tensorflow_are_used_in_compat_alone(name):
 # Whose tests stand in another file than `test_<name>.py`, and in which.
 TESTED_IN = {
     "_compat": "compat", "checks": "errors", "selection": "policy", "select": "policy", "modes": "contract",
-    "calling": "trainer", "loop": "trainer", "steps": "trainer", "body": "updates", "tape": "updates",
+    "calling": "trainer", "steps": "trainer", "body": "updates", "tape": "updates",
     "clipping": "updates", "transaction": "guard", "layerwise": "schedule", "ordinal": "where", "rates": "optim",
-    "batch": "data", "history": "phases", "selections": "phases", "tally": "guard", "__init__": "readme",
+    "batch": "data", "history": "phases", "selections": "phases", "tally": "guard", "feed": "stream", "__init__": "readme",
 }  # fmt: skip
 
 
