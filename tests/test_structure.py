@@ -74,7 +74,8 @@ TESTED_IN = {
     "_compat": "compat", "checks": "errors", "selection": "policy", "select": "policy", "modes": "contract",
     "calling": "trainer", "steps": "trainer", "body": "updates", "tape": "updates",
     "clipping": "updates", "transaction": "guard", "layerwise": "schedule", "ordinal": "where", "rates": "optim",
-    "batch": "data", "history": "phases", "selections": "phases", "tally": "guard", "feed": "stream", "__init__": "readme",
+    "batch": "data", "history": "phases", "selections": "phases", "tally": "guard", "feed": "stream",
+    "__init__": "readme",
 }  # fmt: skip
 
 
