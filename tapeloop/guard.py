@@ -20,7 +20,8 @@ GROWS_AFTER = 2000  # finite steps
 class Guard:
     """Watches one selection's steps: the sum of each loss and gradient is finite just where all of it is.
 
-    A variable holds the sums, so that an `update` may stand in a branch or a loop of the traced step.
+    The sums of a step are added up in a tensor. What stands in a branch or a loop of the traced step has no tensor to
+    show for it, and adds to a variable, which also holds the sums of a step that was not finite.
     """
 
     def __init__(self, selection: Selection) -> None:
@@ -32,25 +33,30 @@ class Guard:
         """What it keeps."""
         return [self._sums]
 
+    def sums(self, loss: tf.Tensor | None, gradients: Sequence[tuple[tf.Tensor, VariableInfo]]) -> tf.Tensor:
+        """Return the sums of what an update is made of: of its loss, then of the gradient of each variable."""
+        places = [self._places[variable] for _, variable in gradients]
+        found = [tf.reduce_sum(tf.cast(gradient, tf.float32)) for gradient, _ in gradients]
+        loss = tf.zeros(()) if loss is None else tf.cast(loss, tf.float32)
+        if places == list(self._places.values()):
+            return tf.stack([loss, *found])
+        return tf.scatter_nd([[place] for place in (0, *places)], tf.stack([loss, *found]), self._sums.shape)
+
     def begin(self) -> None:
-        """Forget the last step."""
+        """Forget what branches and loops of the last step added."""
         self._sums.assign(tf.zeros_like(self._sums))
 
-    def note(self, loss: tf.Tensor | None, gradients: Sequence[tuple[tf.Tensor, VariableInfo]]) -> None:
-        """Take in a loss and the gradients that an update is made of."""
-        places = [self._places[variable] for _, variable in gradients]
-        sums = [tf.reduce_sum(tf.cast(gradient, tf.float32)) for gradient, _ in gradients]
-        if loss is not None:
-            places, sums = [0, *places], [tf.cast(loss, tf.float32), *sums]
-        self._sums.assign_add(tf.scatter_nd([[place] for place in places], tf.stack(sums), self._sums.shape))
+    def add(self, sums: tf.Tensor) -> None:
+        """Take in the sums of an update in a branch or a loop."""
+        self._sums.assign_add(sums)
 
-    def is_finite(self) -> tf.Tensor:
-        """Tell whether all that was noted in this step is finite."""
-        return tf.reduce_all(tf.math.is_finite(self._sums))
+    def added(self) -> tf.Tensor:
+        """Return what branches and loops of this step added so far."""
+        return self._sums.read_value()
 
-    def loss_is_finite(self) -> tf.Tensor:
-        """Tell whether the losses that were noted in this step are finite."""
-        return tf.math.is_finite(self._sums[0])
+    def keep(self, sums: tf.Tensor) -> None:
+        """Hold on to the sums of a step, for the case that it was not finite."""
+        self._sums.assign(sums)
 
     def error(self, step: int, epoch: int, also: str = "") -> NonFiniteError:
         """Return the error of the step that was not finite."""
@@ -67,6 +73,11 @@ class Guard:
         )
         error.step, error.paths = step, paths
         return error
+
+
+def is_finite(sums: tf.Tensor) -> tf.Tensor:
+    """Tell whether all that was summed is finite."""
+    return tf.reduce_all(tf.math.is_finite(sums))
 
 
 class Judge:

@@ -147,6 +147,11 @@ class Means:
         added = tf.stack([*scalars, tf.ones((), tf.float64)]) * tf.cast(examples, tf.float64)
         self._sums[names].assign_add(added if counts is None else tf.where(counts, added, tf.zeros_like(added)))
 
+    @property
+    def variables(self) -> list[tf.Variable]:
+        """What it keeps."""
+        return list(self._sums.values())
+
     def _make(self, names: tuple[str, ...]) -> None:
         self._sums[names] = tf.Variable(tf.zeros(len(names) + 1, tf.float64), trainable=False, name="sums")
 

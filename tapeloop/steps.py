@@ -31,12 +31,10 @@ class TrainStep(Step):
         transaction: What sees to it.
     """
 
-    def __init__(
-        self, body: Callable[[Any], Any], transaction: Transaction, compilation: Compilation, remat: Remat
-    ) -> None:
+    def __init__(self, transaction: Transaction, compilation: Compilation, remat: Remat) -> None:
         around = functools.partial(remat.applied, transaction.selection)
         ours = dataclasses.replace(compilation, autograph=False)  # the transaction has AutoGraph convert the user's
-        super().__init__("train", body, transaction.selection, ours, around, transaction.own)
+        super().__init__("train", transaction.run, transaction.selection, ours, around, transaction.own)
         self.transaction = transaction
         self._microbatches = transaction.microbatches.count
 
@@ -124,10 +122,9 @@ class Steps:
         step = self._kept.get(("train", selection))
         if not isinstance(step, TrainStep):
             body = functools.partial(self._body, "train", selection)
-            transaction = Transaction(
-                selection, self._updates, self._objective, body, self._others, self._compilation.autograph
-            )
-            step = TrainStep(functools.partial(self._train, transaction), transaction, self._compilation, self._remat)
+            means, autograph = self.means["train"], self._compilation.autograph
+            transaction = Transaction(selection, self._updates, self._objective, body, means, self._others, autograph)
+            step = TrainStep(transaction, self._compilation, self._remat)
         return self._keep(step)
 
     def other(self, kind: str, selection: Selection) -> Step:
@@ -148,12 +145,6 @@ class Steps:
             self._traces_gone += gone.trace_count * (gone.kind == "train")
         self._kept[step.kind, step.selection] = step  # the one used last stands last
         return step
-
-    def _train(self, transaction: Transaction, batch: Any) -> Any:
-        """What is compiled of a step that trains; it returns how it ended."""
-        outcome = transaction.run(batch)
-        self.means["train"].update(outcome.logs, examples_of(batch), outcome.counts)
-        return outcome.code
 
     def _other(self, kind: str, selection: Selection, batch: Any) -> Any:
         """What is compiled of a step that evaluates or predicts."""

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
-MOVED, OVERFLOWED, NON_FINITE = range(3)  # how a step may end
 ANY = np.iinfo(np.int64).max
-# By how a step ended: what it adds to the counts of a `Tally`, and which of them go on.
-_ADDED = ((1, 1, 0, 0), (1, 0, 0, 0), (1, 0, 1, 1))
-_KEPT = ((1, 1, 1, 0), (1, 1, 1, 0), (1, 1, 1, 1))
+
+
+class Ended(NamedTuple):
+    """How a step ended that somebody watched.
+
+    Attributes:
+        finite: Whether all in it was finite, so that it moved what trains.
+        overflowed: Whether it was not because its loss was scaled too far; None where no loss is.
+    """
+
+    finite: tf.Tensor
+    overflowed: tf.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -48,14 +56,18 @@ def limits(batches: int, bad_in_a_row: int) -> tf.Tensor:
         return tf.constant([batches - 1, ANY, ANY, bad_in_a_row], tf.int64)
 
 
-def counted(counts: tf.Tensor, code: tf.Tensor | None) -> tf.Tensor:
+def counted(counts: tf.Tensor, ended: Ended | None) -> tf.Tensor:
     """Return the counts after one step more.
 
     Args:
         counts: Those before it.
-        code: How it ended: `MOVED`, `OVERFLOWED` or `NON_FINITE`; None where nobody asked.
+        ended: How it ended; None where nobody watched.
     """
-    if code is None:
-        return counts + tf.constant(_ADDED[MOVED], tf.int64)
-    kept = tf.gather(tf.constant(_KEPT, tf.int64), code)
-    return counts * kept + tf.gather(tf.constant(_ADDED, tf.int64), code)
+    row_again = counts * tf.constant([1, 1, 1, 0], tf.int64)
+    moved = row_again + tf.constant([1, 1, 0, 0], tf.int64)
+    if ended is None:
+        return moved
+    after = tf.where(ended.finite, moved, counts + tf.constant([1, 0, 1, 1], tf.int64))
+    if ended.overflowed is None:
+        return after
+    return tf.where(ended.overflowed, row_again + tf.constant([1, 0, 0, 0], tf.int64), after)

@@ -107,7 +107,7 @@ class Trainer(Body):
         if pieces.adapts or pieces.count > 1:
             self._objective.check_averages()
         judge = Judge(nonfinite, max_skipped)
-        self._updates = Updates(Optimizers(optimizer), Clipping(clip_norm), pieces, Averages(ema), guarded=judge.looks)
+        self._updates = Updates(Optimizers(optimizer), Clipping(clip_norm), pieces, Averages(ema), judge)
         # Python's `if` and `for` over tensors are the user's to write; converting our own code costs a second.
         autograph = any(getattr(type(self), name) is not getattr(Body, name) for name in OVERRIDABLE)
         bodies = {"train": self.train_step, "eval": self.eval_step, "predict": self._predict_step}

@@ -3,38 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import keras
 import tensorflow as tf
 
 from tapeloop.batch import examples_of, spec_of
-from tapeloop.guard import Snapshot
+from tapeloop.guard import Snapshot, is_finite
 from tapeloop.microbatch import averaged, check_alike, checked, piece_spec, plan, zeros_of
 from tapeloop.modes import noting_assignments
-from tapeloop.objective import Objective
+from tapeloop.objective import Means, Objective
 from tapeloop.selection import Selection
-from tapeloop.tally import MOVED, NON_FINITE, OVERFLOWED
+from tapeloop.tally import Ended
 from tapeloop.updates import Call, Running, Updates
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a step ended.
-
-    Attributes:
-        logs: What the user's step returned.
-        code: One of `MOVED`, `OVERFLOWED` and `NON_FINITE`; None where nobody asked.
-    """
-
-    logs: Mapping[str, tf.Tensor]
-    code: tf.Tensor | None
-
-    @property
-    def counts(self) -> tf.Tensor | None:
-        """Whether the step moved anything; None where nobody asked."""
-        return None if self.code is None else tf.equal(self.code, MOVED)
 
 
 class Transaction:
@@ -52,6 +33,7 @@ class Transaction:
         updates: Updates,
         objective: Objective,
         body: Callable[[Any], Any],
+        means: Means,
         others: Callable[[], list[tf.Variable]],
         autograph: bool,
     ) -> None:
@@ -62,6 +44,7 @@ class Transaction:
             updates: What becomes of gradients.
             objective: Whose metrics a step moves.
             body: What the user computes, on a batch or a piece of one.
+            means: Takes in what it returns.
             others: Gives the variables that the user keeps beside the model.
             autograph: Whether the body is converted by AutoGraph.
         """
@@ -71,13 +54,14 @@ class Transaction:
         self._updates = updates
         self._objective = objective
         self._body = body
+        self._means = means
         self._others = others
         self._autograph = autograph
         self._written: set[Any] = set()
         self._undoable: list[tf.Variable] = []
         self._last_update = 0
 
-    def run(self, batch: Any) -> Outcome:
+    def run(self, batch: Any) -> Ended | None:
         """Trace a step, or run it eagerly.
 
         Raises:
@@ -106,7 +90,7 @@ class Transaction:
         """
         self.microbatches.double(examples, self._last_update, error)
 
-    def _trace(self, running: Running, batch: Any) -> Outcome:
+    def _trace(self, running: Running, batch: Any) -> Ended | None:
         examples = examples_of(batch)
         count = self._count(batch, examples)
         running.waits = count > 1
@@ -127,15 +111,15 @@ class Transaction:
         self._undoable = self._exposed(running, [v for function in functions.values() for v in function.variables])
         kept = self._begin(running)
         if count == 1:
-            result = functions[cuts[0].size](batch)
+            seen = functions[cuts[0].size](batch)["seen"]
         else:
             outputs = functions[cuts[0].size].structured_outputs
             zeros = tf.nest.map_structure(lambda output: zeros_of(output.shape, output.dtype), outputs)
             result = averaged(lambda part, pieces: functions[pieces.size](part), batch, examples, cuts, zeros)
-            self._commit(running, result["waiting"])
-        return Outcome(result["logs"], self._settle(kept.restore))
+            seen = self._commit(running, result, batch)
+        return self._settle(seen, kept.restore)
 
-    def _run_eagerly(self, running: Running, batch: Any) -> Outcome:
+    def _run_eagerly(self, running: Running, batch: Any) -> Ended | None:
         examples = examples_of(batch)
         count = self._count(batch, examples)
         running.waits = count > 1
@@ -150,15 +134,15 @@ class Transaction:
 
         try:
             if count == 1:
-                result = self._compute(running, batch)
+                seen = self._compute(running, batch)["seen"]
             else:
                 cuts = plan(examples, count)
                 result = averaged(lambda part, _: self._compute(running, part), batch, examples, cuts, None)
-                self._commit(running, result["waiting"])
+                seen = self._commit(running, result, batch)
         except Exception:
             undo()
             raise
-        return Outcome(result["logs"], self._settle(undo))
+        return self._settle(seen, undo)
 
     def _count(self, batch: Any, examples: Any) -> int:
         """Return in how many pieces a batch is cut; where the trainer chooses, in no more than it has examples."""
@@ -169,13 +153,13 @@ class Transaction:
 
     def _begin(self, running: Running) -> Snapshot:
         self._last_update = len(running.calls)
-        if self.guard is not None:
+        if self.guard is not None and running.nests:
             self.guard.begin()
         return Snapshot(self._undoable if self.guard is not None or tf.executing_eagerly() else [])
 
     def _compute(self, running: Running, part: Any) -> dict[str, Any]:
         """Run the user's step on a batch or a piece of one; in a piece, what its updates need waits."""
-        running.calls = []
+        running.calls, running.sums = [], []
         running.graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
 
         def note(variable: tf.Variable) -> None:
@@ -184,18 +168,34 @@ class Transaction:
 
         with noting_assignments([variable.tensor for variable in self.selection.trained], note):
             logs = self._body(part)
-        if running.waits:
-            logs = {name: tf.cast(value, keras.config.floatx()) for name, value in logs.items()}
+        if not running.waits:
+            return {"seen": self._look(running, logs, part)}
+        logs = {name: tf.cast(value, keras.config.floatx()) for name, value in logs.items()}
         return {"logs": logs, "waiting": [call.waiting for call in running.calls]}
 
-    def _commit(self, running: Running, waiting: Sequence[Mapping[str, Sequence[tf.Tensor]]]) -> None:
-        """Make the updates that waited for the last of the micro-batches, in their order."""
-        for number, (call, given) in enumerate(zip(running.calls, waiting), 1):
+    def _commit(self, running: Running, averaged: Mapping[str, Any], batch: Any) -> list[tf.Tensor]:
+        """Make the updates that waited for the last of the micro-batches, in their order; see `_look`."""
+        for number, (call, given) in enumerate(zip(running.calls, averaged["waiting"]), 1):
             loss = given["loss"][0] if given["loss"] else None
             self._updates.commit(running, number, list(zip(given["gradients"], call.variables)), loss)
+        return self._look(running, averaged["logs"], batch)
 
-    def _settle(self, undo: Callable[[], None]) -> tf.Tensor | None:
-        """Undo a step that was not finite, and return the code of how it ended."""
+    @tf.autograph.experimental.do_not_convert
+    def _look(self, running: Running, logs: Mapping[str, tf.Tensor], batch: Any) -> list[tf.Tensor]:
+        """Take in the logs, and return the sums of a step and whether they are finite; nothing where nobody watches.
+
+        In a step that is traced, this stands beside the updates and not behind them.
+        """
+        if self.guard is None:
+            self._means.update(logs, examples_of(batch))
+            return []
+        total = running.total()
+        finite = is_finite(total)
+        self._means.update(logs, examples_of(batch), finite)
+        return [total, finite]
+
+    def _settle(self, seen: list[tf.Tensor], undo: Callable[[], None]) -> Ended | None:
+        """Undo a step that was not finite, and return how it ended."""
         if self.guard is None:
             return None
 
@@ -203,15 +203,16 @@ class Transaction:
             undo()
             return tf.constant(True)
 
-        finite = self.guard.is_finite()
-        tf.cond(finite, lambda: tf.constant(False), undone)
-        code = tf.where(finite, MOVED, NON_FINITE)
+        total, finite = seen
+        self.guard.keep(total)
+        if self._undoable:
+            tf.cond(finite, lambda: tf.constant(False), undone)
         scale = self._updates.loss_scale
-        if scale is not None:
-            overflowed = ~finite & self.guard.loss_is_finite() & (scale.value > 1)
-            code = tf.where(overflowed, OVERFLOWED, code)
-            scale.update(finite)
-        return code
+        if scale is None:
+            return Ended(finite, None)
+        overflowed = ~finite & tf.math.is_finite(total[0]) & (scale.value > 1)
+        scale.update(finite)
+        return Ended(finite, overflowed)
 
     def _exposed(self, running: Running, touched: Sequence[tf.Variable]) -> list[tf.Variable]:
         """List what a bad step must be undone in: all that it touches, but for what only its last update moves.
@@ -224,6 +225,10 @@ class Transaction:
         aside |= {variable.tensor.ref() for variable in self.selection.frozen}
         aside |= {variable.ref() for variable in self._updates.variables}
         aside |= {variable.ref() for variable in (() if self.guard is None else self.guard.variables)}
+        if not self.microbatches.adapts:  # or a step may have to be repeated
+            aside |= {variable.ref() for variable in self._means.variables}
+            if self._updates.ends_at_bad:  # before anybody could look at the metrics
+                aside |= {variable.ref() for variable in self._objective.variables}
         # An assignment that does not read is missing from a function's variables.
         touched = [*touched, *(variable.tensor for variable in self.selection.tree.variables), *self._others()]
         found = {variable.ref(): variable for variable in touched if variable.ref() not in aside}

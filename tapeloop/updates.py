@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from tapeloop.average import Averages
 from tapeloop.clipping import Clipping
-from tapeloop.guard import Guard, LossScale
+from tapeloop.guard import Guard, Judge, LossScale, is_finite
 from tapeloop.microbatch import Microbatches
 from tapeloop.optim import Optimizers
 from tapeloop.selection import Selection
@@ -45,6 +45,7 @@ class Running:
         waits: Whether updates wait for other micro-batches.
         graph: The graph into which the user's step is traced, or None where it runs eagerly.
         calls: The updates so far.
+        sums: What the guard is to look at, of each update that is neither in a branch nor in a loop.
         updating: Whether an update is being made at the moment.
     """
 
@@ -53,7 +54,19 @@ class Running:
     waits: bool = False
     graph: Any = None
     calls: list[Call] = field(default_factory=list)
+    sums: list[tf.Tensor] = field(default_factory=list)
     updating: bool = False
+
+    @property
+    def nests(self) -> bool:
+        """Whether an update stands in a branch or a loop."""
+        return any(call.nested for call in self.calls)
+
+    def total(self) -> tf.Tensor:
+        """Return the sums of all updates so far."""
+        assert self.guard is not None
+        added = [self.guard.added()] if self.nests else []
+        return tf.add_n([*self.sums, *added]) if self.sums or added else tf.zeros(self.guard.variables[0].shape)
 
 
 class Updates:
@@ -69,16 +82,16 @@ class Updates:
     """
 
     def __init__(
-        self, optimizers: Optimizers, clipping: Clipping, microbatches: Microbatches, averages: Averages, guarded: bool
+        self, optimizers: Optimizers, clipping: Clipping, microbatches: Microbatches, averages: Averages, judge: Judge
     ) -> None:
-        """Keep the parts; `guarded` tells whether what is not finite is looked for at all."""
+        """Keep the parts."""
         self.optimizers = optimizers
         self.clipping = clipping
         self.microbatches = microbatches
         self.averages = averages
         self.loss_scale: LossScale | None = None
         self.running: Running | None = None
-        self._guarded = guarded
+        self._judge = judge
 
     def prepare(self, selection: Selection, step: int, *, changing: bool) -> None:
         """Make all that training with a selection needs, before anything is traced.
@@ -100,7 +113,12 @@ class Updates:
 
     def new_guard(self, selection: Selection) -> Guard | None:
         """Return what is to watch the steps of a selection, or None where nothing is."""
-        return Guard(selection) if self._guarded or self.loss_scale is not None else None
+        return Guard(selection) if self._judge.looks or self.loss_scale is not None else None
+
+    @property
+    def ends_at_bad(self) -> bool:
+        """Whether the run ends at the first step that is not finite."""
+        return self._judge.patience == 0 and self.loss_scale is None
 
     def gradients(self, tape: GroupTape, loss: tf.Tensor) -> list[tuple[tf.Tensor, VariableInfo]]:
         """Return the gradient of a loss for each variable that `tape` watches."""
@@ -152,8 +170,12 @@ class Updates:
             if running.guard is None:
                 move()
             else:
-                running.guard.note(loss, gradients)
-                tf.cond(running.guard.is_finite(), move, lambda: tf.constant(False))
+                sums = running.guard.sums(loss, gradients)
+                if running.calls[number - 1].nested:
+                    running.guard.add(sums)
+                else:
+                    running.sums.append(sums)
+                tf.cond(is_finite(running.total()), move, lambda: tf.constant(False))
         finally:
             running.updating = False
 
