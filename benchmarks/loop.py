@@ -59,7 +59,9 @@ def mlp() -> keras.Model:
 
 def classifier(application: str) -> keras.Model:
     """Nest an architecture with random weights under a ten-class head."""
-    backbone = getattr(keras.applications, application)((96, 96, 3), include_top=False, weights=None, pooling="avg")
+    backbone = getattr(keras.applications, application)(
+        input_shape=(96, 96, 3), include_top=False, weights=None, pooling="avg"
+    )
     backbone.name = "backbone"
     inputs = keras.Input((96, 96, 3))
     return keras.Model(inputs, layers.Dense(10, name="head")(backbone(inputs)))
@@ -204,7 +206,7 @@ def measure_mlp(rounds: int) -> None:
 
 def measure_head(application: str, rounds: int) -> None:
     """Measure a frozen architecture under a trained head."""
-    batch, steps = 16, 20
+    batch, steps = 16, 50
     data = images(batch * steps)
     arms = {
         "tapeloop": tapeloop(classifier(application), tl.Freeze("backbone"), data, batch),

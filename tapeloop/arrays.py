@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -30,10 +31,16 @@ class Orders:
 
     def next(self, size: int) -> Any:
         """Return the numbers of so many examples in the order of the next epoch."""
+        generator = self._generator()
+        return generator.permutation(size) if self.shuffle else np.arange(size)
+
+    def next_seed(self) -> int:
+        """Return a seed for the order of the next epoch, where another is to shuffle."""
+        return int(self._generator().integers(2**31))
+
+    def _generator(self) -> np.random.Generator:
         self._epoch += 1
-        if not self.shuffle:
-            return np.arange(size)
-        return np.random.default_rng([self.seed, self._epoch - 1]).permutation(size)
+        return np.random.default_rng([self.seed, self._epoch - 1])
 
 
 class Gathered:
@@ -98,13 +105,27 @@ class Dataset:
         yield Feed(Stream(iter(on_device(self.data)), self._places, self._class_weights), self.size)
 
 
-def sparse(tensors: Any, batch_size: int, examples: int, orders: Orders, class_weights: ClassWeights | None) -> Dataset:
-    """Return batches of tensors some of which are sparse, which cannot be gathered; see `Gathered`."""
-    flat = tuple(value for value in tf.nest.flatten(tensors) if value is not None)
-    data = tf.data.Dataset.from_tensor_slices(flat)
-    if orders.shuffle:
-        data = data.shuffle(examples, seed=orders.seed, reshuffle_each_iteration=True)
-    return Dataset(data.batch(batch_size).prefetch(tf.data.AUTOTUNE), places_of(tensors), class_weights)
+class Sparse:
+    """Batches of tensors some of which are sparse, which cannot be gathered; see `Gathered`."""
+
+    def __init__(
+        self, tensors: Any, batch_size: int, examples: int, orders: Orders, class_weights: ClassWeights | None
+    ) -> None:
+        """Keep the tensors; see `Gathered`."""
+        self._data = tf.data.Dataset.from_tensor_slices(tuple(v for v in tf.nest.flatten(tensors) if v is not None))
+        self._places = places_of(tensors)
+        self._batch_size = batch_size
+        self._examples = examples
+        self._orders = orders
+        self._class_weights = class_weights
+
+    def feeds(self) -> Iterator[Feed]:
+        """Give the batches of one epoch."""
+        data, seed = self._data, self._orders.next_seed()
+        if self._orders.shuffle:
+            data = data.shuffle(self._examples, seed=seed)
+        data = data.batch(self._batch_size).prefetch(tf.data.AUTOTUNE)
+        yield from Dataset(data, self._places, self._class_weights).feeds()
 
 
 class Slices:
@@ -122,7 +143,14 @@ class Slices:
         for start in range(0, self._examples, self._batch_size):
             chosen = order[start : start + self._batch_size]
             in_file, back = np.unique(chosen, return_inverse=True)  # HDF5 reads in ascending order alone
-            yield tf.nest.map_structure(lambda array: None if array is None else array[in_file][back], self._arrays)  # noqa: B023
+            yield tf.nest.map_structure(functools.partial(_rows, rows=chosen, in_file=in_file, back=back), self._arrays)
+
+
+def _rows(array: Any, rows: Any, in_file: Any, back: Any) -> Any:
+    """Return some rows of an array, which for one in a file are given in ascending order, with the way back."""
+    if array is None:
+        return None
+    return array[in_file][back] if lies_in_file(array) else tf.gather(array, rows)
 
 
 def lies_in_file(array: Any) -> bool:

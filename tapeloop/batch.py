@@ -20,8 +20,13 @@ def shapes(structure: Any) -> str:
     flat = [value for value in tf.nest.flatten(structure) if value is not None]
     if not flat:
         return "missing"
-    said = [f"{tuple(value.shape)} {tf.as_dtype(value.dtype).name}" for value in flat]
+    said = [f"{_shape(value)} {tf.as_dtype(value.dtype).name}" for value in flat]
     return said[0] if len(said) == 1 else f"[{', '.join(said)}]"
+
+
+def _shape(value: Any) -> str:
+    known = not isinstance(value.shape, tf.TensorShape) or value.shape.rank is not None
+    return str(tuple(value.shape)) if known else "of unknown shape,"
 
 
 def spec_of(batch: Any) -> Any:

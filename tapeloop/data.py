@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import keras
 import tensorflow as tf
 
-from tapeloop.arrays import Dataset, Gathered, Orders, Slices, lies_in_file, sparse
+from tapeloop.arrays import Dataset, Gathered, Orders, Slices, Sparse, lies_in_file
 from tapeloop.batch import any_size, as_tensors, shapes
 from tapeloop.checks import whole_number
 from tapeloop.errors import DataError
@@ -44,6 +44,7 @@ class Batches:
         self._steps_per_epoch = steps_per_epoch
         self._feeds: Iterator[Feed] | None = None
         self._feed: Feed | None = None
+        self._drawn = 0
 
     def feed(self) -> Feed:
         """Return what the next batch comes from.
@@ -76,6 +77,7 @@ class Batches:
             if not feed.position:
                 self.stop()
                 raise self._empty()
+            self._drawn += feed.position - before
             if left is not None:
                 left -= feed.position - before
             elif feed.ended:
@@ -84,14 +86,12 @@ class Batches:
                 done = self._feed is None
 
     def check(self) -> None:
-        """Find out whether there is a batch at all, before anything is trained.
+        """Find out, as far as it can be known without reading a dataset, whether there is a batch at all.
 
         Raises:
             DataError: There is none.
         """
-        source = self._source
-        if self.feed().left is None and isinstance(source, Dataset) and next(iter(source.data), None) is None:
-            raise self._empty()
+        self.feed()
 
     def specs(self) -> Iterator[Any]:
         """Give signatures of batches of any size: what is declared, then what the first of a dataset is."""
@@ -143,6 +143,11 @@ class Batches:
             )
 
     def _empty(self) -> DataError:
+        if self._drawn:
+            return DataError(
+                f"`{self.name}` ended after {self._drawn} batches, and more were asked for. Pass data that can be gone "
+                "through again, or ask for fewer."
+            )
         return DataError(
             f"`{self.name}` is empty: it was asked for a batch and has none. Pass a dataset with at least "
             "one batch; a generator that has been gone through cannot start again."
@@ -189,6 +194,8 @@ def as_batches(
         return Batches(dataset, dataset.size, per_epoch, name)
     if isinstance(data, keras.utils.PyDataset):
         pairs = PyDatasetBatches(data, orders.next)
+        if data.num_batches is None and per_epoch is None:
+            raise DataError(f"`{name}` never ends. Pass `{steps_name}`, or give it a `num_batches`.")
         return Batches(Streamed(pairs, name, weights), len(pairs) or None, per_epoch, name)
     if _is_arrays(data):
         return _of_arrays(data, batch_size, orders, per_epoch, weights, name)
@@ -221,7 +228,7 @@ def _of_arrays(
         DataError: They do not have the same number of examples, or none.
     """
     in_file = any(lies_in_file(array) for array in tf.nest.flatten(data))
-    arrays = data if in_file else as_tensors(data, f"`{name}`")
+    arrays = tf.nest.map_structure(lambda array: array if lies_in_file(array) else as_tensors(array, f"`{name}`"), data)
     given = [array for array in tf.nest.flatten(arrays) if array is not None]
     lengths = {array.shape[0] if len(array.shape) else None for array in given}
     if len(lengths) != 1 or None in lengths:
@@ -234,10 +241,12 @@ def _of_arrays(
     if not examples:
         raise DataError(f"`{name}` is empty: its arrays have no examples. Received: {shapes(given)}.")
     source: Source
+    if in_file and any(isinstance(array, tf.SparseTensor) for array in given):
+        raise DataError(f"`{name}` has arrays in files and sparse ones, which are not read in slices: make them dense.")
     if in_file:
         source = Streamed(Slices(arrays, batch_size, examples, orders), name, class_weights)
     elif any(isinstance(array, tf.SparseTensor) for array in given):
-        source = sparse(arrays, batch_size, examples, orders, class_weights)
+        source = Sparse(arrays, batch_size, examples, orders, class_weights)
     else:
         source = Gathered(arrays, batch_size, examples, orders, class_weights)
     fewest = examples % batch_size or min(examples, batch_size)

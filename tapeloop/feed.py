@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from tapeloop.batch import shapes, spec_of
+from tapeloop.batch import any_size, shapes, spec_of
 from tapeloop.errors import DataError
+
+DRAWING = "draw_batch"  # the scope in which a compiled loop draws
 
 
 class ClassWeights(NamedTuple):
@@ -64,6 +66,11 @@ class Arrays(NamedTuple):
     device: str | None
     class_weights: ClassWeights | None
 
+    def signature(self) -> Arrays:
+        """Return the signature of such batches cut from any number of examples."""
+        tensors = tf.nest.map_structure(lambda value: None if value is None else any_size(value), self.tensors)
+        return self._replace(tensors=tensors, order=any_size(self.order))
+
     def batch(self, number: tf.Tensor) -> Any:
         """Return the batch of this number, counted from 0."""
         with tf.device(self.device):
@@ -90,6 +97,10 @@ class Stream(NamedTuple):
     iterator: Any
     places: Any
     class_weights: ClassWeights | None
+
+    def signature(self) -> Stream:
+        """Return the signature of such batches."""
+        return self
 
     def batch(self, number: tf.Tensor) -> Any:
         """Return the next batch; which one it is, is the iterator's to know.
@@ -161,8 +172,10 @@ class Feed:
             self.left -= batches
         self.ended = self.position == self._size
 
-    def has_ended(self) -> bool:
-        """Tell whether the source, which has just reported its end, has come to it; that was the step's report else."""
+    def has_ended(self, report: Exception) -> bool:
+        """Tell whether the source has come to its end, which the report of an end says, or a step of its own."""
+        if self._size is not None or (DRAWING not in str(report) and "[Op:IteratorGetNext]" not in str(report)):
+            return False
         try:
             self.source.batch(tf.constant(self.position, tf.int64))
         except tf.errors.OutOfRangeError:

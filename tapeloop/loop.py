@@ -38,6 +38,7 @@ class Loop:
         self._steps = steps
         self._objective = objective
         self._judge = judge
+        self._runs = False
 
     def fit(
         self,
@@ -84,6 +85,18 @@ class Loop:
                 history.history.setdefault(name, []).append(value)
         return history
 
+    def check_idle(self) -> None:
+        """Check that no epoch is under way.
+
+        Raises:
+            RuntimeError: One is.
+        """
+        if self._runs:
+            raise RuntimeError(
+                "`fit` or `evaluate` was called within an epoch of the same trainer, whose metrics it would start "
+                "anew. Make another trainer of the same model for it."
+            )
+
     def run(
         self,
         step: Step,
@@ -101,6 +114,7 @@ class Loop:
         look = functools.partial(self._look, means)
         before = asked = self.steps_done
         shown.start(title, batches.per_epoch)
+        self._runs = True
         try:
             for feed in batches.epoch():
                 while feed.left != 0:
@@ -123,6 +137,7 @@ class Loop:
             batches.stop()
             raise
         finally:
+            self._runs = False
             shown.close()
         return final
 

@@ -31,7 +31,7 @@ def frozen(selection: Selection) -> Iterator[None]:
     state of a submodel of which nothing trains, goes nowhere. The layers around them get back the mode in which they
     were called themselves, which Keras 3 would otherwise overwrite with the mode of the child called last.
     """
-    with inlined_functions(), inference_mode(selection), sealed([v.tensor for v in _still(selection)]):
+    with inlined_functions(), inference_mode(selection), sealed([v.tensor for v in still(selection)]):
         yield
 
 
@@ -130,7 +130,7 @@ def _moded(layer: keras.Layer, call: Callable[..., Any], modes: _Modes, inferenc
     return shadow
 
 
-def _still(selection: Selection) -> list[VariableInfo]:
+def still(selection: Selection) -> list[VariableInfo]:
     """List the frozen variables, and the state under submodels of which nothing trains."""
     held = selection.tree.held
     idle = {submodel for submodel in selection.inference if selection.group_of.keys().isdisjoint(held[submodel])}

@@ -14,7 +14,7 @@ from typing import Any
 import tensorflow as tf
 
 from tapeloop.batch import after
-from tapeloop.feed import Arrays, Feed, Stream
+from tapeloop.feed import DRAWING, Arrays, Feed, Stream
 from tapeloop.modes import frozen
 from tapeloop.pace import Pace
 from tapeloop.selection import Selection
@@ -117,18 +117,18 @@ class Step:
         self._begun.assign(before.start())
         failure: BaseException | None = None
         try:
+            if self._is_on_trial or not self.is_driven:
+                self.trace(feed)
             if self.is_driven:
-                if self._is_on_trial:
-                    self.trace(feed)
                 self._loop(self, feed.source, start, self._begun.read_value(), limit)
                 self._is_on_trial = False
             else:
-                self._traced(self._looped, feed.source, start, self._begun.read_value(), limit)
+                self._looped(feed.source, start, self._begun.read_value(), limit)
         except BaseException as error:
             failure = error
         tally = Tally.of(self._begun)
         feed.drawn(tally.batches)
-        if isinstance(failure, tf.errors.OutOfRangeError) and feed.has_ended():
+        if isinstance(failure, tf.errors.OutOfRangeError) and feed.has_ended(failure):
             failure = None
         return tally, (failure and feed.cause) or failure
 
@@ -159,7 +159,8 @@ class Step:
         if self.is_driven and not self._is_on_trial:
             self._check(self._function, feed.spec())
         else:
-            self._check(self._looped, feed.source, tf.constant(0, tf.int64), self._begun.read_value(), limits(1, 0))
+            signature = feed.source.signature()
+            self._check(self._looped, signature, tf.constant(0, tf.int64), self._begun.read_value(), limits(1, 0))
 
     def compile(self) -> None:
         """Forget all traces."""
@@ -186,7 +187,7 @@ class Step:
         def run(counts: tf.Tensor) -> tuple[tf.Tensor]:
             with tf.device("CPU:0"):
                 noted, number = self._begun.assign(counts), start + counts[0]
-            with tf.control_dependencies([noted]):
+            with tf.control_dependencies([noted]), tf.name_scope(DRAWING):
                 batch = source.batch(number)
             with after(batch):
                 ended = step(batch)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import tensorflow as tf
@@ -111,8 +111,7 @@ class Steps:
         if modules or not all(submodel.object.built for submodel in tree.layers):
             self.building = True
             try:
-                declared, *seen = batches.specs()
-                self._trace_to_build(declared, *seen)
+                self._trace_to_build(batches.specs())
             finally:
                 self.building = False
         self._built = True
@@ -131,7 +130,8 @@ class Steps:
         """Return the step that evaluates or predicts under a selection: the same one each time."""
         step = self._kept.get((kind, selection))
         if step is None:
-            step = Step(kind, functools.partial(self._other, kind, selection), selection, self._compilation)
+            body = functools.partial(self._other, kind, selection)
+            step = Step(kind, body, selection, self._compilation, own=self._others)
         return self._keep(step)
 
     def trace_count(self) -> int:
@@ -167,16 +167,17 @@ class Steps:
             raise TypeError(f'`{kind}_step` must return a mapping `{{"name": scalar}}`. Received: {result!r}.')
         return result
 
-    def _trace_to_build(self, spec: Any, *others: Any) -> None:
-        """Trace a step for batches of this signature, or where a layer needs to know more, of the others."""
+    def _trace_to_build(self, specs: Iterator[Any]) -> None:
+        """Trace a step for batches of the first of some signatures, or where a layer needs to know more, the next."""
 
         def run(batch: Any) -> None:
             with inlined_functions():
                 self._bodies["train"](batch)
 
         try:
-            tf.function(run, autograph=self._compilation.autograph).get_concrete_function(spec)
+            tf.function(run, autograph=self._compilation.autograph).get_concrete_function(next(specs))
         except (ValueError, TypeError):
-            if not others or others[0] == spec:
-                raise
-            self._trace_to_build(*others)
+            for spec in specs:
+                self._trace_to_build(iter([spec]))
+                return
+            raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -55,39 +56,38 @@ class Streamed:
         Raises:
             DataError: A batch has not the structure of the first, or no array that can be a tensor.
         """
-        batches = iter(self._source)
-        number, batch = 0, next(batches, None)
-        while batch is not None:
-            flat = self._flat(batch, number)
-            self._open(flat)
+        batches = enumerate(self._source)
+        following = next(batches, None)
+        while following is not None:
+            number, batch = following
+            first = self._flat(batch, number)
+            self._open(first)
             rest: list[tuple[int, Any]] = []
-            signature = self._specs
-            generate = self._segment(batches, flat, number, rest)
-            data = tf.data.Dataset.from_generator(generate, output_signature=signature).prefetch(AHEAD)
+            waiting = [self._segment(batches, first, rest)]
+            data = tf.data.Dataset.from_generator(functools.partial(_once, waiting), output_signature=self._specs)
             self._cause = None
-            source = Stream(iter(on_device(data)), self._places, self._class_weights)
+            source = Stream(iter(on_device(data.prefetch(AHEAD))), self._places, self._class_weights)
             yield Feed(source, None, number, lambda: self._cause)
-            number, batch = rest[0] if rest else (0, None)
+            following = rest[0] if rest else None
 
     def _segment(
-        self, batches: Iterator[Any], first: tuple[Any, ...], number: int, rest: list[tuple[int, Any]]
-    ) -> Callable[[], Iterator[tuple[Any, ...]]]:
-        """Return what goes on while batches have the shapes that are expected; the one that has not is the rest."""
-
-        def generate() -> Iterator[tuple[Any, ...]]:
-            try:
-                yield first
-                for following, batch in enumerate(batches, number + 1):
-                    flat = self._flat(batch, following)
-                    if not all(spec.is_compatible_with(value) for spec, value in zip(self._specs, flat)):
-                        rest.append((following, batch))
-                        return
-                    yield flat
-            except Exception as error:
-                self._cause = error
-                raise
-
-        return generate
+        self, batches: Iterator[tuple[int, Any]], first: tuple[Any, ...], rest: list[tuple[int, Any]]
+    ) -> Iterator[tuple[Any, ...]]:
+        """Give batches while they have the shapes that are expected; the one that has not is the rest."""
+        try:
+            yield first
+            del first
+            for number, batch in batches:
+                flat = self._flat(batch, number)
+                if not all(spec.is_compatible_with(value) for spec, value in zip(self._specs, flat)):
+                    rest.append((number, batch))
+                    return
+                yield flat
+        except GeneratorExit:
+            raise
+        except BaseException as error:
+            self._cause = error
+            raise
 
     def _flat(self, batch: Any, number: int) -> tuple[Any, ...]:
         """Return the tensors of a batch.
@@ -102,15 +102,15 @@ class Streamed:
             self._places = places
         elif not _alike(places, self._places) or tf.nest.flatten(places) != tf.nest.flatten(self._places):
             raise DataError(
-                f"The structure of `{self._name}` changes: batch {number} (the first is 0) is {_said(batch)}, those "
-                f"before it are {_said(self._places)}. Give all batches the same nesting of tuples and dicts, with the "
-                "same members missing."
+                f"The structure changes at batch {number} of `{self._name}` (the first is 0): it is {_said(batch)}, "
+                f"those before it are {_said(self._places)}. Give all batches the same nesting of tuples and dicts, with "
+                "the same members missing."
             )
         flat = tuple(value for value in leaves if value is not None)
         for value, spec in zip(flat, self._specs):
             if type(spec_of(value)) is not type(spec) or value.dtype != spec.dtype:
                 raise DataError(
-                    f"The types in `{self._name}` change: batch {number} (the first is 0) has {shapes(value)} where "
+                    f"The types change at batch {number} of `{self._name}` (the first is 0): {shapes(value)} where "
                     f"those before it have {spec.dtype.name} in a {type(spec).__name__}. Give all batches the same."
                 )
         return flat
@@ -146,8 +146,14 @@ class PyDatasetBatches:
         if data.workers > 1 or (data.workers and data.use_multiprocessing):
             yield from _by_workers(data, numbers)
         else:
-            yield from map(data.__getitem__, numbers)
+            for number in numbers:
+                yield data[number]
         data.on_epoch_end()
+
+
+def _once(waiting: list[Iterator[Any]]) -> Iterator[Any]:
+    """Give what the one iterator in a list gives, and leave it to nobody: TensorFlow keeps this function for good."""
+    yield from waiting.pop()
 
 
 def _by_workers(data: keras.utils.PyDataset, numbers: Iterator[int]) -> Iterator[Any]:

@@ -152,8 +152,9 @@ class Trainer(Body):
             DataError: The data is empty or does not fit the model.
             DisconnectedError: A variable that should train gets no gradient.
             NonFiniteError: A loss or a gradient is Inf or NaN.
-            RuntimeError: Called inside `ema_weights()`.
+            RuntimeError: Called inside `ema_weights()`, or within an epoch of this trainer.
         """
+        self._loop.check_idle()
         whole_number("epochs", epochs, 0)
         self._updates.averages.check_may_train()
         batches = as_batches(
@@ -192,8 +193,11 @@ class Trainer(Body):
 
         Raises:
             DataError: The data is empty or does not fit the model.
+            RuntimeError: Called within an epoch of this trainer, such as by a policy.
         """
+        self._loop.check_idle()
         batches = as_batches(data, batch_size=batch_size, steps=("steps", steps))
+        batches.lasts(1)
         self._steps.build(self.model, batches)
         return self._loop.run(self._evaluation(), batches, Display(progress), "evaluation")
 
@@ -210,6 +214,7 @@ class Trainer(Body):
             DataError: The data is empty or does not fit the model.
         """
         batches = as_batches(data, batch_size=batch_size, steps=("steps", steps))
+        batches.lasts(1)
         self._steps.build(self.model, batches)
         step = self._steps.other("predict", self._select(trains=False))
         outputs = [tf.nest.map_structure(lambda output: np.atleast_1d(output), step(b)) for b in batches.drawn()]

@@ -11,7 +11,7 @@ import tensorflow as tf
 from tapeloop.batch import examples_of, spec_of
 from tapeloop.guard import Snapshot, is_finite
 from tapeloop.microbatch import averaged, check_alike, checked, piece_spec, plan, zeros_of
-from tapeloop.modes import noting_assignments
+from tapeloop.modes import noting_assignments, still
 from tapeloop.objective import Means, Objective
 from tapeloop.selection import Selection
 from tapeloop.tally import Ended
@@ -222,7 +222,7 @@ class Transaction:
         *earlier, last = running.calls or [Call([], nested=False)]
         exposed = self._updates.moved([v for call in (*earlier, *[last] * last.nested) for v in call.variables])
         aside = {variable.ref() for variable in self._updates.moved(self.selection.trained)} - self._written
-        aside |= {variable.tensor.ref() for variable in self.selection.frozen}
+        aside |= {variable.tensor.ref() for variable in still(self.selection)}
         aside |= {variable.ref() for variable in self._updates.variables}
         aside |= {variable.ref() for variable in (() if self.guard is None else self.guard.variables)}
         if not self.microbatches.adapts:  # or a step may have to be repeated
@@ -236,7 +236,7 @@ class Transaction:
 
     def _unfrozen(self) -> list[tf.Variable]:
         """List what a step may move, where no trace tells."""
-        frozen = {variable.tensor.ref() for variable in self.selection.frozen}
+        sealed = {variable.tensor.ref() for variable in still(self.selection)}
         model = [variable.tensor for variable in self.selection.tree.variables]
         everything = [*model, *self._updates.moved(self.selection.trained), *self._objective.variables, *self._others()]
-        return list({variable.ref(): variable for variable in everything if variable.ref() not in frozen}.values())
+        return list({variable.ref(): variable for variable in everything if variable.ref() not in sealed}.values())

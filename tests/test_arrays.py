@@ -150,3 +150,36 @@ def test_a_ragged_input_trains():
 def test_arrays_that_will_not_do(data, text):
     with pytest.raises(tl.DataError, match=text):
         trainer_of().fit(data, progress="none")
+
+
+def test_arrays_of_any_length_share_two_traces():
+    trainer = trainer_of()
+    for examples in (8, 16, 18, 20, 12, 4):
+        trainer.fit(models.images(examples), batch_size=4, progress="none")
+    assert trainer.trace_count == 2
+
+
+def test_arrays_in_files_go_with_others(tmp_path):
+    frame, ragged = Frame(), tf.ragged.constant([[value] for value in X[:, 0]])
+    for other in (frame, tf.constant(X), ragged):
+        batches = as_batches(({"a": memmap(tmp_path), "b": other}, Y), batch_size=4, orders=Orders(True, 3))
+        for x, y in batches.drawn():
+            others = x["b"].to_tensor() if other is ragged else x["b"]
+            np.testing.assert_array_equal(x["a"][:, 0], others[:, 0])
+            np.testing.assert_array_equal(x["a"], X[y.numpy()])
+    with pytest.raises(tl.DataError, match="has arrays in files and sparse ones"):
+        as_batches((memmap(tmp_path), tf.sparse.from_dense(X)))
+
+
+def test_two_fits_of_sparse_arrays_see_the_orders_of_one():
+    def orders(*epochs):
+        batches = [as_batches((tf.sparse.from_dense(X), Y), orders=Orders(True, 3, epoch)) for epoch, _ in epochs]
+        return [
+            y.numpy().tolist()
+            for each, (_, count) in zip(batches, epochs)
+            for _ in range(count)
+            for _, y in each.drawn()
+        ]
+
+    assert orders((0, 2)) == orders((0, 1), (1, 1))
+    assert orders((0, 2))[0] != orders((0, 2))[1]
