@@ -44,6 +44,7 @@ class Selections:
         self._updates = updates
         self._known: dict[VariablePolicy, Selection] = {}
         self._prepared: Selection | None = None
+        self._fresh: Tree | None = None  # as the check has just read it; reading a large model takes a while
 
     def now(self, policy: VariablePolicy, progress: Progress, *, trains: bool = True) -> Selection:
         """Return what a policy selects of the model as it is now; nothing will do where it does not train."""
@@ -55,7 +56,8 @@ class Selections:
         Raises:
             PolicyError: It cannot be resolved for the model, or there is no optimizer for a group.
         """
-        for selection in selections_to_come(policy, Tree.of(self._model)):
+        self._fresh = Tree.of(self._model)
+        for selection in selections_to_come(policy, self._fresh):
             self._updates.optimizers.check(selection, changing=True)
 
     def due(self, policy: VariablePolicy, progress: Progress, *, starting: bool) -> Due:
@@ -71,12 +73,13 @@ class Selections:
         kept = is_value(holding)
         selection = self._known.get(holding) if kept else None
         if selection is None:
-            selection = select(holding, Tree.of(self._model))
+            selection = select(holding, self._fresh or Tree.of(self._model))
             if kept:
                 self._known[holding] = selection
         if selection is not self._prepared:
             changing = type(policy).at is not VariablePolicy.at
             self._updates.prepare(selection, progress.step, changing=changing)
             self._prepared = selection
+        self._fresh = None
         every_steps = math.gcd(*(each.every for each in policies if each.every is not None))
         return Due(self._steps.train(selection), holding, every_steps or None)

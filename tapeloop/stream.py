@@ -103,8 +103,8 @@ class Streamed:
         elif not _alike(places, self._places) or tf.nest.flatten(places) != tf.nest.flatten(self._places):
             raise DataError(
                 f"The structure changes at batch {number} of `{self._name}` (the first is 0): it is {_said(batch)}, "
-                f"those before it are {_said(self._places)}. Give all batches the same nesting of tuples and dicts, with "
-                "the same members missing."
+                f"those before it are {_said(self._places)}. Give all batches the same nesting of tuples and dicts, "
+                "with the same members missing."
             )
         flat = tuple(value for value in leaves if value is not None)
         for value, spec in zip(flat, self._specs):
