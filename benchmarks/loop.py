@@ -81,10 +81,12 @@ def encoder(length: int = 64, width: int = 256, depth: int = 6) -> keras.Model:
     return keras.Model(inputs, layers.Dense(10, name="head")(layers.GlobalAveragePooling1D()(x)))
 
 
-def images(count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draw images and labels."""
+def images(count: int) -> tuple[tf.Tensor, tf.Tensor]:
+    """Draw images and labels, as tensors: to make them of NumPy arrays costs each fit a copy, which is no step's."""
     generator = np.random.default_rng(0)
-    return generator.normal(size=(count, 96, 96, 3)).astype("float32"), generator.integers(0, 10, count)
+    return tf.constant(generator.normal(size=(count, 96, 96, 3)), tf.float32), tf.constant(
+        generator.integers(0, 10, count)
+    )
 
 
 def by_hand(

@@ -65,10 +65,7 @@ class Gathered:
         given = [value for value in tf.nest.flatten(tensors) if isinstance(value, tf.Tensor)]
         too_large = sum(value.dtype.size * value.shape.num_elements() for value in given) > ON_DEVICE_BYTES
         self._device = "CPU:0" if too_large and tf.config.list_logical_devices("GPU") else None
-        with tf.device(self._device):
-            self._tensors = tf.nest.map_structure(
-                lambda value: tf.identity(value) if isinstance(value, tf.Tensor) else value, tensors
-            )
+        self._tensors = tensors if self._device is None else tf.nest.map_structure(_on_the_host, tensors)
 
     def feeds(self) -> Iterator[Feed]:
         """Give the batches of one epoch."""
@@ -77,6 +74,11 @@ class Gathered:
         order = tf.constant(self._orders.next(self._examples), tf.int64)
         source = Arrays(self._tensors, order, batch_size, self._device, self._class_weights)
         yield Feed(source, math.ceil(self._examples / self._batch_size))
+
+
+def _on_the_host(value: Any) -> Any:
+    with tf.device("CPU:0"):
+        return tf.identity(value) if isinstance(value, tf.Tensor) else value
 
 
 class Dataset:
