@@ -17,67 +17,49 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ["TF_CPU_ALLOCATOR_USE_BFC"] = "1"  # or the CPU's allocator keeps no statistics
 
-import keras
-import numpy as np
 import tensorflow as tf
 
 import tapeloop as tl
+from benchmarks.arms import Arm, forward, tapeloop
+from benchmarks.workloads import classifier, images
 
 ARMS = ("forward", "full", "tapeloop")
+ROUNDS = 5
 
 
-def make_model(size: int) -> keras.Model:
-    """Nest a MobileNetV2 with random weights under a ten-class head."""
-    backbone = keras.applications.MobileNetV2((size, size, 3), include_top=False, weights=None, pooling="avg")
-    backbone.name = "backbone"
-    inputs = keras.Input((size, size, 3))
-    return keras.Model(inputs, keras.layers.Dense(10, name="head")(backbone(inputs)))
-
-
-def make_arm(arm: str, size: int, batch: int) -> Callable[[], object]:
-    """Return a function that runs one step of `arm`."""
-    generator = np.random.default_rng(0)
-    x = tf.constant(generator.normal(size=(batch, size, size, 3)), tf.float32)
-    y = tf.constant(generator.integers(0, 10, batch))
-    model = make_model(size)
+def make_arm(arm: str, size: int, batch: int, steps: int) -> Arm:
+    """Return a function that goes through an epoch of so many steps of `arm`."""
+    data, model = images(batch * steps, size), classifier("MobileNetV2", size)
     if arm == "forward":
-        forward = tf.function(lambda: model(x, training=False))
-        return forward
+        return forward(model, data, batch)
     policy = tl.TrainAll() if arm == "full" else tl.Freeze("backbone")
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    trainer = tl.Trainer(model, policy, loss=loss, optimizer=keras.optimizers.Adam(1e-4))
-    trainer.fit([(x, y)], progress="none")
-    step = trainer._steps.train(trainer.selection)
-    return lambda: step((x, y))
+    return tapeloop(model, policy, data, batch, metrics=None, progress="none")
 
 
 def measure_times(size: int, batch: int, steps: int) -> dict[str, float]:
-    """Return the median milliseconds of a step of each arm."""
-    arms = {arm: make_arm(arm, size, batch) for arm in ARMS}
+    """Return the median milliseconds of a step of each arm, over epochs that take turns."""
+    arms = {arm: make_arm(arm, size, batch, steps) for arm in ARMS}
     times: dict[str, list[float]] = {arm: [] for arm in ARMS}
-    for round_number in range(steps + 5):
+    for round_number in range(ROUNDS + 1):
         for arm, run in arms.items():
             began = time.perf_counter()
             run()
-            if round_number >= 5:
-                times[arm].append(time.perf_counter() - began)
+            if round_number:
+                times[arm].append((time.perf_counter() - began) / steps)
     return {arm: 1e3 * statistics.median(seconds) for arm, seconds in times.items()}
 
 
 def measure_peak(arm: str, size: int, batch: int, steps: int) -> float:
-    """Return the peak MiB of this process's steps of one arm, its weights included."""
+    """Return the peak MiB of this process's steps of one arm, its weights and data included."""
     tf.config.threading.set_inter_op_parallelism_threads(1)
-    run = make_arm(arm, size, batch)
-    for _ in range(3):
-        run()
+    run = make_arm(arm, size, batch, steps)
+    run()
     tf.config.experimental.reset_memory_stats("CPU:0")
-    for _ in range(steps):
-        run()
+    run()
     return tf.config.experimental.get_memory_info("CPU:0")["peak"] / 2**20
 
 

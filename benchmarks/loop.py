@@ -5,9 +5,7 @@
 Each row divides the time of a step under tapeloop by that of another loop over the same data, with the same
 optimizer, loss and metrics. The arms of a row take turns in one process, after a warm-up; the figure is the median of
 the ratios of the rounds. The time to the first step is that of a process each, from a built model on.
-
-A loop by hand is what one would write with TensorFlow alone: a `tf.function` that loops over batches in the graph, a
-tape that watches what trains, and weights that stay where the loss or a gradient is not finite.
+See `benchmarks/arms.py` for what a loop by hand is.
 """
 
 from __future__ import annotations
@@ -22,7 +20,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -31,9 +28,8 @@ import numpy as np
 import tensorflow as tf
 
 import tapeloop as tl
-
-layers = keras.layers
-Arm = Callable[[], object]
+from benchmarks.arms import Arm, by_hand, forward, keras_fit, tapeloop
+from benchmarks.workloads import classifier, encoder, images, mlp
 
 
 @dataclass(frozen=True)
@@ -44,115 +40,6 @@ class Row:
     arm: str
     base: str
     most: float
-
-
-def cross_entropy() -> keras.losses.Loss:
-    """Return the loss of all classifiers here."""
-    return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-
-
-def mlp() -> keras.Model:
-    """Build three dense layers."""
-    dense = [layers.Dense(128, activation="relu") for _ in range(2)]
-    return keras.Sequential([keras.Input((64,)), *dense, layers.Dense(10)])
-
-
-def classifier(application: str) -> keras.Model:
-    """Nest an architecture with random weights under a ten-class head."""
-    backbone = getattr(keras.applications, application)(
-        input_shape=(96, 96, 3), include_top=False, weights=None, pooling="avg"
-    )
-    backbone.name = "backbone"
-    inputs = keras.Input((96, 96, 3))
-    return keras.Model(inputs, layers.Dense(10, name="head")(backbone(inputs)))
-
-
-def encoder(length: int = 64, width: int = 256, depth: int = 6) -> keras.Model:
-    """Build a transformer encoder with an adapter in each block."""
-    inputs = keras.Input((length,), dtype="int32")
-    x = layers.Embedding(1000, width, name="embedding")(inputs)
-    for block in range(depth):
-        attended = layers.MultiHeadAttention(4, width // 4, name=f"attention_{block}")(x, x)
-        x = layers.LayerNormalization(name=f"norm_{block}a")(x + attended)
-        hidden = layers.Dense(4 * width, activation="gelu", name=f"up_{block}")(x)
-        x = layers.LayerNormalization(name=f"norm_{block}b")(x + layers.Dense(width, name=f"down_{block}")(hidden))
-        adapted = layers.Dense(16, activation="gelu", name=f"adapter_{block}a")(x)
-        x = x + layers.Dense(width, name=f"adapter_{block}b")(adapted)
-    return keras.Model(inputs, layers.Dense(10, name="head")(layers.GlobalAveragePooling1D()(x)))
-
-
-def images(count: int) -> tuple[tf.Tensor, tf.Tensor]:
-    """Draw images and labels, as tensors: to make them of NumPy arrays costs each fit a copy, which is no step's."""
-    generator = np.random.default_rng(0)
-    return tf.constant(generator.normal(size=(count, 96, 96, 3)), tf.float32), tf.constant(
-        generator.integers(0, 10, count)
-    )
-
-
-def by_hand(
-    model: keras.Model, trained: list[keras.Variable], data: Any, batch: int, metrics: int = 1, training: bool = True
-) -> Arm:
-    """Return a loop over one epoch of arrays, or of a dataset of batches, written with TensorFlow alone."""
-    optimizer, loss_of = keras.optimizers.Adam(1e-4), cross_entropy()
-    optimizer.build(trained)
-    sources = [variable.value for variable in trained]
-    means = [keras.metrics.Mean()] + [keras.metrics.SparseCategoricalAccuracy() for _ in range(metrics)]
-
-    def step(x: tf.Tensor, y: tf.Tensor) -> None:
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(sources)
-            logits = model(x, training=training)
-            loss = loss_of(y, logits)
-        gradients = tape.gradient(loss, sources)
-        finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(value)) for value in [loss, *gradients]])
-        tf.cond(finite, lambda: [optimizer.apply(gradients, trained), True][1], lambda: False)
-        means[0].update_state(loss, tf.shape(x)[0])
-        for metric in means[1:]:
-            metric.update_state(y, logits)
-
-    return looped(step, data, batch)
-
-
-def forward(model: keras.Model, data: Any, batch: int) -> Arm:
-    """Return a loop of forward passes alone over one epoch of arrays."""
-    seen = tf.Variable(0.0)
-    return looped(lambda x, y: seen.assign(tf.reduce_sum(model(x, training=False))), data, batch)
-
-
-def looped(step: Callable[[tf.Tensor, tf.Tensor], Any], data: Any, batch: int) -> Arm:
-    """Return one epoch of a step, looped over in the graph: over a dataset, or gathered from arrays in random order."""
-    if isinstance(data, tf.data.Dataset):
-        steps = tf.constant(int(data.cardinality()))
-
-        @tf.function
-        def over_dataset(iterator: Any, steps: tf.Tensor) -> None:
-            for _ in tf.range(steps):
-                step(*next(iterator))
-
-        return lambda: over_dataset(iter(data), steps)
-    x, y = map(tf.constant, data)
-
-    @tf.function
-    def over_arrays(order: tf.Tensor) -> None:
-        for number in tf.range(len(x) // batch):
-            chosen = tf.ensure_shape(order[number * batch : (number + 1) * batch], [batch])
-            step(tf.gather(x, chosen), tf.gather(y, chosen))
-
-    return lambda: over_arrays(tf.random.shuffle(tf.range(len(x))))
-
-
-def tapeloop(model: keras.Model, policy: tl.VariablePolicy, data: Any, batch: int, **options: Any) -> Arm:
-    """Return one epoch of a trainer, with a progress bar, and with what comes by default."""
-    progress = options.pop("progress", "bar")
-    options.setdefault("metrics", ["accuracy"])
-    trainer = tl.Trainer(model, policy, loss=cross_entropy(), optimizer=keras.optimizers.Adam(1e-4), **options)
-    return lambda: trainer.fit(data, batch_size=batch, progress=progress)
-
-
-def keras_fit(model: keras.Model, data: Any, batch: int, **options: Any) -> Arm:
-    """Return one epoch of Keras' `fit` as it comes."""
-    model.compile(keras.optimizers.Adam(1e-4), cross_entropy(), metrics=["accuracy"], **options)
-    return lambda: model.fit(*data, batch_size=batch)
 
 
 def compare(arms: dict[str, Arm], rows: list[Row], rounds: int, steps: int) -> None:

@@ -21,10 +21,10 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ["TF_CPU_ALLOCATOR_USE_BFC"] = "1"  # or the CPU's allocator keeps no statistics
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 import tapeloop as tl
+from benchmarks.workloads import cross_entropy, images
 
 layers = keras.layers
 BLOCKS = ((64, 3), (128, 4), (256, 6), (512, 3))  # filters and count, stage by stage (He et al., 2015, table 1)
@@ -59,21 +59,17 @@ def make_model(size: int) -> keras.Model:
 def measure(arm: str, size: int, batch: int, steps: int, threads: int) -> dict[str, float]:
     """Return the MiB that persist, the peak MiB above them, and the median seconds of a step of one arm."""
     tf.config.threading.set_inter_op_parallelism_threads(threads)
-    generator = np.random.default_rng(0)
-    x = tf.constant(generator.normal(size=(batch, size, size, 3)), tf.float32)
-    y = tf.constant(generator.integers(0, 10, batch))
-    model = make_model(size)
+    data, model = images(batch, size), make_model(size)
     options = {"remat": "block*"} if arm == "remat" else {"microbatches": int(arm)}
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    trainer = tl.Trainer(model, loss=loss, optimizer="adam", **options)
-    trainer.fit([(x, y)], progress="none")
-    slots = sum(trainer._updates.optimizers.state_bytes(variable) for variable in trainer.selection.trained)
+    trainer = tl.Trainer(model, loss=cross_entropy(), optimizer="adam", **options)
+    trainer.fit(data, batch_size=batch, progress="none")
+    slots = 2 * 4 * sum(variable.parameters for variable in trainer.selection.trained)  # Adam's moments, in float32
     persistent = slots + sum(variable.value.numpy().nbytes for variable in model.variables)
     tf.config.experimental.reset_memory_stats("CPU:0")
     seconds = []
     for _ in range(steps):
         began = time.perf_counter()
-        trainer.fit([(x, y)], progress="none")
+        trainer.fit(data, batch_size=batch, progress="none")
         seconds.append(time.perf_counter() - began)
     peak = tf.config.experimental.get_memory_info("CPU:0")["peak"]
     mib = 2**20
