@@ -69,9 +69,11 @@ class Gathered:
 
     def feeds(self) -> Iterator[Feed]:
         """Give the batches of one epoch."""
-        alike = self._examples % self._batch_size == 0
-        batch_size = self._batch_size if alike else tf.constant(self._batch_size, tf.int64)
-        order = tf.constant(self._orders.next(self._examples), tf.int64)
+        order, batch_size = tf.constant(self._orders.next(self._examples), tf.int64), None
+        if self._examples % self._batch_size:
+            batch_size = tf.constant(self._batch_size, tf.int64)
+        else:
+            order = tf.reshape(order, [-1, self._batch_size])
         source = Arrays(self._tensors, order, batch_size, self._device, self._class_weights)
         yield Feed(source, math.ceil(self._examples / self._batch_size))
 

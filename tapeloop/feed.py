@@ -54,15 +54,16 @@ class Arrays(NamedTuple):
 
     Attributes:
         tensors: A structure of tensors with the examples first; None where something is missing.
-        order: The examples' numbers, in the order in which they come.
-        batch_size: Examples in a batch: a number where all have as many, or a tensor where the last has fewer.
+        order: The examples' numbers, in the order in which they come: a row for each batch where all have as many, or
+            one after the other.
+        batch_size: Examples in a batch, where the last has fewer; None where all have as many.
         device: Where they lie, if that is not where the steps run.
         class_weights: Weights of examples by class, if there are any.
     """
 
     tensors: Any
     order: tf.Tensor
-    batch_size: Any
+    batch_size: tf.Tensor | None
     device: str | None
     class_weights: ClassWeights | None
 
@@ -74,10 +75,10 @@ class Arrays(NamedTuple):
     def batch(self, number: tf.Tensor) -> Any:
         """Return the batch of this number, counted from 0."""
         with tf.device(self.device):
-            size = tf.cast(self.batch_size, tf.int64)
-            chosen = self.order[number * size : (number + 1) * size]
-            if isinstance(self.batch_size, int):
-                chosen = tf.ensure_shape(chosen, [self.batch_size])
+            if self.batch_size is None:
+                chosen = tf.gather(self.order, number)
+            else:
+                chosen = self.order[number * self.batch_size : (number + 1) * self.batch_size]
             batch = tf.nest.map_structure(
                 lambda array: None if array is None else tf.gather(array, chosen), self.tensors
             )

@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from tapeloop import _compat
 from tapeloop.errors import PolicyError
+from tapeloop.modes import shadowed
 from tapeloop.rates import Rate
 from tapeloop.selection import Selection
 from tapeloop.tree import VariableInfo, raw
@@ -156,7 +157,10 @@ class Optimizers:
                 if selection.group_of[variable] == cohort.group and id(variable.variable) in cohort.slots
             ]
             if mine:
-                cohort.optimizer.apply(*zip(*mine))
+                count = raw(cohort.optimizer.iterations)
+                now = count.read_value()
+                with shadowed(count, "value", lambda now=now: now):
+                    cohort.optimizer.apply(*zip(*mine))
 
     def state(self, variables: Iterable[VariableInfo]) -> list[tf.Variable]:
         """Return what the optimizers of these variables keep, step counts included."""

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import re
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -117,13 +118,13 @@ class Step:
         self._begun.assign(before.start())
         failure: BaseException | None = None
         try:
-            if self._is_on_trial or not self.is_driven:
-                self.trace(feed)
-            if self.is_driven:
+            if not self.is_driven:
+                self._loop_over(feed)(feed.source, start, self._begun.read_value(), limit)
+            else:
+                if self._is_on_trial:
+                    self.trace(feed)
                 self._loop(self, feed.source, start, self._begun.read_value(), limit)
                 self._is_on_trial = False
-            else:
-                self._looped(feed.source, start, self._begun.read_value(), limit)
         except BaseException as error:
             failure = error
         tally = Tally.of(self._begun)
@@ -159,8 +160,7 @@ class Step:
         if self.is_driven and not self._is_on_trial:
             self._check(self._function, feed.spec())
         else:
-            signature = feed.source.signature()
-            self._check(self._looped, signature, tf.constant(0, tf.int64), self._begun.read_value(), limits(1, 0))
+            self._loop_over(feed)
 
     def compile(self) -> None:
         """Forget all traces."""
@@ -171,11 +171,20 @@ class Step:
         step = self._function if autograph or uses_xla else self._run
         self._looped = tf.function(functools.partial(self._loop, step), autograph=False)
         self._is_on_trial = uses_xla and self._compilation.jit_compile == "auto"
+        self._latest: tuple[weakref.ref[Feed], Any] | None = None
 
     @property
     def is_driven(self) -> bool:
         """Whether the host runs step by step: because it is to, or because it must see how the first one ends."""
         return self._compilation.run_eagerly or self._is_on_trial
+
+    def _loop_over(self, feed: Feed) -> Any:
+        """Return the loop that is traced for batches of a feed; to look it up costs about as much as to call it."""
+        if self._latest is None or self._latest[0]() is not feed:
+            start, limit = tf.constant(0, tf.int64), limits(1, 0)
+            looped = self._check(self._looped, feed.source.signature(), start, self._begun.read_value(), limit)
+            self._latest = weakref.ref(feed), looped
+        return self._latest[1]
 
     def _loop(self, step: Callable[[Any], Any], source: Arrays | Stream, start: Any, counts: Any, limit: Any) -> None:
         """Run steps until the counts pass the limit. They are noted before each, for the case that it fails."""
@@ -189,7 +198,7 @@ class Step:
                 noted, number = self._begun.assign(counts), start + counts[0]
             with tf.control_dependencies([noted]), tf.name_scope(DRAWING):
                 batch = source.batch(number)
-            with after(batch):
+            with after(batch) if isinstance(source, Stream) else contextlib.nullcontext():
                 ended = step(batch)
             with tf.device("CPU:0"):
                 return (counted(counts, ended),)
@@ -211,12 +220,13 @@ class Step:
             _warn_untracked(function.get_concrete_function(*args), self.selection, self._own())
         return result
 
-    def _check(self, function: Any, *args: Any) -> None:
-        """Trace a function, if that has not been done, and look what it reads."""
+    def _check(self, function: Any, *args: Any) -> Any:
+        """Return a function's trace, made if there is none, after a look at what it reads."""
         traced = self.trace_count
         concrete = function.get_concrete_function(*args)
         if self.trace_count > traced:
             _warn_untracked(concrete, self.selection, self._own())
+        return concrete
 
 
 def _warn_untracked(traced: Any, selection: Selection, own: list[tf.Variable]) -> None:

@@ -192,6 +192,7 @@ class Transaction:
         total = running.total()
         finite = is_finite(total)
         self._means.update(logs, examples_of(batch), finite)
+        self.guard.keep(total)
         return [total, finite]
 
     def _settle(self, seen: list[tf.Tensor], undo: Callable[[], None]) -> Ended | None:
@@ -204,7 +205,6 @@ class Transaction:
             return tf.constant(True)
 
         total, finite = seen
-        self.guard.keep(total)
         if self._undoable:
             tf.cond(finite, lambda: tf.constant(False), undone)
         scale = self._updates.loss_scale
