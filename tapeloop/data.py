@@ -112,7 +112,7 @@ class Batches:
                     feed.end()
                     break
                 except tf.errors.OpError as error:
-                    raise feed.cause or error from None
+                    raise feed.cause_of(error) or error from None
                 feed.drawn(1)
                 yield batch
 

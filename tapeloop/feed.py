@@ -156,10 +156,9 @@ class Feed:
         """The number of the next batch among those of the data, counted from 0."""
         return self._first + self.position
 
-    @property
-    def cause(self) -> BaseException | None:
-        """The exception that the user's own code ended the data with, if it did."""
-        return self._cause()
+    def cause_of(self, failure: BaseException) -> BaseException | None:
+        """Return the exception of the user's own code that a failure to draw is due to, if it is that."""
+        return self._cause() if _came_up_drawing(failure) else None
 
     def allow(self, most: int | None) -> None:
         """Let so many batches be drawn, if there are as many; None: all."""
@@ -175,7 +174,7 @@ class Feed:
 
     def has_ended(self, report: Exception) -> bool:
         """Tell whether the source has come to its end, which the report of an end says, or a step of its own."""
-        if self._size is not None or (DRAWING not in str(report) and "[Op:IteratorGetNext]" not in str(report)):
+        if self._size is not None or not _came_up_drawing(report):
             return False
         try:
             self.source.batch(tf.constant(self.position, tf.int64))
@@ -191,6 +190,11 @@ class Feed:
         """Return the signature of its batches."""
         get = tf.function(lambda source: self.source.__class__.batch(source, tf.constant(0, tf.int64)), autograph=False)
         return spec_of(get.get_concrete_function(self.source).structured_outputs)
+
+
+def _came_up_drawing(failure: BaseException) -> bool:
+    """Tell whether a failure is one of drawing a batch, in a compiled loop or in a step of its own."""
+    return DRAWING in str(failure) or "[Op:IteratorGetNext]" in str(failure)
 
 
 def on_device(data: tf.data.Dataset) -> tf.data.Dataset:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
@@ -21,6 +22,8 @@ import tensorflow as tf
 from tapeloop import _compat
 from tapeloop.selection import Selection
 from tapeloop.tree import VariableInfo
+
+_inlining = threading.RLock()
 
 
 @contextlib.contextmanager
@@ -56,6 +59,21 @@ def noting_assignments(variables: Sequence[tf.Variable], note: Callable[[tf.Vari
 
 
 @contextlib.contextmanager
+def read_once(variable: tf.Variable) -> Iterator[None]:
+    """Have whatever reads the variable inside this context share one read, until somebody assigns to it.
+
+    What is computed of it several times in a graph can then be computed once.
+    """
+    shared, read = [variable.read_value()], variable.value
+
+    def value() -> tf.Tensor:
+        return shared[0] if shared else read()
+
+    with noting_assignments([variable], lambda _: shared.clear()), shadowed(variable, "value", value):
+        yield
+
+
+@contextlib.contextmanager
 def shadowed(target: Any, name: str, shadow: Callable[..., Any]) -> Iterator[None]:
     """Let `target` find `shadow` under `name`, without the bookkeeping that Keras does when an attribute is set."""
     own = vars(target).get(name)  # a method that the user has replaced on this very object
@@ -70,14 +88,16 @@ def shadowed(target: Any, name: str, shadow: Callable[..., Any]) -> Iterator[Non
 def inlined_functions() -> Iterator[None]:
     """Trace what the user has decorated with `tf.function` as part of the step, not from a trace it may have kept.
 
-    A kept trace knows nothing of this step's mode, and one made now would keep it beyond the step.
+    A kept trace knows nothing of this step's mode, and one made now would keep it beyond the step. The setting is that
+    of the process, so threads take turns.
     """
-    before = tf.config.functions_run_eagerly()
-    tf.config.run_functions_eagerly(True)
-    try:
-        yield
-    finally:
-        tf.config.run_functions_eagerly(before)
+    with _inlining:
+        before = tf.config.functions_run_eagerly()
+        tf.config.run_functions_eagerly(True)
+        try:
+            yield
+        finally:
+            tf.config.run_functions_eagerly(before)
 
 
 @contextlib.contextmanager

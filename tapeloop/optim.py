@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -11,7 +12,7 @@ import tensorflow as tf
 
 from tapeloop import _compat
 from tapeloop.errors import PolicyError
-from tapeloop.modes import shadowed
+from tapeloop.modes import read_once
 from tapeloop.rates import Rate
 from tapeloop.selection import Selection
 from tapeloop.tree import VariableInfo, raw
@@ -157,9 +158,8 @@ class Optimizers:
                 if selection.group_of[variable] == cohort.group and id(variable.variable) in cohort.slots
             ]
             if mine:
-                count = raw(cohort.optimizer.iterations)
-                now = count.read_value()
-                with shadowed(count, "value", lambda now=now: now):
+                count = cohort.optimizer.iterations  # with gradients accumulated, no variable but computed of one
+                with read_once(raw(count)) if isinstance(count, keras.Variable) else contextlib.nullcontext():
                     cohort.optimizer.apply(*zip(*mine))
 
     def state(self, variables: Iterable[VariableInfo]) -> list[tf.Variable]:

@@ -131,7 +131,7 @@ class Step:
         feed.drawn(tally.batches)
         if isinstance(failure, tf.errors.OutOfRangeError) and feed.has_ended(failure):
             failure = None
-        return tally, (failure and feed.cause) or failure
+        return tally, failure and (feed.cause_of(failure) or failure)
 
     def __call__(self, batch: Any) -> Any:
         """Run the body on a batch."""

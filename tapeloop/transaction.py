@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tapeloop.batch import examples_of, spec_of
+from tapeloop.batch import after, examples_of, spec_of
 from tapeloop.guard import Snapshot, is_finite
 from tapeloop.microbatch import averaged, check_alike, checked, piece_spec, plan, zeros_of
 from tapeloop.modes import noting_assignments, still
@@ -112,7 +112,8 @@ class Transaction:
         kept = self._begin(running)
         if count == 1:
             seen = functions[cuts[0].size](batch)["seen"]
-        else:
+            return self._settle(seen, kept.restore)
+        with after(batch):  # or what depends on nothing in it would run before it is found that it cannot be cut
             outputs = functions[cuts[0].size].structured_outputs
             zeros = tf.nest.map_structure(lambda output: zeros_of(output.shape, output.dtype), outputs)
             result = averaged(lambda part, pieces: functions[pieces.size](part), batch, examples, cuts, zeros)

@@ -118,3 +118,55 @@ def test_weight_decay_touches_nothing_frozen(tree):
     before = {variable.path: variable.tensor.numpy().tobytes() for variable in selection.frozen}
     optimizers.apply(selection, ones(selection))
     assert {variable.path: variable.tensor.numpy().tobytes() for variable in selection.frozen} == before
+
+
+class Lookahead(keras.optimizers.SGD):
+    """Reads its step count after the update has moved it."""
+
+    def apply(self, grads, trainable_variables=None):
+        super().apply(grads, trainable_variables)
+        for variable in trainable_variables:
+            variable.assign(keras.ops.where(self.iterations % 3 == 0, variable * 0.5, variable))
+
+
+class Twice(keras.optimizers.Adam):
+    """Makes two updates in one."""
+
+    def apply(self, grads, trainable_variables=None):
+        super().apply(grads, trainable_variables)
+        super().apply(grads, trainable_variables)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [Lookahead(0.1), Twice(0.01), keras.optimizers.Adam(0.01, gradient_accumulation_steps=2)],
+    ids=["counts after", "twice", "accumulates"],
+)
+@pytest.mark.parametrize("eagerly", [False, True])
+def test_the_step_count_is_read_anew_once_it_has_moved(optimizer, eagerly):
+    x, y = np.random.default_rng(0).normal(size=(40, 3)).astype("float32"), np.ones((40, 1), "float32")
+    models = []
+    for _ in range(2):
+        keras.utils.set_random_seed(0)
+        models.append(keras.Sequential([keras.Input((3,)), keras.layers.Dense(4), keras.layers.Dense(1)]))
+    tl.Trainer(models[0], loss="mse", optimizer=optimizer, run_eagerly=eagerly).fit((x, y), batch_size=4, shuffle=False)
+    models[1].compile(type(optimizer).from_config(optimizer.get_config()), "mse", run_eagerly=eagerly)
+    models[1].fit(x, y, batch_size=4, shuffle=False, verbose=0)
+    for ours, theirs in zip(models[0].get_weights(), models[1].get_weights()):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)
+
+
+def test_the_step_count_is_read_once_an_update():
+    """What Adam computes of it, two powers, stands in the graph once and not for each of four variables."""
+    reads = []
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(4), keras.layers.Dense(1)])
+
+    class Noting(keras.optimizers.Adam):
+        def update_step(self, gradient, variable, learning_rate):
+            reads.append(self.iterations.value.value().ref())
+            super().update_step(gradient, variable, learning_rate)
+
+    tl.Trainer(model, loss="mse", optimizer=Noting()).fit((np.ones((4, 3)), np.ones((4, 1))))
+    assert len(reads) == 4
+    assert len(set(reads)) == 1

@@ -1,5 +1,7 @@
 """How steps are run: compiled by XLA where it can, op by op on demand."""
 
+import threading
+
 import keras
 import numpy as np
 import pytest
@@ -122,3 +124,17 @@ def test_options_may_be_numpys():
 def test_wrong_options(options, text):
     with pytest.raises(ValueError, match=text):
         trainer_of(**options)
+
+
+def test_trainers_in_threads_leave_the_setting_of_the_process_as_it_was():
+    def train(seed):
+        model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(4), keras.layers.Dense(1)])
+        tl.Trainer(model, loss="mse", seed=seed).fit((np.ones((8, 3)), np.ones((8, 1))), progress="none")
+
+    for _ in range(3):
+        threads = [threading.Thread(target=train, args=(seed,)) for seed in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not tf.config.functions_run_eagerly()

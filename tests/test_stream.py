@@ -226,3 +226,21 @@ def test_an_error_in_a_worker_is_the_users():
     with pytest.raises(Broken) as raised:
         trainer_on(from_pydataset(3, error, workers=2))
     assert raised.value is error
+
+
+def test_a_step_that_fails_is_reported_though_the_data_fails_further_on():
+    class Picky(keras.layers.Layer):
+        def call(self, inputs):
+            tf.debugging.assert_less(tf.reduce_max(inputs), 3.0, message="too large for the layer")
+            return inputs
+
+    def batches():
+        for number in range(4):
+            yield np.full((2, 3), number, "float32"), np.zeros((2, 1), "float32")
+        raise KeyError("further on")
+
+    model = keras.Sequential([keras.Input((3,)), Picky(), keras.layers.Dense(1)])
+    trainer = tl.Trainer(model, loss="mse", optimizer="sgd")
+    with pytest.raises(tf.errors.InvalidArgumentError, match="too large for the layer"):
+        trainer.fit(batches())
+    assert trainer.step == 3
