@@ -21,8 +21,7 @@ lint: $(READY)
 	$(BIN)/mypy tapeloop
 
 bench: $(READY)
-	$(BIN)/python -m benchmarks.frozen_backbone
-	$(BIN)/python -m benchmarks.loop
+	$(BIN)/python -m benchmarks run --suite quick
 
 clean:
 	rm -rf .venv .pytest_cache .hypothesis .ruff_cache .mypy_cache

@@ -9,11 +9,12 @@ python -m benchmarks run --model mypackage:make_model --policy 'Freeze("backbone
 from __future__ import annotations
 
 import argparse
+import importlib
 import pathlib
 import shlex
 import sys
 
-from benchmarks import cases, runner
+from benchmarks import cases, runner, tables
 from benchmarks.compare import compare
 from benchmarks.results import Results
 
@@ -48,32 +49,41 @@ def run(options: argparse.Namespace, command: str) -> None:
     """Measure what was asked, then report.
 
     Raises:
-        ValueError: There is no such workload or arm, no GPU for a suite that needs one, or the results are another's.
+        ValueError: There is no such workload or arm, no GPU for a suite that needs one, nothing could be measured, or
+            the results are another's.
     """
-    groups = cases.suite(options.suite)
+    out = options.out or HERE / f"{'own' if options.model else options.suite}.json"
+    if out.suffix != ".json":
+        raise ValueError(f"`--out` must be a file that ends in .json. Received: {str(out)!r}.")
+    if options.batch < 1 or options.steps < 2:
+        raise ValueError(
+            f"`--batch` must be 1 or more and `--steps` 2 or more. Received: {options.batch}, {options.steps}."
+        )
+    importlib.import_module("benchmarks.plots")  # which needs Matplotlib, better missed now than in the end
     if options.model:
         name = options.model.replace(":", ".")
         group = cases.Group(name, options.policy, options.batch, steps=options.steps, model=options.model)
         chosen = cases.cases([(group, cases.OWN_MODEL_ARMS)], options.arms, None)
     else:
-        chosen = cases.cases(groups, options.arms, options.workloads)
+        chosen = cases.cases(cases.suite(options.suite), options.arms, options.workloads)
         if options.suite == "gpu" and not runner.has_gpu():
             raise ValueError(
                 "The suite `gpu` needs a GPU that TensorFlow sees, and `tf.config.list_physical_devices('GPU')` is "
                 "empty. `TF_CPP_MIN_LOG_LEVEL=0` says why; the suite `cpu` needs none."
             )
-    out = options.out or HERE / f"{'own' if options.model else options.suite}.json"
     results = Results.resume(out, command)
+    results.write()
     runner.run(chosen, results, options.policy)
     results.complete = True
     results.write()
     write_report(results, out.with_suffix(""))
+    if not any("step_ms" in row for row in results.rows):
+        raise ValueError(f"Nothing could be measured: {results.rows[0]['error']}")
 
 
 def write_report(results: Results, folder: pathlib.Path) -> None:
     """Write the report and its pictures, and print the table of floors."""
-    from benchmarks import plots, tables  # here, since they need Matplotlib, which a run alone does not
-
+    plots = importlib.import_module("benchmarks.plots")
     text = tables.report(results, plots.draw(results, folder))
     (folder / "report.md").write_text(text)
     print("\n".join(tables.floors(tables.by_group(results.rows))))
@@ -94,7 +104,7 @@ def main(arguments: list[str]) -> int:
                 "\n".join([*said, *(f"WORSE: {line}" for line in regressions)] or ["Nothing changed beyond the noise."])
             )
             return int(bool(regressions))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(error, file=sys.stderr)
         return 2
     return 0

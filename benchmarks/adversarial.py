@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import keras
@@ -76,7 +77,10 @@ def by_hand(
                 loss = loss_of(networks, real)
             found = tape.gradient(loss, [variable.value for variable in taken])
             gradients = {id(variable): gradient for variable, gradient in zip(taken, found)}
-            optimizers[name].apply([gradients.pop(id(variable)) for variable in trained[name]], trained[name])
+            mine = [gradients.pop(id(variable)) for variable in trained[name]]
+            finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(value)) for value in [loss, *mine]])
+            update = functools.partial(optimizers[name].apply, mine, trained[name])
+            tf.cond(finite, lambda update=update: [update(), True][1], lambda: False)
             for gradient in gradients.values():  # kept, or the graph would not compute it
                 unused.assign(tf.reduce_sum(gradient))
             total += loss

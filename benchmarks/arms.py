@@ -130,16 +130,25 @@ def forward(
         return tf.add_n([tf.reduce_sum(tf.cast(output, tf.float32)) for output in outputs])
 
     compiled = tf.function(compute, jit_compile=True, autograph=False) if jit_compile else compute
-    return looped(lambda x, y: seen.assign(compiled(x)), data, batch, None, shuffle)
+    return looped(lambda x, y: seen.assign(compiled(x)), data, batch, seen, shuffle)
 
 
-def looped(step: Callable[..., Any], data: Any, batch: int, mean: Any = None, shuffle: bool = True) -> Arm:
-    """Return one epoch of a step, looped over in the graph: over a dataset, or gathered from arrays."""
+def looped(step: Callable[..., Any], data: Any, batch: int, seen: Any, shuffle: bool = True) -> Arm:
+    """Return one epoch of a step, looped over in the graph: over a dataset, or gathered from arrays.
+
+    Args:
+        step: Takes a batch.
+        data: Arrays, or a dataset of batches.
+        batch: Examples in a batch of arrays.
+        seen: What the step leaves behind, a mean or a variable: it is read at the end, for which a device must be done.
+        shuffle: Whether arrays come in random order.
+    """
 
     def finished() -> float:
-        value = 0.0 if mean is None else float(mean.result())
-        if mean is not None:
-            mean.reset_state()
+        if isinstance(seen, tf.Variable):
+            return 0.0 * float(seen)
+        value = float(seen.result())
+        seen.reset_state()
         return value
 
     if isinstance(data, tf.data.Dataset):

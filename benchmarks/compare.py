@@ -7,11 +7,15 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks.cases import Group
 from benchmarks.results import Results, differences, group_of
 
 LEAST_TIME = 0.04  # by which a step must be slower, as a share, to be called so
+LEAST_ROUNDS = 3
 SIGMAS = 3  # standard errors that a difference must exceed
-LEAST_BYTES = 1024  # by which a peak, or what persists, must be larger
+# By which memory must be larger, in bytes: processes of the same program differ by some KiB in what persists.
+LEAST_BYTES = {"growth": 4096, "persistent": 24576, "peak": 24576}
+LEAST_PEAK = 0.1  # and as a share: the order in which ops happen to run moves the peak of a large graph by a twentieth
 REFERENCES = ("forward", "selective", "full")  # the arm to whose times those of the others are taken
 
 
@@ -19,7 +23,7 @@ def compare(one: Results, other: Results) -> tuple[list[str], list[str]]:
     """Compare a run with one before it.
 
     Times are taken relative to those of the same round of a reference arm in the same run, since machines drift; the
-    noise is that of these ratios. Memory is compared in bytes: ops run one after the other where it is measured.
+    noise is that of these ratios. Memory is compared in bytes.
 
     Args:
         one: The run before.
@@ -53,10 +57,8 @@ def _by_case(results: Results) -> dict[Any, dict[str, Any]]:
 
 
 def _name(case: Any) -> str:
-    (workload, selection, batch, size, width, dtype, xla, *_), arm = case
-    return (
-        f"{workload}/{selection} b{batch} {size or ''} {dtype}{' xla' * xla}{f' width {width:g}' * (width != 1)} {arm}"
-    )
+    key, arm = case
+    return f"{Group(*key)}, {arm}"
 
 
 def _changes(case: Any, before: dict[Any, Any], after: dict[Any, Any]) -> tuple[list[str], list[str]]:
@@ -70,7 +72,7 @@ def _changes(case: Any, before: dict[Any, Any], after: dict[Any, Any]) -> tuple[
     for what in ("peak", "persistent", "growth"):
         if old.get(what) is None or new.get(what) is None:
             continue
-        least = LEAST_BYTES if what != "growth" else LEAST_BYTES / 8
+        least = max(LEAST_BYTES[what], LEAST_PEAK * old[what] * (what == "peak"))
         change = new[what] - old[what]
         text = f"{what} {old[what]:,.0f} to {new[what]:,.0f} bytes{' a step' * (what == 'growth')}"
         if change > least:
@@ -84,13 +86,17 @@ def _times(case: Any, before: dict[Any, Any], after: dict[Any, Any]) -> tuple[li
     """Compare the times of a step, relative to the first reference arm that both runs have."""
     group, arm = case
     for reference in REFERENCES:
-        others = [rows.get((group, reference), {}).get("rounds_ms") for rows in (before, after)]
+        bases = [rows.get((group, reference), {"invalid": ""}) for rows in (before, after)]
+        others = [base.get("rounds_ms") if "invalid" not in base else None for base in bases]
         if reference != arm and all(others):
             old, new = (_ratios(rows[case]["rounds_ms"], base) for rows, base in zip((before, after), others))
             unit = f" of `{reference}`"
             break
     else:
         old, new, unit = before[case]["rounds_ms"], after[case]["rounds_ms"], " ms"
+    if min(len(old), len(new)) < LEAST_ROUNDS:
+        differs = abs(statistics.median(new) / statistics.median(old) - 1) > LEAST_TIME
+        return [], ["too few rounds to tell a step's time"] * differs
     middle_old, middle_new = statistics.median(old), statistics.median(new)
     change = middle_new / middle_old - 1
     noise = SIGMAS * math.hypot(_error(old) / middle_old, _error(new) / middle_new)
@@ -106,7 +112,5 @@ def _ratios(times: Sequence[float], base: Sequence[float]) -> list[float]:
 
 def _error(values: Sequence[float]) -> float:
     """Return the standard error of a median, from the quartiles: 1.25 deviations by the root of the count."""
-    if len(values) < 2:
-        return math.inf
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
     return 1.2533 * (high - low) / 1.349 / math.sqrt(len(values))

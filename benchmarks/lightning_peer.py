@@ -17,6 +17,17 @@ from benchmarks.cases import Case
 NEVER = 10**9  # the epoch in which the backbone would be unfrozen
 
 
+class Frozen(BackboneFinetuning):
+    """Freezes the backbone for good, its batch normalization too, which `BackboneFinetuning` leaves to train."""
+
+    def __init__(self) -> None:
+        super().__init__(unfreeze_backbone_at_epoch=NEVER)
+
+    def freeze_before_training(self, pl_module: lightning.LightningModule) -> None:
+        """Freeze what Lightning freezes, and its batch normalization."""
+        self.freeze(pl_module.backbone, train_bn=False)
+
+
 class Classifier(lightning.LightningModule):
     """A backbone and a head."""
 
@@ -45,12 +56,11 @@ def make_arm(
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
     module, batch = Classifier(backbone, head), case.group.batch
-    frozen = [BackboneFinetuning(unfreeze_backbone_at_epoch=NEVER)] if case.group.selection == "head" else []
 
     def run(steps: int) -> float:
         trainer = lightning.Trainer(
             max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-            enable_model_summary=False, callbacks=frozen, num_sanity_val_steps=0,
+            enable_model_summary=False, callbacks=[Frozen()], devices=1, num_sanity_val_steps=0,
             precision="bf16-mixed" if case.group.dtype == "bfloat16" else "32-true",
         )  # fmt: skip
         module.total, module.steps = torch.zeros(()), 0

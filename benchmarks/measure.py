@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -40,20 +41,24 @@ class Measured:
         loss = self._arm(steps)
         return {"seconds": self._clock() - began, "loss": loss}
 
-    def memory(self, rounds: int = 3) -> dict[str, int | float | None]:
+    def memory(self, rounds: int = 5) -> dict[str, int | float | None]:
         """Return the bytes that persist between rounds, the peak, and by how much a step makes them grow.
 
-        The first two rounds are warm-up: they trace, and allocate what stays.
+        The first two rounds are warm-up: they trace, and allocate what stays. Garbage is collected before anything is
+        read.
         """
         for steps in (1, MEMORY_STEPS):
             self._arm(steps)
+        gc.collect()
         before = self._allocator.read()
         if before is None:
             return {"persistent": None, "peak": None, "growth": None}
         self._allocator.reset()
         for _ in range(rounds):
             self._arm(MEMORY_STEPS)
-        persistent, peak = self._allocator.read() or (0, 0)
+        _, peak = self._allocator.read() or (0, 0)
+        gc.collect()
+        persistent, _ = self._allocator.read() or (0, 0)
         growth = (persistent - before[0]) / (rounds * MEMORY_STEPS)
         return {"persistent": persistent, "peak": peak, "growth": growth}
 
@@ -65,7 +70,7 @@ def summary(seconds: Sequence[float], steps: int, batch: int, first: float) -> d
         seconds: How long each round took.
         steps: How many steps each had.
         batch: Examples in a step.
-        first: Seconds from a built model to the end of its first step.
+        first: Seconds of the first step, from a model and a trainer that are made to its end.
 
     Returns:
         `step_ms`, the median of a step, with its quartiles and the number of steps; `examples_per_s`; `first_step_s`,

@@ -101,6 +101,8 @@ def trained(backbone: nn.Module, selection: str) -> Iterable[nn.Parameter]:
 def make_arm(case: Case) -> Callable[[int], float]:
     """Build an arm, which goes through the data in its order and returns the mean loss."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_float32_matmul_precision("high")  # as TensorFlow has it: TF32 where there is
+    torch.backends.cudnn.benchmark = True
     backbone, head, x = make(case.group)
     y = torch.randint(0, 10, (len(x),))
     if case.arm == "lightning":
@@ -149,7 +151,7 @@ def serve(pipe: Connection, case: Case, policy: str, one_thread: bool) -> None:
     del policy, one_thread
     try:
         measured = Measured(make_arm(case), time.perf_counter, CudaAllocator())
-        pipe.send({"torch": torch.__version__})
+        pipe.send({"torch": f"{torch.__version__} on {'cuda' if torch.cuda.is_available() else 'cpu'}"})
         while True:
             command, steps = pipe.recv()
             pipe.send(measured.round(steps) if command == "round" else measured.memory())

@@ -48,6 +48,11 @@ class Results:
                 raise ValueError(f"`{path}` has the format {found['format']}, and this reads {FORMAT}. Measure anew.")
             results = cls(path, found["command"])
             results.machine, results.rows, results.complete = found["machine"], found["rows"], found["complete"]
+            if (
+                not all(row["arm"] and group_of(row) for row in results.rows)
+                or not machine().keys() <= results.machine.keys()
+            ):
+                raise KeyError("rows or machine")
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(
                 f"`{path}` is no file of results, or was cut short ({error}). Delete it, and run the command that made "
@@ -57,20 +62,19 @@ class Results:
 
     @classmethod
     def resume(cls, path: pathlib.Path, command: str) -> Results:
-        """Go on with the results in a file, if they did not come to their end, or begin.
+        """Go on with the results in a file, if they did not come to their end, or begin anew.
 
         Raises:
             ValueError: The file is of another command or machine, or is cut short.
         """
         if not path.exists():
             return cls(path, command)
-        results = cls.load(path)
-        if results.complete:
+        results, here = cls.load(path), machine()
+        if results.complete and results.command == command:
             return cls(path, command)
-        here = machine()
         if results.command != command or any(results.machine[name] != here[name] for name in here):
             raise ValueError(
-                f"`{path}` has part of another run: `{results.command}` on {results.machine['processor']}. "
+                f"`{path}` has results of another run: `{results.command}` on {results.machine['processor']}. "
                 f"This is `{command}` on {here['processor']}. Give another `--out`, or delete it."
             )
         return results
@@ -80,7 +84,17 @@ class Results:
         return any(group_of(row) == group for row in self.rows)
 
     def describe(self, found: dict[str, Any]) -> None:
-        """Take in what a process says of its versions and devices."""
+        """Take in what a process says of its versions and devices.
+
+        Raises:
+            ValueError: They are not those of the rows that are there.
+        """
+        for name, value in found.items():
+            if self.rows and self.machine.get(name, value) != value:
+                raise ValueError(
+                    f"`{self.path}` has rows of {name} {self.machine[name]}, and this is {value}. Give another "
+                    "`--out`, or delete it."
+                )
         self.machine |= found
 
     def add(self, rows: Sequence[dict[str, Any]]) -> None:

@@ -7,7 +7,6 @@ import importlib
 import importlib.util
 import multiprocessing
 import os
-import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -63,7 +62,8 @@ class Worker:
         """End it."""
         self._process.kill()
         self._process.join()
-        self._pipe.close()
+        if not self._pipe.closed:
+            self._pipe.close()
 
 
 def installed(
@@ -136,8 +136,10 @@ def measure(group: Group, some: Sequence[Case], policy: str, describe: Callable[
         worker.stop()
     workers = [Worker(case, policy, one_thread=False) for case in some if "error" not in memory[case.arm]]
     times: dict[str, list[dict[str, float]]] = {}
+    for worker in workers:  # all are there before the first is timed
+        _attempt(worker, times, worker.ask)
     for worker in workers:
-        _attempt(worker, times, lambda worker=worker: [worker.ask(), worker.ask("round", 1)][1])
+        _attempt(worker, times, lambda worker=worker: worker.ask("round", 1))
     for number in range(-1, group.rounds):
         turn = number % len(workers) if workers else 0
         for worker in (*workers[turn:], *workers[:turn]):
@@ -152,7 +154,7 @@ def measure(group: Group, some: Sequence[Case], policy: str, describe: Callable[
         if isinstance(found[-1].get("error"), str):
             row["error"] = found[-1]["error"]
             continue
-        first, _, *rest = found  # the second is warm-up
+        _, first, _, *rest = found  # it was ready, then its first step, then warm-up
         row |= summary([one["seconds"] for one in rest], group.steps, group.batch, first["seconds"])
         row["loss"] = rest[-1]["loss"]
     judge(group, rows)
@@ -168,25 +170,27 @@ def _attempt(worker: Worker, times: dict[str, list[Any]], ask: Callable[[], Any]
         noted.append(ask())
     except Failed as error:
         noted.append({"error": str(error)})
+        worker.stop()
 
 
 def judge(group: Group, rows: Sequence[dict[str, Any]]) -> None:
     """Compare the losses of the arms that compute the same, and note where they disagree.
 
-    The reference is the arm by hand in inference mode; where all trains, full backprop computes the same too, and so
-    does `subset`. Where less trains, `subset` runs the frozen part in training mode: it agrees where that has no modes.
+    The reference is the arm by hand in inference mode, or what there is of the others. Where all trains, full backprop
+    computes the same too, and so does `subset`; where less trains, `subset` runs the frozen part in training mode.
     """
     by_arm = {row["arm"]: row for row in rows if "loss" in row}
-    alike = ["selective", "tapeloop", "keras"]
-    if group.selection == "all":
+    alike = ["selective", "keras", "tapeloop"]
+    if group.selection in ("all", "TrainAll()"):
         alike += ["full", "subset"]
     losses = {arm: by_arm[arm]["loss"] for arm in alike if arm in by_arm}
     if not losses:
         return
-    reference = losses.get("selective", statistics.median(losses.values()))
+    reference = next(iter(losses))
     for arm, loss in losses.items():
-        if not abs(loss - reference) <= TOLERANCE[group.dtype] * max(abs(reference), 1e-3):
-            by_arm[arm]["invalid"] = f"its loss after the same steps is {loss:.5g}, that by hand {reference:.5g}"
+        if not abs(loss - losses[reference]) <= TOLERANCE[group.dtype] * max(abs(losses[reference]), 1e-3):
+            said = f"its loss after the same steps is {loss:.6g}, that of `{reference}` {losses[reference]:.6g}"
+            by_arm[arm]["invalid"] = said
 
 
 def _said(row: dict[str, Any]) -> str:

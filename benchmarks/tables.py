@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -49,8 +50,16 @@ def by_group(rows: Iterable[dict[str, Any]]) -> dict[Group, dict[str, dict[str, 
 def ratio(rows: dict[str, dict[str, Any]], arm: str, base: str, what: str = "step_ms") -> float | None:
     """Return what an arm takes, relative to another of its group; None where either has no such figure."""
     one, other = (rows.get(name, {}) for name in (arm, base))
-    usable = all(row.get(what) and "error" not in row and "invalid" not in row for row in (one, other))
-    return float(one[what] / other[what]) if usable else None
+    if not all(row.get(what) and is_valid(row) for row in (one, other)):
+        return None
+    if what == "step_ms":  # of the same round, so that drift has no part in it
+        return statistics.median(mine / theirs for mine, theirs in zip(one["rounds_ms"], other["rounds_ms"]))
+    return float(one[what] / other[what])
+
+
+def is_valid(row: dict[str, Any]) -> bool:
+    """Tell whether a row has figures that can be compared."""
+    return "step_ms" in row and "error" not in row and "invalid" not in row
 
 
 def floors(groups: dict[Group, dict[str, dict[str, Any]]]) -> list[str]:
@@ -60,7 +69,7 @@ def floors(groups: dict[Group, dict[str, dict[str, Any]]]) -> list[str]:
     table = []
     for group, rows in groups.items():
         mine = rows.get("tapeloop", {})
-        if "step_ms" in mine and len(rows) > 1:
+        if is_valid(mine) and len(rows) > 1:
             floor = rows.get("forward", {}).get("step_ms")
             peaks = [ratio(rows, "tapeloop", base, "peak") for base in ("forward", "full")]
             times = [ratio(rows, "tapeloop", base) for base in ("forward", "selective", "full")]
@@ -109,7 +118,7 @@ def series(groups: dict[Group, dict[str, dict[str, Any]]], axis: str) -> dict[tu
             axis != "width" and group.width != 1
         )
         for arm, row in rows.items():
-            if "step_ms" in row and "error" not in row:
+            if is_valid(row):
                 found.setdefault((" ".join(filter(None, fixed)), arm), []).append((x, row))
     return {key: sorted(some, key=lambda point: point[0]) for key, some in found.items() if len(some) > 1}
 

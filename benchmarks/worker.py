@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import sys
 import tempfile
@@ -19,7 +20,7 @@ import tapeloop as tl
 from benchmarks import adversarial
 from benchmarks.arms import Adam, Arm, by_hand, forward, keras_fit, tapeloop
 from benchmarks.cases import Case
-from benchmarks.measure import Measured
+from benchmarks.measure import MEMORY_STEPS, Measured
 from benchmarks.workloads import Workload, make
 
 
@@ -146,6 +147,9 @@ def serve(pipe: Connection, case: Case, policy: str, one_thread: bool) -> None:
             tf.config.experimental.set_memory_growth(device, True)
         if one_thread:
             tf.config.threading.set_inter_op_parallelism_threads(1)
+            tf.config.threading.set_intra_op_parallelism_threads(1)
+            steps = min(case.group.steps, MEMORY_STEPS)  # no more data than is gone through
+            case = dataclasses.replace(case, group=dataclasses.replace(case.group, steps=steps))
         arm = make_arm(case, policy)
         measured = Measured(arm, time.perf_counter, TensorFlowAllocator())
         pipe.send(described())
