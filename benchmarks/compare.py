@@ -83,17 +83,20 @@ def _changes(case: Any, before: dict[Any, Any], after: dict[Any, Any]) -> tuple[
 
 
 def _times(case: Any, before: dict[Any, Any], after: dict[Any, Any]) -> tuple[list[str], list[str]]:
-    """Compare the times of a step, relative to the first reference arm that both runs have."""
+    """Compare the times of a step, relative to the first reference arm that both runs have.
+
+    Where there is none, times are as the machine was, and a difference is no regression.
+    """
     group, arm = case
     for reference in REFERENCES:
         bases = [rows.get((group, reference), {"invalid": ""}) for rows in (before, after)]
         others = [base.get("rounds_ms") if "invalid" not in base else None for base in bases]
         if reference != arm and all(others):
             old, new = (_ratios(rows[case]["rounds_ms"], base) for rows, base in zip((before, after), others))
-            unit = f" of `{reference}`"
+            unit, is_paired = f" of `{reference}`", True
             break
     else:
-        old, new, unit = before[case]["rounds_ms"], after[case]["rounds_ms"], " ms"
+        old, new, unit, is_paired = before[case]["rounds_ms"], after[case]["rounds_ms"], " ms", False
     if min(len(old), len(new)) < LEAST_ROUNDS:
         differs = abs(statistics.median(new) / statistics.median(old) - 1) > LEAST_TIME
         return [], ["too few rounds to tell a step's time"] * differs
@@ -103,6 +106,8 @@ def _times(case: Any, before: dict[Any, Any], after: dict[Any, Any]) -> tuple[li
     text = f"a step {middle_old:.3f} to {middle_new:.3f}{unit} ({change:+.1%}, noise {noise:.1%})"
     if abs(change) <= max(noise, LEAST_TIME):
         return [], []
+    if not is_paired:
+        return [], [f"{text}: no other arm ran beside it, so this may be the machine's"]
     return ([text], []) if change > 0 else ([], [text])
 
 

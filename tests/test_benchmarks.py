@@ -128,6 +128,15 @@ def test_one_round_says_nothing(monkeypatch, tmp_path):
     assert compare(before, after) == ([], ["mlp head, batch 64, tapeloop: too few rounds to tell a step's time"])
 
 
+def test_times_of_an_arm_alone_may_be_the_machines(monkeypatch, tmp_path):
+    before, after = (measured(monkeypatch, tmp_path, tapeloop={"slower": slower}) for slower in (1.0, 1.3))
+    for results in (before, after):
+        results.rows = [row_of(results, "tapeloop")]
+    regressions, (said,) = compare(before, after)
+    assert regressions == []
+    assert said.endswith("no other arm ran beside it, so this may be the machine's")
+
+
 def test_a_machine_that_is_slower_as_a_whole_is_no_regression(monkeypatch, tmp_path):
     drifted = {arm: {"slower": 1.3} for arm in SECONDS}
     assert compare(measured(monkeypatch, tmp_path), measured(monkeypatch, tmp_path, **drifted)) == ([], [])
