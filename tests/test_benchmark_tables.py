@@ -1,14 +1,17 @@
 """What the benchmark suite measures, and the figures that its tables show."""
 
 import dataclasses
+import pathlib
+import re
 
 import pytest
 
 from benchmarks import cases, runner, tables
 from benchmarks.cases import ARMS, Group
 from benchmarks.measure import summary
-from benchmarks.results import machine
+from benchmarks.results import Results, machine
 
+ROOT = pathlib.Path(__file__).parent.parent
 GROUP = Group("mlp", "head", 64, steps=10, rounds=7)
 
 
@@ -91,3 +94,15 @@ def test_slopes_worked_out_by_hand():
 def test_the_machine_is_described():
     assert machine()["cores"] >= 1
     assert machine()["processor"]
+
+
+def test_the_documentation_shows_the_committed_figures():
+    results = Results.load(ROOT / "benchmarks" / "results" / "quick.json")
+    assert results.complete
+    folder, document = ROOT / "benchmarks" / "results" / "quick", (ROOT / "docs" / "benchmarks.md").read_text()
+    assert "\n".join(tables.floors(tables.by_group(results.rows))) in document
+    assert f"`{results.command}`" in document
+    pictures = re.findall(r"results/quick/(.*?\.png)\)", document)
+    assert sorted(pictures) == sorted(path.name for path in folder.glob("*.png"))
+    shown = ["step-time.png", "peak-memory.png", "depth.png", "batch.png", "width.png"]
+    assert (folder / "report.md").read_text() == tables.report(results, shown)
