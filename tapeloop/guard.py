@@ -54,9 +54,9 @@ class Guard:
         """Return what branches and loops of this step added so far."""
         return self._sums.read_value()
 
-    def keep(self, sums: tf.Tensor) -> None:
+    def keep(self, sums: tf.Tensor) -> tf.Tensor:
         """Hold on to the sums of a step, for the case that it was not finite."""
-        self._sums.assign(sums)
+        return self._sums.assign(sums)
 
     def error(self, step: int, epoch: int, also: str = "") -> NonFiniteError:
         """Return the error of the step that was not finite."""

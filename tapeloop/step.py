@@ -19,7 +19,7 @@ from tapeloop.feed import DRAWING, Arrays, Feed, Stream
 from tapeloop.modes import frozen
 from tapeloop.pace import Pace
 from tapeloop.selection import Selection
-from tapeloop.tally import Tally, counted, limits
+from tapeloop.tally import Tally, counted, has_stopped, limits
 
 COMPILE_ERRORS = (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError, tf.errors.InternalError)
 
@@ -33,12 +33,14 @@ class Compilation:
         jit_compile: Whether XLA compiles it; with `"auto"`, where there is a GPU and XLA can.
         run_eagerly: Whether it is not compiled at all, but run op by op.
         steps_per_call: How many steps a call of the compiled loop runs, or `"auto"`.
+        updates_last: Whether a training step has one update, after which nothing comes.
     """
 
     autograph: bool
     jit_compile: bool | str = False
     run_eagerly: bool = False
     steps_per_call: int | str = "auto"
+    updates_last: bool = False
 
     def __post_init__(self) -> None:
         if self.jit_compile not in (True, False, "auto"):
@@ -128,6 +130,8 @@ class Step:
         except BaseException as error:
             failure = error
         tally = Tally.of(self._begun)
+        if failure is not None and has_stopped(failure):
+            tally, failure = tally.stopped(), None
         feed.drawn(tally.batches)
         if isinstance(failure, tf.errors.OutOfRangeError) and feed.has_ended(failure):
             failure = None

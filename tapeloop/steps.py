@@ -121,8 +121,8 @@ class Steps:
         step = self._kept.get(("train", selection))
         if not isinstance(step, TrainStep):
             body = functools.partial(self._body, "train", selection)
-            means, autograph = self.means["train"], self._compilation.autograph
-            transaction = Transaction(selection, self._updates, self._objective, body, means, self._others, autograph)
+            means, compiled = self.means["train"], self._compilation
+            transaction = Transaction(selection, self._updates, self._objective, body, means, self._others, compiled)
             step = TrainStep(transaction, self._compilation, self._remat)
         return self._keep(step)
 

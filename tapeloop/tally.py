@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 ANY = np.iinfo(np.int64).max
+_STOPPED = "the step was not finite"
 
 
 class Ended(NamedTuple):
@@ -44,6 +45,10 @@ class Tally:
         """Return the tally that a tensor of counts holds."""
         return cls(*map(int, counts.numpy()))
 
+    def stopped(self) -> Tally:
+        """Return the tally with one step more, at which `stop_unless` ended the run."""
+        return Tally(self.batches + 1, self.moved, self.bad + 1, self.bad_in_a_row + 1)
+
     def start(self) -> tf.Tensor:
         """Return the counts with which the steps after these begin."""
         with tf.device("CPU:0"):
@@ -71,3 +76,13 @@ def counted(counts: tf.Tensor, ended: Ended | None) -> tf.Tensor:
     if ended.overflowed is None:
         return after
     return tf.where(ended.overflowed, row_again + tf.constant([1, 0, 0, 0], tf.int64), after)
+
+
+def stop_unless(finite: tf.Tensor) -> tf.Operation:
+    """Return what ends the run of a compiled loop, when it runs, at a step that is not finite; see `has_stopped`."""
+    return tf.debugging.Assert(finite, [_STOPPED])
+
+
+def has_stopped(error: BaseException) -> bool:
+    """Tell whether an exception is that of `stop_unless`."""
+    return isinstance(error, tf.errors.InvalidArgumentError) and f"[{_STOPPED}]" in str(error)

@@ -14,6 +14,7 @@ from tapeloop.microbatch import averaged, check_alike, checked, piece_spec, plan
 from tapeloop.modes import noting_assignments, still
 from tapeloop.objective import Means, Objective
 from tapeloop.selection import Selection
+from tapeloop.step import Compilation
 from tapeloop.tally import Ended
 from tapeloop.updates import Call, Running, Updates
 
@@ -35,7 +36,7 @@ class Transaction:
         body: Callable[[Any], Any],
         means: Means,
         others: Callable[[], list[tf.Variable]],
-        autograph: bool,
+        compilation: Compilation,
     ) -> None:
         """Keep what a step is made of.
 
@@ -46,7 +47,7 @@ class Transaction:
             body: What the user computes, on a batch or a piece of one.
             means: Takes in what it returns.
             others: Gives the variables that the user keeps beside the model.
-            autograph: Whether the body is converted by AutoGraph.
+            compilation: How the step is compiled.
         """
         self.guard = updates.new_guard(selection)
         self.selection = selection
@@ -56,7 +57,9 @@ class Transaction:
         self._body = body
         self._means = means
         self._others = others
-        self._autograph = autograph
+        self._autograph = compilation.autograph
+        # XLA drops what makes a step fail.
+        self._may_stop = compilation.updates_last and not compilation.uses_xla
         self._written: set[Any] = set()
         self._undoable: list[tf.Variable] = []
         self._last_update = 0
@@ -93,7 +96,8 @@ class Transaction:
     def _trace(self, running: Running, batch: Any) -> Ended | None:
         examples = examples_of(batch)
         count = self._count(batch, examples)
-        running.waits = count > 1
+        may_stop = self._may_stop and self._updates.ends_at_bad
+        running.waits = count > 1 or may_stop
         cuts = plan(examples if isinstance(examples, int) else None, count)
         if count > 1 and not isinstance(examples, int):
             batch = checked(batch, count)
@@ -109,16 +113,18 @@ class Transaction:
             for pieces in cuts
         }
         self._undoable = self._exposed(running, [v for function in functions.values() for v in function.variables])
+        running.stops = may_stop and not self._undoable
         kept = self._begin(running)
         if count == 1:
-            seen = functions[cuts[0].size](batch)["seen"]
-            return self._settle(seen, kept.restore)
+            result = functions[cuts[0].size](batch)
+            seen = self._commit(running, result, batch) if running.waits else result["seen"]
+            return self._settle(running, seen, kept.restore)
         with after(batch):  # or what depends on nothing in it would run before it is found that it cannot be cut
             outputs = functions[cuts[0].size].structured_outputs
             zeros = tf.nest.map_structure(lambda output: zeros_of(output.shape, output.dtype), outputs)
             result = averaged(lambda part, pieces: functions[pieces.size](part), batch, examples, cuts, zeros)
             seen = self._commit(running, result, batch)
-        return self._settle(seen, kept.restore)
+        return self._settle(running, seen, kept.restore)
 
     def _run_eagerly(self, running: Running, batch: Any) -> Ended | None:
         examples = examples_of(batch)
@@ -143,7 +149,7 @@ class Transaction:
         except Exception:
             undo()
             raise
-        return self._settle(seen, undo)
+        return self._settle(running, seen, undo)
 
     def _count(self, batch: Any, examples: Any) -> int:
         """Return in how many pieces a batch is cut; where the trainer chooses, in no more than it has examples."""
@@ -159,7 +165,7 @@ class Transaction:
         return Snapshot(self._undoable if self.guard is not None or tf.executing_eagerly() else [])
 
     def _compute(self, running: Running, part: Any) -> dict[str, Any]:
-        """Run the user's step on a batch or a piece of one; in a piece, what its updates need waits."""
+        """Run the user's step on a batch or a piece of one; what its updates need is returned where they wait."""
         running.calls, running.sums = [], []
         running.graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
 
@@ -174,20 +180,21 @@ class Transaction:
         logs = {name: tf.cast(value, keras.config.floatx()) for name, value in logs.items()}
         return {"logs": logs, "waiting": [call.waiting for call in running.calls]}
 
-    def _commit(self, running: Running, averaged: Mapping[str, Any], batch: Any) -> list[tf.Tensor]:
-        """Make the updates that waited for the last of the micro-batches, in their order; see `_look`."""
-        for number, (call, given) in enumerate(zip(running.calls, averaged["waiting"]), 1):
+    def _commit(self, running: Running, computed: Mapping[str, Any], batch: Any) -> list[tf.Tensor]:
+        """Make the updates that waited, in their order; see `_look`."""
+        for number, (call, given) in enumerate(zip(running.calls, computed["waiting"]), 1):
             loss = given["loss"][0] if given["loss"] else None
             self._updates.commit(running, number, list(zip(given["gradients"], call.variables)), loss)
-        return self._look(running, averaged["logs"], batch)
+        return self._look(running, computed["logs"], batch)
 
     @tf.autograph.experimental.do_not_convert
     def _look(self, running: Running, logs: Mapping[str, tf.Tensor], batch: Any) -> list[tf.Tensor]:
-        """Take in the logs, and return the sums of a step and whether they are finite; nothing where nobody watches.
+        """Take in the logs, and return the sums of a step and whether they are finite.
 
+        Nothing is returned where nobody watches, nor where a step that is not finite fails.
         In a step that is traced, this stands beside the updates and not behind them.
         """
-        if self.guard is None:
+        if self.guard is None or running.stops:
             self._means.update(logs, examples_of(batch))
             return []
         total = running.total()
@@ -196,9 +203,9 @@ class Transaction:
         self.guard.keep(total)
         return [total, finite]
 
-    def _settle(self, seen: list[tf.Tensor], undo: Callable[[], None]) -> Ended | None:
+    def _settle(self, running: Running, seen: list[tf.Tensor], undo: Callable[[], None]) -> Ended | None:
         """Undo a step that was not finite, and return how it ended."""
-        if self.guard is None:
+        if self.guard is None or running.stops:
             return None
 
         def undone() -> tf.Tensor:

@@ -14,6 +14,7 @@ from tapeloop.guard import Guard, Judge, LossScale, is_finite
 from tapeloop.microbatch import Microbatches
 from tapeloop.optim import Optimizers
 from tapeloop.selection import Selection
+from tapeloop.tally import stop_unless
 from tapeloop.tape import GroupTape, gradients_of
 from tapeloop.tree import VariableInfo
 
@@ -47,6 +48,7 @@ class Running:
         calls: The updates so far.
         sums: What the guard is to look at, of each update that is neither in a branch nor in a loop.
         updating: Whether an update is being made at the moment.
+        stops: Whether a step that is not finite ends the run by failing, since nothing in it is to be undone.
     """
 
     selection: Selection
@@ -56,6 +58,7 @@ class Running:
     calls: list[Call] = field(default_factory=list)
     sums: list[tf.Tensor] = field(default_factory=list)
     updating: bool = False
+    stops: bool = False
 
     @property
     def nests(self) -> bool:
@@ -175,7 +178,14 @@ class Updates:
                     running.guard.add(sums)
                 else:
                     running.sums.append(sums)
-                tf.cond(is_finite(running.total()), move, lambda: tf.constant(False))
+                total = running.total()
+                if running.stops:
+                    with tf.control_dependencies([running.guard.keep(total)]):
+                        finite = stop_unless(is_finite(total))
+                    with tf.control_dependencies([finite]):
+                        move()
+                else:
+                    tf.cond(is_finite(total), move, lambda: tf.constant(False))
         finally:
             running.updating = False
 
