@@ -88,7 +88,7 @@ def by_hand(
         data: Arrays `(x, y)`, or a dataset of batches.
         batch: Examples in a batch of arrays.
         metrics: How many metrics are kept.
-        loss: The loss; by default that of classifiers.
+        loss: The loss, of each output, to which what the model adds comes; by default that of classifiers.
         default_tape: Whether the tape watches whatever is trainable.
         shuffle: Whether arrays come in random order.
         jit_compile: Whether XLA compiles the step.
@@ -102,7 +102,8 @@ def by_hand(
         with tf.GradientTape(watch_accessed_variables=default_tape) as tape:
             tape.watch(sources)
             outputs = model(x, training=True)
-            value = loss_of(y, outputs)
+            parts = [loss_of(*both) for both in zip(tf.nest.flatten(y), tf.nest.flatten(outputs))]
+            value = tf.add_n([*parts, *getattr(model, "losses", [])])
         gradients = tape.gradient(value, sources)
         finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(part)) for part in [value, *gradients]])
         tf.cond(finite, lambda: [optimizer.apply(gradients, trained), True][1], lambda: False)

@@ -27,12 +27,13 @@ SELECTIONS = {
     "mobilenetv2": ("all", *UNFREEZE, "last_block", "first_block", "biases", "norm", "middle"),
     "resnet50": ("all", "head", "last_block", "first_block", "biases", "norm", "middle"),
     "efficientnetv2b0": ("all", "head", "last_block", "norm"),
-    "vit": ("all", "head", "last_block", "first_block", "biases", "norm", "adapters", "middle"),
-    "encoder": ("all", "head", "last_block", "first_block", "biases", "norm", "adapters", "middle"),
+    "vit": ("all", "head", "last_block", "first_block", "biases", "norm", "lora", "adapters", "middle"),
+    "encoder": ("all", "head", "last_block", "first_block", "biases", "norm", "lora", "adapters", "middle"),
     "lstm": ("all", "head", "last_block", "middle"),
     "gan": ("all",),
 }
 NOT_FOR_GAN = ("forward", "keras")  # a pair of models has no one forward pass, and no `fit`
+ADDED = ("lora", "adapters")  # selections of weights that the workload alone has not
 DTYPES = ("float32", "bfloat16")
 
 
@@ -113,14 +114,14 @@ SIZES = {
     },
 }
 CHOSEN = {
-    "quick": {"mlp": ("all",), "mobilenetv2": ("head",), "encoder": ("adapters",)},
+    "quick": {"mlp": ("all",), "mobilenetv2": ("head",), "encoder": ("lora",)},
     "cpu": {
         "mlp": ("all", "first_block"),
         "mobilenetv2": ("head", "last_block", "biases", "middle"),
         "resnet50": ("head",),
         "efficientnetv2b0": ("head",),
         "vit": ("norm",),
-        "encoder": ("adapters",),
+        "encoder": ("lora", "adapters"),
         "lstm": ("middle",),
         "gan": ("all",),
     },
@@ -168,7 +169,7 @@ def _variants(
     if name == "quick":
         return []
     chosen = (
-        {("encoder", "adapters"), ("mlp", "all")} if name == "cpu" else {(g.workload, g.selection) for g, _ in groups}
+        {("encoder", "lora"), ("mlp", "all")} if name == "cpu" else {(g.workload, g.selection) for g, _ in groups}
     )
     plain = [group for group, _ in groups if (group.workload, group.selection) in chosen]
     varied = [dataclasses.replace(group, dtype="bfloat16") for group in plain]

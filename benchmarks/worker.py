@@ -19,7 +19,7 @@ import tensorflow as tf
 import tapeloop as tl
 from benchmarks import adversarial
 from benchmarks.arms import Adam, Arm, by_hand, forward, keras_fit, tapeloop
-from benchmarks.cases import Case
+from benchmarks.cases import ADDED, Case
 from benchmarks.measure import MEMORY_STEPS, Measured
 from benchmarks.workloads import Workload, make
 
@@ -42,8 +42,10 @@ class TensorFlowAllocator:
 
 def make_arm(case: Case, policy: str) -> Arm:
     """Build an arm, which goes through the data in its order."""
-    work = make(case.group, policy)
     group, arm = case.group, case.arm
+    if arm == "full" and group.selection in ADDED:
+        group = dataclasses.replace(group, selection="all")
+    work = make(group, policy)
     if group.workload == "gan":
         return _adversarial(work, case)
     if arm == "forward":

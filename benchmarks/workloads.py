@@ -49,7 +49,7 @@ def make(group: Group, policy: str = "") -> Workload:
     """
     keras.config.set_dtype_policy("mixed_bfloat16" if group.dtype == "bfloat16" else "float32")
     keras.utils.set_random_seed(0)
-    count = group.batch * group.steps
+    count, adapters = group.batch * group.steps, group.selection == "adapters"
     if group.model:
         return _own(group, policy, count)
     if group.workload == "gan":
@@ -62,11 +62,13 @@ def make(group: Group, policy: str = "") -> Workload:
     if group.workload == "mlp":
         model, data = mlp(int(128 * group.width)), vectors(count)
     elif group.workload == "vit":
-        model, data = vit(group.size, group.selection == "adapters"), images(count, group.size)
+        model, data = vit(group.size, adapters), images(count, group.size)
     elif group.workload == "lstm":
         model, data = lstm(group.size), texts(count, group.size)
     else:
-        model, data = encoder(group.size, adapters=group.selection == "adapters"), texts(count, group.size)
+        model, data = encoder(group.size, adapters=adapters), texts(count, group.size)
+    if group.selection == "lora":
+        adapt(model)
     return Workload(model, data, cross_entropy(), policy_of(group))
 
 
@@ -94,6 +96,7 @@ def policy_of(group: Group) -> tl.VariablePolicy:
         "biases": tl.TrainOnly(tl.named("bias") | tl.named("beta")),
         "norm": tl.TrainOnly(norms),
         "adapters": tl.TrainOnly("adapter*", "head"),
+        "lora": tl.TrainOnly(tl.named("lora_kernel_a", "lora_kernel_b"), "head"),
         "middle": tl.TrainOnly(*first, "head"),
     }
     return policies[group.selection]
@@ -162,6 +165,14 @@ def vit(size: int, adapters: bool, width: int = 192, depth: int = 6) -> keras.Mo
     inputs = keras.Input((size, size, 3))
     patches = layers.Conv2D(width, 8, strides=8, name="patches")(inputs)
     return keras.Model(inputs, blocks(layers.Reshape((-1, width))(patches), width, depth, adapters))
+
+
+def adapt(model: keras.Model, rank: int = 8) -> None:
+    """Give the queries and values of all attention low-rank adapters (Hu et al., 2021, LoRA), by Keras' own means."""
+    for layer in model.layers:
+        if isinstance(layer, layers.MultiHeadAttention):
+            layer.query_dense.enable_lora(rank)
+            layer.value_dense.enable_lora(rank)
 
 
 def lstm(length: int, width: int = 128) -> keras.Model:

@@ -12,7 +12,7 @@ import tapeloop as tl
 from benchmarks import cases, runner
 from benchmarks.cases import Case, Group
 from benchmarks.results import Results
-from benchmarks.worker import freeze
+from benchmarks.worker import freeze, make_arm
 from benchmarks.workloads import make, policy_of
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -23,6 +23,15 @@ layers = keras.layers
 def own_model():
     """What `--model tests.test_benchmarks_run:own_model` measures."""
     return keras.Sequential([keras.Input((3,)), layers.Dense(4, name="body"), layers.Dense(1)])
+
+
+def two_headed_model():
+    """A model with two outputs, penalties and a layer that adds a loss."""
+    inputs = keras.Input((3,))
+    body = layers.Dense(4, kernel_regularizer="l2", name="body")(inputs)
+    body = layers.ActivityRegularization(l2=0.1, name="activity")(body)
+    heads = [layers.Dense(width, kernel_regularizer="l2", name=f"head_{width}") for width in (1, 2)]
+    return keras.Model(inputs, [head(body) for head in heads])
 
 
 def broken_model():
@@ -64,6 +73,15 @@ def test_a_users_own_model_by_the_command_line(tmp_path):
     assert "step-time.png" in {path.name for path in (tmp_path / "own").iterdir()}
 
 
+@pytest.mark.parametrize("policy", ["TrainAll()", "TrainOnly('head_*')"])
+def test_arms_of_a_model_with_several_outputs_and_penalties_compute_the_same(policy):
+    group = Group("own", policy, 4, steps=3, model="tests.test_benchmarks_run:two_headed_model")
+    arms = ("selective", "tapeloop", "keras", *["full", "subset"] * (policy == "TrainAll()"))
+    losses = [[make_arm(Case(group, arm), policy)(3) for _ in range(2)] for arm in arms]
+    for one in losses[1:]:
+        assert one == pytest.approx(losses[0], rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("model", "policy", "said"),
     [
@@ -85,7 +103,7 @@ def test_every_selection_of_a_workload_trains_something(workload):
         work = make(Group(workload, selection, 2, size, steps=1))
         counts[selection] = len(tl.Trainer(work.model, work.policy).selection.trained)
     assert counts["head"] == 2
-    assert all(2 <= count <= counts["all"] for name, count in counts.items() if name != "adapters")
+    assert all(2 <= count <= counts["all"] for name, count in counts.items() if name not in cases.ADDED)
     assert len(set(counts.values())) > 2
 
 
