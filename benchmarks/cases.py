@@ -168,9 +168,7 @@ def _variants(
     """Return the groups in another precision, and on a GPU compiled by XLA."""
     if name == "quick":
         return []
-    chosen = (
-        {("encoder", "lora"), ("mlp", "all")} if name == "cpu" else {(g.workload, g.selection) for g, _ in groups}
-    )
+    chosen = {("encoder", "lora"), ("mlp", "all")} if name == "cpu" else {(g.workload, g.selection) for g, _ in groups}
     plain = [group for group, _ in groups if (group.workload, group.selection) in chosen]
     varied = [dataclasses.replace(group, dtype="bfloat16") for group in plain]
     if name == "gpu":

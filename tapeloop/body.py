@@ -178,10 +178,10 @@ class Body:
     def _predict_step(self, batch: Any) -> Any:
         return self.forward(keras.utils.unpack_x_y_sample_weight(batch)[0], training=False)
 
-    @classmethod
-    def _overrides(cls, *names: str) -> bool:
-        """Tell whether a subclass has a method of its own of one of these names."""
-        return any(getattr(cls, name) is not getattr(Body, name) for name in names)
+    def _is_plain(self) -> bool:
+        """Tell whether a training step is tapeloop's own from end to end, so that its one update comes last."""
+        names = (*OVERRIDABLE, "tape", "update", "gradients", "apply", "added_losses")
+        return all(getattr(getattr(self, name), "__func__", None) is vars(Body)[name] for name in names)
 
     def _kept(self) -> list[tf.Variable]:
         """Return the variables among this object's own attributes: counters, metrics, random states of a subclass."""

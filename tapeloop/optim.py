@@ -88,6 +88,12 @@ class Optimizers:
         self._set: dict[str, float] = {}
         self.cohorts: list[Cohort] = []
 
+    @property
+    def are_keras(self) -> bool:
+        """Whether all of them update as Keras' own do, of gradients and their state alone."""
+        methods = [getattr(type(o), name) for o in self._templates.values() for name in ("apply", "update_step")]
+        return all(method.__module__.startswith("keras.") for method in methods)
+
     def check(self, selection: Selection, *, changing: bool = False) -> None:
         """Check that there is an optimizer for each group, and, unless the policy is changing, a group for each.
 

@@ -33,14 +33,12 @@ class Compilation:
         jit_compile: Whether XLA compiles it; with `"auto"`, where there is a GPU and XLA can.
         run_eagerly: Whether it is not compiled at all, but run op by op.
         steps_per_call: How many steps a call of the compiled loop runs, or `"auto"`.
-        updates_last: Whether a training step has one update, after which nothing comes.
     """
 
     autograph: bool
     jit_compile: bool | str = False
     run_eagerly: bool = False
     steps_per_call: int | str = "auto"
-    updates_last: bool = False
 
     def __post_init__(self) -> None:
         if self.jit_compile not in (True, False, "auto"):

@@ -78,6 +78,7 @@ class Steps:
         compilation: Compilation,
         remat: Remat,
         others: Callable[[], list[tf.Variable]],
+        is_plain: Callable[[], bool],
     ) -> None:
         """Keep what steps are made of.
 
@@ -88,6 +89,7 @@ class Steps:
             compilation: How steps are compiled.
             remat: What is computed twice to save memory.
             others: Gives the variables that the user keeps beside the model.
+            is_plain: Tells whether a training step has one update, which comes last.
         """
         self.tracing: tuple[str, Selection] | None = None
         self.building = False
@@ -98,6 +100,7 @@ class Steps:
         self._compilation = compilation
         self._remat = remat
         self._others = others
+        self._is_plain = is_plain
         self._kept: dict[tuple[str, Selection], Step] = {}
         self._traces_gone = 0
         self._built = False
@@ -121,8 +124,8 @@ class Steps:
         step = self._kept.get(("train", selection))
         if not isinstance(step, TrainStep):
             body = functools.partial(self._body, "train", selection)
-            means, compiled = self.means["train"], self._compilation
-            transaction = Transaction(selection, self._updates, self._objective, body, means, self._others, compiled)
+            parts = self._updates, self._objective, body, self.means["train"], self._others
+            transaction = Transaction(selection, *parts, self._compilation, self._is_plain)
             step = TrainStep(transaction, self._compilation, self._remat)
         return self._keep(step)
 

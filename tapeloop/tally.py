@@ -83,6 +83,12 @@ def stop_unless(finite: tf.Tensor) -> tf.Operation:
     return tf.debugging.Assert(finite, [_STOPPED])
 
 
+def can_stop() -> bool:
+    """Tell whether TensorFlow is set up so that `stop_unless` is heeded, and its failure seen by who runs the step."""
+    options = tf.config.optimizer.get_experimental_options()
+    return tf.config.experimental.get_synchronous_execution() and not options.get("debug_stripper")
+
+
 def has_stopped(error: BaseException) -> bool:
     """Tell whether an exception is that of `stop_unless`."""
     return isinstance(error, tf.errors.InvalidArgumentError) and f"[{_STOPPED}]" in str(error)

@@ -110,9 +110,9 @@ class Trainer(Body):
         self._updates = Updates(Optimizers(optimizer), Clipping(clip_norm), pieces, Averages(ema), judge)
         bodies = {"train": self.train_step, "eval": self.eval_step, "predict": self._predict_step}
         # Python's `if` and `for` over tensors are the user's to write; converting our own code costs a second.
-        autograph, alone = self._overrides(*OVERRIDABLE), not self._overrides("train_step", "update", "apply")
-        compilation = Compilation(autograph, jit_compile, run_eagerly, steps_per_call, updates_last=alone)
-        self._steps = Steps(bodies, self._objective, self._updates, compilation, Remat(remat), self._kept)
+        autograph = any(getattr(type(self), name) is not getattr(Body, name) for name in OVERRIDABLE)
+        how = Compilation(autograph, jit_compile, run_eagerly, steps_per_call)
+        self._steps = Steps(bodies, self._objective, self._updates, how, Remat(remat), self._kept, self._is_plain)
         self._loop = Loop(self._steps, self._objective, judge)
         self._selections = Selections(model, self._steps, self._updates)
 

@@ -15,7 +15,7 @@ from tapeloop.modes import noting_assignments, still
 from tapeloop.objective import Means, Objective
 from tapeloop.selection import Selection
 from tapeloop.step import Compilation
-from tapeloop.tally import Ended
+from tapeloop.tally import Ended, can_stop
 from tapeloop.updates import Call, Running, Updates
 
 
@@ -37,6 +37,7 @@ class Transaction:
         means: Means,
         others: Callable[[], list[tf.Variable]],
         compilation: Compilation,
+        is_plain: Callable[[], bool],
     ) -> None:
         """Keep what a step is made of.
 
@@ -48,6 +49,7 @@ class Transaction:
             means: Takes in what it returns.
             others: Gives the variables that the user keeps beside the model.
             compilation: How the step is compiled.
+            is_plain: Tells whether the body has one update, which comes last.
         """
         self.guard = updates.new_guard(selection)
         self.selection = selection
@@ -57,9 +59,8 @@ class Transaction:
         self._body = body
         self._means = means
         self._others = others
-        self._autograph = compilation.autograph
-        # XLA drops what makes a step fail.
-        self._may_stop = compilation.updates_last and not compilation.uses_xla
+        self._compilation = compilation
+        self._is_plain = is_plain
         self._written: set[Any] = set()
         self._undoable: list[tf.Variable] = []
         self._last_update = 0
@@ -96,8 +97,8 @@ class Transaction:
     def _trace(self, running: Running, batch: Any) -> Ended | None:
         examples = examples_of(batch)
         count = self._count(batch, examples)
-        may_stop = self._may_stop and self._updates.ends_at_bad
-        running.waits = count > 1 or may_stop
+        running.may_stop = count == 1 and self._may_stop()
+        running.waits = count > 1 or running.may_stop
         cuts = plan(examples if isinstance(examples, int) else None, count)
         if count > 1 and not isinstance(examples, int):
             batch = checked(batch, count)
@@ -107,13 +108,13 @@ class Transaction:
 
         # What the user computes is a function of its own: its trace tells all that it touches before it runs.
         functions = {
-            pieces.size: tf.function(compute, autograph=self._autograph).get_concrete_function(
+            pieces.size: tf.function(compute, autograph=self._compilation.autograph).get_concrete_function(
                 piece_spec(batch, pieces.size) if count > 1 else spec_of(batch)
             )
             for pieces in cuts
         }
         self._undoable = self._exposed(running, [v for function in functions.values() for v in function.variables])
-        running.stops = may_stop and not self._undoable
+        running.stops = running.may_stop and not self._undoable
         kept = self._begin(running)
         if count == 1:
             result = functions[cuts[0].size](batch)
@@ -151,6 +152,11 @@ class Transaction:
             raise
         return self._settle(running, seen, undo)
 
+    def _may_stop(self) -> bool:
+        """Tell whether a step may fail where it is not finite, if there turns out to be nothing to undo."""
+        ends, compiled = self._updates.ends_at_bad, self._compilation.uses_xla  # XLA drops what makes a step fail
+        return self._is_plain() and ends and not compiled and self._updates.optimizers.are_keras and can_stop()
+
     def _count(self, batch: Any, examples: Any) -> int:
         """Return in how many pieces a batch is cut; where the trainer chooses, in no more than it has examples."""
         count = self.microbatches.count
@@ -177,7 +183,8 @@ class Transaction:
             logs = self._body(part)
         if not running.waits:
             return {"seen": self._look(running, logs, part)}
-        logs = {name: tf.cast(value, keras.config.floatx()) for name, value in logs.items()}
+        if not running.may_stop:
+            logs = {name: tf.cast(value, keras.config.floatx()) for name, value in logs.items()}
         return {"logs": logs, "waiting": [call.waiting for call in running.calls]}
 
     def _commit(self, running: Running, computed: Mapping[str, Any], batch: Any) -> list[tf.Tensor]:

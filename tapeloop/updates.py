@@ -48,6 +48,7 @@ class Running:
         calls: The updates so far.
         sums: What the guard is to look at, of each update that is neither in a branch nor in a loop.
         updating: Whether an update is being made at the moment.
+        may_stop: Whether it waits for what the user computes to be traced, to tell whether there is anything to undo.
         stops: Whether a step that is not finite ends the run by failing, since nothing in it is to be undone.
     """
 
@@ -58,6 +59,7 @@ class Running:
     calls: list[Call] = field(default_factory=list)
     sums: list[tf.Tensor] = field(default_factory=list)
     updating: bool = False
+    may_stop: bool = False
     stops: bool = False
 
     @property

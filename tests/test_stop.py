@@ -1,11 +1,14 @@
 """A step of which nothing but its update would have to be undone fails at an Inf or NaN, and that is cheaper."""
 
+import types
+
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
 import tapeloop as tl
+from tapeloop.tally import can_stop
 from tests.test_guard import everything
 
 layers = keras.layers
@@ -153,6 +156,88 @@ def test_what_comes_after_an_update_sees_what_it_did():
     noting = trainer_of(network(), Noting, optimizer="sgd")
     logs = fit(noting, tuple(part[:4] for part in data(bad=None))).history
     assert logs["head"] == [pytest.approx(float(np.sum(noting.model.get_layer("head").kernel.numpy() ** 2)), rel=1e-6)]
+
+
+def clipping():
+    """An `update` that keeps weights small, to replace that of a trainer or of its class."""
+    update = tl.Trainer.update
+
+    def clipped(self, tape, loss):
+        update(self, tape, loss)
+        for variable in self.model.trainable_variables:
+            variable.assign(tf.clip_by_value(variable.value, -0.1, 0.1))
+
+    return clipped
+
+
+@pytest.mark.parametrize("where", ["object", "class"])
+def test_an_update_that_is_replaced_after_the_trainer_was_made_comes_before_what_follows(where):
+    kind = type("Patched", (tl.Trainer,), {})
+    trainer = trainer_of(network(), kind, optimizer=keras.optimizers.SGD(1.0))
+    clipped = clipping()
+    if where == "object":
+        trainer.update = types.MethodType(clipped, trainer)
+    else:
+        kind.update = clipped
+    fit(trainer, data(bad=None))
+    assert max(np.abs(variable).max() for variable in trainer.model.get_weights()) <= np.float32(0.1)
+
+
+class Twice(tl.Trainer):
+    """The loss makes an update of its own before it is computed."""
+
+    def compute_loss(self, batch, training):
+        if training:
+            with self.tape() as tape:
+                inner = tf.reduce_mean(self.model(batch[0]) ** 2)
+            self.update(tape, inner)
+        return tf.reduce_mean(self.model(batch[0]) ** 2)
+
+
+def test_an_update_within_the_loss_is_seen_by_the_loss():
+    trainer = trainer_of(network(), Twice, optimizer=keras.optimizers.SGD(0.1))
+    x = data(bad=None)[0][:4]
+    eager = trainer_of(network(), Twice, optimizer=keras.optimizers.SGD(0.1), run_eagerly=True)
+    logs = [fit(each, (x, x[:, :2])).history["loss"] for each in (trainer, eager)]
+    assert logs[0] == pytest.approx(logs[1], rel=1e-5)
+    assert "Assert" not in ops(trainer)
+
+
+def test_an_optimizer_may_look_at_what_the_step_computed():
+    seen = {}
+
+    class Keeping(layers.Layer):
+        def call(self, inputs):
+            seen["inputs"] = inputs
+            return inputs
+
+    class Scaled(keras.optimizers.SGD):
+        def update_step(self, gradient, variable, learning_rate):
+            scale = tf.sqrt(tf.reduce_mean(seen["inputs"] ** 2))
+            super().update_step(gradient * scale, variable, learning_rate)
+
+    trainer = trainer_of(network(Keeping(name="more")), optimizer=Scaled(0.1))
+    fit(trainer, data(bad=None))
+    assert trainer.step == 64
+
+
+def test_no_step_fails_where_tensorflow_would_not_heed_it():
+    options = tf.config.optimizer.get_experimental_options()
+    tf.config.optimizer.set_experimental_options({"debug_stripper": True})
+    try:
+        assert not can_stop()
+        trainer = trainer_of(network(), optimizer="adam")
+        with pytest.raises(tl.NonFiniteError, match=f"At step {BAD}, "):
+            fit(trainer, data())
+        assert trainer.step == BAD
+    finally:
+        tf.config.optimizer.set_experimental_options({**options, "debug_stripper": False})
+    assert can_stop()
+    tf.config.experimental.set_synchronous_execution(False)
+    try:
+        assert not can_stop()
+    finally:
+        tf.config.experimental.set_synchronous_execution(True)
 
 
 @pytest.mark.parametrize("options", [{"jit_compile": True}, {"nonfinite": "skip"}, {"nonfinite": "ignore"}], ids=str)
