@@ -43,13 +43,14 @@ def cut(data: Any, examples: int | None) -> Any:
 
 def tapeloop(model: Any, policy: tl.VariablePolicy, data: Any, batch: int, **options: Any) -> Arm:
     """Return one epoch of a trainer, with a progress bar, and with what comes by default."""
-    progress, shuffle = options.pop("progress", "bar"), options.pop("shuffle", True)
+    fitted = {"progress": "bar", "shuffle": True, "feature_cache": None}
+    fitted |= {name: options.pop(name) for name in fitted if name in options}
     options = {"metrics": ["accuracy"], "loss": cross_entropy(), "optimizer": Adam(1e-4), **options}
     trainer = options.pop("trainer", tl.Trainer)(model, policy, **options)
 
     def run(steps: int | None = None) -> float:
         some = data if steps is None else cut(data, steps * batch)
-        history = trainer.fit(some, batch_size=batch, progress=progress, shuffle=shuffle)
+        history = trainer.fit(some, batch_size=batch, **fitted)
         return float(history.history["loss"][-1])
 
     return run

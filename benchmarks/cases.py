@@ -12,10 +12,13 @@ ARMS = {
     "subset": "by hand, default tape, sources named, all in training mode",
     "selective": "by hand, what trains is watched, batch statistics of the rest stay",
     "tapeloop": "tapeloop's trainer",
+    "tapeloop+cache": "the same with `feature_cache`: what is frozen and comes first was computed before",
     "keras": "Keras' `fit`, frozen by flags",
     "torch": "PyTorch, `requires_grad_(False)`",
     "lightning": "Lightning's `BackboneFinetuning`",
 }
+CACHED = "tapeloop+cache"
+FROZEN_FIRST = ("head", "last_block")  # selections before which something is frozen, beside those of an unfreezing
 PEERS = ("torch", "lightning")
 PEERS_HAVE = {"mlp": ("all", "head"), "resnet50": ("all", "head"), "encoder": ("all", "head", "adapters")}
 
@@ -131,7 +134,7 @@ CHOSEN = {
     },
 }
 SCALED_ARMS = ("forward", "full", "tapeloop")
-OWN_MODEL_ARMS = ("forward", "full", "subset", "selective", "tapeloop", "keras")
+OWN_MODEL_ARMS = ("forward", "full", "subset", "selective", "tapeloop", "tapeloop+cache", "keras")
 ROUNDS = {"quick": 5, "cpu": 7, "gpu": 11}
 
 
@@ -204,6 +207,8 @@ def cases(
 
 def _is_there(arm: str, group: Group) -> bool:
     """Tell whether an arm is written for a group."""
+    if arm == CACHED:
+        return bool(group.model) or group.selection in FROZEN_FIRST or group.selection.startswith("unfreeze")
     if arm in PEERS:
         wanted = ("head",) if arm == "lightning" else PEERS_HAVE.get(group.workload, ())
         return group.selection in wanted and group.workload in PEERS_HAVE and not group.xla

@@ -61,8 +61,8 @@ def report(times: dict[str, list[float]], rows: list[Row]) -> None:
     for row in rows:
         ratio = statistics.median(one / other for one, other in zip(times[row.arm], times[row.base]))
         one, other = (1e3 * statistics.median(times[arm]) for arm in (row.arm, row.base))
-        most = f"{row.most:>7.2f}" if math.isfinite(row.most) else ""
-        print(f"{row.what:<66}{one:>9.2f}{other:>9.2f}{ratio:>7.2f}{most}", flush=True)
+        most = f"{row.most:>7.3g}" if math.isfinite(row.most) else ""
+        print(f"{row.what:<66}{one:>9.2f}{other:>9.2f}{ratio:>7.3g}{most}", flush=True)
 
 
 def measure_mlp(rounds: int) -> None:

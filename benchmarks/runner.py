@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 from tqdm import tqdm
 
-from benchmarks.cases import PEERS, Case, Group
+from benchmarks.cases import CACHED, PEERS, Case, Group
 from benchmarks.measure import summary
 from benchmarks.results import Results
 
@@ -180,7 +180,7 @@ def judge(group: Group, rows: Sequence[dict[str, Any]]) -> None:
     computes the same too, and so does `subset`; where less trains, `subset` runs the frozen part in training mode.
     """
     by_arm = {row["arm"]: row for row in rows if "loss" in row}
-    alike = ["selective", "keras", "tapeloop"]
+    alike = ["selective", "keras", "tapeloop", CACHED]
     if group.selection in ("all", "TrainAll()"):
         alike += ["full", "subset"]
     losses = {arm: by_arm[arm]["loss"] for arm in alike if arm in by_arm}

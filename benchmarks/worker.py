@@ -19,7 +19,7 @@ import tensorflow as tf
 import tapeloop as tl
 from benchmarks import adversarial
 from benchmarks.arms import Adam, Arm, by_hand, forward, keras_fit, tapeloop
-from benchmarks.cases import ADDED, Case
+from benchmarks.cases import ADDED, CACHED, Case
 from benchmarks.measure import MEMORY_STEPS, Measured
 from benchmarks.workloads import Workload, make
 
@@ -52,6 +52,8 @@ def make_arm(case: Case, policy: str) -> Arm:
         return forward(work.model, work.data, group.batch, shuffle=False, jit_compile=group.xla)
     if arm == "tapeloop":
         return _tapeloop(work, case)
+    if arm == CACHED:
+        return _tapeloop(work, case, feature_cache="memory")
     if arm == "full":
         return _by_hand(work, case, work.model.trainable_variables)
     trained = [v.variable for v in tl.Trainer(work.model, work.policy).selection.trained]

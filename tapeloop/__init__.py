@@ -1,11 +1,12 @@
 """Train part of a TensorFlow/Keras 3 model, and pay only for that part."""
 
-from tapeloop.errors import DataError, DisconnectedError, NonFiniteError, PolicyError, TapeloopError
+from tapeloop.errors import CacheError, DataError, DisconnectedError, NonFiniteError, PolicyError, TapeloopError
 from tapeloop.history import History, Phase
 from tapeloop.layerwise import LayerwiseDecay
 from tapeloop.ordinal import first, last
 from tapeloop.policy import Freeze, Groups, Progress, TrainAll, TrainOnly, VariablePolicy
 from tapeloop.report import paths
+from tapeloop.saving import Frontier
 from tapeloop.schedule import Cycle, GradualUnfreeze, Phases, RandomSubset
 from tapeloop.selection import Selection
 from tapeloop.tape import GroupTape
@@ -14,10 +15,12 @@ from tapeloop.tree import SubmodelInfo, VariableInfo
 from tapeloop.where import Where, glob, kind, matching, named, under
 
 __all__ = [
+    "CacheError",
     "Cycle",
     "DataError",
     "DisconnectedError",
     "Freeze",
+    "Frontier",
     "GradualUnfreeze",
     "GroupTape",
     "Groups",

@@ -1,4 +1,4 @@
-"""The private names of Keras that tapeloop cannot do without, each in one function.
+"""The private names of Keras and TensorFlow that tapeloop cannot do without, each in one function.
 
 `tests/test_compat.py` fails when one of them changes its meaning.
 """
@@ -14,6 +14,7 @@ import keras
 import tensorflow as tf
 from keras.src.backend.common import global_state
 from keras.src.layers.layer import CallContext
+from tensorflow.python.framework import op_def_registry
 
 
 def sublayers(layer: keras.Layer) -> list[keras.Layer]:
@@ -115,6 +116,22 @@ def clone_optimizer(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.O
         if hasattr(optimizer, name):
             object.__setattr__(clone, name, getattr(optimizer, name))
     return clone
+
+
+def effects(function: Any) -> list[tf.Operation]:
+    """Return the ops of a concrete function that run whether or not an output needs them.
+
+    TensorFlow notes them on the graph, whose class it does not document.
+    """
+    return list(function.graph.control_outputs)
+
+
+def is_stateful(op: str) -> bool:
+    """Tell whether ops of a type may do more than compute something of what they take.
+
+    `tf.Operation.op_def` says it of an op in a graph, but nothing public of one in a function that the graph calls.
+    """
+    return bool(op_def_registry.get(op).is_stateful)
 
 
 def outside_of_trace(make: Callable[[], None]) -> None:

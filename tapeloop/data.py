@@ -197,7 +197,7 @@ def as_batches(
         if data.num_batches is None and per_epoch is None:
             raise DataError(f"`{name}` never ends. Pass `{steps_name}`, or give it a `num_batches`.")
         return Batches(Streamed(pairs, name, weights), len(pairs) or None, per_epoch, name)
-    if _is_arrays(data):
+    if is_arrays(data):
         return _of_arrays(data, batch_size, orders, per_epoch, weights, name)
     if isinstance(data, Iterable):
         length = len(data) if isinstance(data, Sized) else 0
@@ -208,7 +208,8 @@ def as_batches(
     )
 
 
-def _is_arrays(data: Any) -> bool:
+def is_arrays(data: Any) -> bool:
+    """Tell whether data is arrays, and not a dataset or an iterable of batches."""
     return isinstance(data, (tuple, Mapping, tf.RaggedTensor, tf.SparseTensor)) or (
         hasattr(data, "shape") and (hasattr(data, "__array__") or hasattr(data, "tocoo"))
     )

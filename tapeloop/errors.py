@@ -39,5 +39,9 @@ class NonFiniteError(TapeloopError, ArithmeticError):
     paths: tuple[str, ...] = ()
 
 
+class CacheError(TapeloopError):
+    """Features cannot be cached: nothing can, it would be wrong, or they do not fit."""
+
+
 class DataError(TapeloopError, ValueError):
     """The data is empty, or does not fit the model."""

@@ -44,19 +44,19 @@ class Loop:
         self,
         phases: Callable[[Mapping[str, Any], bool], Due],
         evaluation: Callable[[], Step],
-        batches: Batches,
-        validation: Batches | None,
+        batches: Callable[[Due], Batches],
+        validation: Callable[[Step], Batches] | None,
         epochs: int,
         shown: Display,
     ) -> History:
-        """Train for some epochs on `batches`, evaluating after each on `validation`.
+        """Train for some epochs, evaluating after each.
 
         Args:
             phases: Gives what trains now, by the last logs; its second argument tells whether an epoch starts, for then
                 the model is read anew.
             evaluation: Gives the step that evaluates.
-            batches: What to train on.
-            validation: What to evaluate on.
+            batches: Gives what to train on, by what trains.
+            validation: Gives what to evaluate on, by the step that evaluates.
             epochs: How many epochs.
             shown: Where progress is shown.
         """
@@ -70,13 +70,16 @@ class Loop:
 
         for number in range(1, epochs + 1):
             due = choose(self.last_logs, starting=True)
+            given = batches(due)
             if validation is not None and number == 1:
-                due.step.trace(batches.feed())
-                evaluation().trace(validation.feed())
-            logs = self.run(due.step, batches, shown, f"epoch {number}/{epochs}", due.every_steps, choose)
+                due.step.trace(given.feed())
+                evaluation().trace(validation(evaluation()).feed())
+            logs = self.run(due.step, given, shown, f"epoch {number}/{epochs}", due.every_steps, choose)
             if validation is not None:
-                evaluated = self.run(evaluation(), validation, shown, "  validation")
-                validation.rewind()  # so that each epoch is judged by the same batches
+                step = evaluation()
+                judged = validation(step)
+                evaluated = self.run(step, judged, shown, "  validation")
+                judged.rewind()  # so that each epoch is judged by the same batches
                 logs |= {f"val_{name}": value for name, value in evaluated.items()}
             self.epochs_done += 1
             self.last_logs = logs

@@ -16,6 +16,8 @@ import tensorflow as tf
 
 from tapeloop.batch import after
 from tapeloop.feed import DRAWING, Arrays, Feed, Stream
+from tapeloop.frontier import Cut, Features, Obstacle, find
+from tapeloop.graph import Traced
 from tapeloop.modes import frozen
 from tapeloop.pace import Pace
 from tapeloop.selection import Selection
@@ -97,6 +99,8 @@ class Step:
         self._around = around
         self._own = own
         self._is_on_trial = False
+        self._cuts: dict[tuple[str, bool], Cut] = {}
+        self._cut: Cut | None = None
         with tf.device("CPU:0"):
             self._begun = tf.Variable(tf.zeros(4, tf.int64), trainable=False, name="begun")
         self.compile()
@@ -164,6 +168,32 @@ class Step:
         else:
             self._loop_over(feed)
 
+    def cut(self, spec: Any, batch: Any, *, random: bool) -> Cut | list[Obstacle]:
+        """Find the frontier of the step, on whose features it then runs where it is fed them.
+
+        Args:
+            spec: The signature of batches.
+            batch: One of them.
+            random: Whether what is random may come before it.
+
+        Returns:
+            Where the step is cut, or what stands in the way.
+        """
+        key = str(spec), random
+        if key not in self._cuts:
+            with self._around(), frozen(self.selection):
+                function = self._whole(spec)
+            _warn_untracked(function, self.selection, self._own())
+            variables = [*(variable.tensor for variable in self.selection.tree.variables), *self._own()]
+            found = find(Traced(function, variables), self.selection, batch, random=random)
+            if not isinstance(found, Cut):
+                return found
+            self._cuts[key] = found
+        if self._cut not in (None, self._cuts[key]):
+            self.compile()  # what is traced is the rest behind another cut
+        self._cut = self._cuts[key]
+        return self._cut
+
     def compile(self) -> None:
         """Forget all traces."""
         # TensorFlow counts traces by code, and would warn that all steps together retrace: a partial is one of a kind.
@@ -210,9 +240,18 @@ class Step:
 
     def _run(self, batch: Any) -> Any:
         with self._around(), frozen(self.selection):
-            result = self._body(batch)
+            result = self._rest(batch) if isinstance(batch, Features) else self._body(batch)
         self.trace_count += not tf.executing_eagerly()
         return result
+
+    def _whole(self, spec: Any) -> Any:
+        """Trace the body by itself, for batches of a signature."""
+        return tf.function(self._body, autograph=self._compilation.autograph).get_concrete_function(spec)
+
+    def _rest(self, features: Features) -> Any:
+        """Run what of the body comes behind its cut."""
+        assert self._cut is not None
+        return self._cut.rest(features)
 
     def _traced(self, function: Any, *args: Any) -> Any:
         """Call a compiled function; where that traces it, look what it reads."""

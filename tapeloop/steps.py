@@ -12,6 +12,7 @@ import tensorflow as tf
 from tapeloop import _compat
 from tapeloop.batch import examples_of
 from tapeloop.data import Batches
+from tapeloop.frontier import Features
 from tapeloop.modes import inlined_functions
 from tapeloop.objective import Means, Objective
 from tapeloop.remat import Remat
@@ -42,6 +43,12 @@ class TrainStep(Step):
     def is_driven(self) -> bool:
         """Whether the host runs step by step, here also since it may have to repeat one."""
         return super().is_driven or self.transaction.microbatches.adapts
+
+    def _whole(self, spec: Any) -> Any:
+        return self.transaction.whole(spec)
+
+    def _rest(self, features: Features) -> Any:
+        return self.transaction.run(features, self._cut)
 
     def __call__(self, batch: Any) -> Any:
         """Train on a batch; where it runs out of memory and may, once more in smaller pieces."""
@@ -104,6 +111,11 @@ class Steps:
         self._kept: dict[tuple[str, Selection], Step] = {}
         self._traces_gone = 0
         self._built = False
+
+    @property
+    def run_eagerly(self) -> bool:
+        """Whether steps run op by op."""
+        return self._compilation.run_eagerly
 
     def build(self, model: Model, batches: Batches) -> None:
         """Make the variables of a model that makes them in its first call, by tracing a step that trains nothing."""

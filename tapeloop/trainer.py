@@ -2,39 +2,41 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from tapeloop import report
 from tapeloop.arrays import Orders
 from tapeloop.average import Averages
 from tapeloop.body import OVERRIDABLE, Body
+from tapeloop.cache import FeatureCache
 from tapeloop.checks import whole_number
 from tapeloop.clipping import Clipping
-from tapeloop.data import as_batches
+from tapeloop.data import Batches, as_batches
+from tapeloop.given import Given
 from tapeloop.guard import Judge
 from tapeloop.history import History
 from tapeloop.loop import Loop
 from tapeloop.microbatch import Microbatches
 from tapeloop.objective import Objective
-from tapeloop.optim import LearningRates, Optimizers
-from tapeloop.policy import Progress, TrainAll, VariablePolicy
+from tapeloop.optim import Optimizers
+from tapeloop.policy import TrainAll, VariablePolicy
 from tapeloop.progress import Display
+from tapeloop.readings import Readings
 from tapeloop.remat import Remat
-from tapeloop.selection import Selection
 from tapeloop.selections import Due, Selections
 from tapeloop.step import Compilation, Step
 from tapeloop.steps import Steps
+from tapeloop.store import Memory
 from tapeloop.tree import Model, Tree
 from tapeloop.updates import Updates
 from tapeloop.where import WhereLike
 
 
-class Trainer(Body):
+class Trainer(Readings):
     """Trains what a policy selects of a model, and leaves the rest bit-identical.
 
     In research code, subclass it and override the one of `forward`, `compute_loss`, `train_step` and `eval_step` that
@@ -115,6 +117,7 @@ class Trainer(Body):
         self._steps = Steps(bodies, self._objective, self._updates, how, Remat(remat), self._kept, self._is_plain)
         self._loop = Loop(self._steps, self._objective, judge)
         self._selections = Selections(model, self._steps, self._updates)
+        self._cached = Memory()
 
     def fit(
         self,
@@ -127,6 +130,8 @@ class Trainer(Body):
         class_weight: Mapping[int, float] | None = None,
         validation_data: Any = None,
         validation_steps: int | None = None,
+        feature_cache: str | os.PathLike[str] | None = None,
+        feature_cache_views: int = 1,
         progress: str = "auto",
     ) -> History:
         """Train for some more epochs.
@@ -142,6 +147,10 @@ class Trainer(Body):
             class_weight: Weights of examples by the class of their target; other classes have the weight 1.
             validation_data: Data to evaluate after each epoch.
             validation_steps: Batches per evaluation, for data without end.
+            feature_cache: Where what is frozen and comes first in the model is kept, so that it is computed once for
+                each example and not once an epoch: `"memory"`, or the path of a folder, which later runs use too.
+            feature_cache_views: How many passes of it are kept where the model augments at random first: each epoch
+                sees one of them, and no others are ever drawn.
             progress: `"auto"`, `"bar"`, `"lines"` or `"none"`.
 
         Returns:
@@ -150,6 +159,7 @@ class Trainer(Body):
         Raises:
             PolicyError: The policy cannot be resolved for the model.
             DataError: The data is empty or does not fit the model.
+            CacheError: Nothing can be cached, it would be wrong, or it does not fit.
             DisconnectedError: A variable that should train gets no gradient.
             NonFiniteError: A loss or a gradient is Inf or NaN.
             RuntimeError: Called inside `ema_weights()`, or within an epoch of this trainer.
@@ -157,28 +167,35 @@ class Trainer(Body):
         self._loop.check_idle()
         whole_number("epochs", epochs, 0)
         self._updates.averages.check_may_train()
-        batches = as_batches(
-            data,
-            batch_size=batch_size,
-            orders=Orders(shuffle, self._seed, self.epoch),
-            steps=("steps_per_epoch", steps_per_epoch),
-            class_weight=class_weight,
-        )
-        validation = None
+        steps = "steps_per_epoch", steps_per_epoch
+        seed = Orders(shuffle, self._seed).seed
+        given = Given("data", data, batch_size, steps, class_weight, shuffle, seed)
+        batches, validation = given.batches(given.orders(self.epoch)), None
+        judged = Given("validation_data", validation_data, batch_size, ("validation_steps", validation_steps))
         if validation_data is not None:
-            validation = as_batches(
-                validation_data,
-                batch_size=batch_size,
-                steps=("validation_steps", validation_steps),
-                name="validation_data",
-            )
+            validation = judged.batches()
             validation.lasts(epochs)
             validation.check()
         batches.lasts(epochs)
         self._updates.microbatches.check(batches.fewest)
+        cache = FeatureCache(self._cached, feature_cache, feature_cache_views)
+        if cache.is_on:
+            cache.check([given, judged], self._updates.microbatches, self._steps.run_eagerly)
         self._steps.build(self.model, batches)
         self._selections.check(self.policy)
-        return self._loop.fit(self._due, self._evaluation, batches, validation, epochs, Display(progress))
+        begun = self.epoch
+
+        def train(due: Due) -> Batches:
+            if not cache.is_on:
+                return batches
+            return cache.batches(due.step, given, self.epoch, due.every_steps, first=self.epoch == begun)
+
+        def judge(step: Step) -> Batches:
+            assert validation is not None
+            return cache.batches(step, judged, 0) if cache.is_on else validation
+
+        judging = None if validation is None else judge
+        return self._loop.fit(self._due, self._evaluation, train, judging, epochs, Display(progress))
 
     def evaluate(
         self, data: Any, *, batch_size: int = 32, steps: int | None = None, progress: str = "auto"
@@ -219,82 +236,3 @@ class Trainer(Body):
         step = self._steps.other("predict", self._select(trains=False))
         outputs = [tf.nest.map_structure(lambda output: np.atleast_1d(output), step(b)) for b in batches.drawn()]
         return tf.nest.map_structure(lambda *arrays: np.concatenate(arrays), *outputs)
-
-    @property
-    def policy(self) -> VariablePolicy:
-        """What trains."""
-        return self._policy
-
-    @policy.setter
-    def policy(self, policy: VariablePolicy) -> None:
-        if not isinstance(policy, VariablePolicy):
-            raise TypeError(
-                "`policy` must be a `VariablePolicy`, such as `Freeze('backbone')`. "
-                f"Received: {policy!r} of type {type(policy).__name__}."
-            )
-        self._policy = policy
-
-    @property
-    def selection(self) -> Selection:
-        """What trains, by the policy and the model as they are now."""
-        return self._select()
-
-    @property
-    def learning_rates(self) -> LearningRates:
-        """The learning rate of each group that trains now: `trainer.learning_rates["head"] = 1e-4` sets one."""
-        return LearningRates(self._updates.optimizers, self.selection)
-
-    @contextlib.contextmanager
-    def ema_weights(self) -> Iterator[None]:
-        """Give what has trained its averaged values inside this context, to evaluate or save with; after, its own.
-
-        Raises:
-            RuntimeError: The trainer has no `ema`, or has not trained yet.
-        """
-        with self._updates.averages.swap(self.step):
-            yield
-
-    @property
-    def loss_scale(self) -> float | None:
-        """By what losses are multiplied now, where a layer computes in float16; None where none does."""
-        scale = self._updates.loss_scale
-        return None if scale is None else float(scale.value)
-
-    @property
-    def microbatches(self) -> int:
-        """In how many pieces a batch is cut now."""
-        return self._updates.microbatches.count
-
-    @property
-    def step(self) -> int:
-        """How many steps were trained, over all fits."""
-        return self._loop.steps_done
-
-    @property
-    def epoch(self) -> int:
-        """How many epochs were trained, over all fits."""
-        return self._loop.epochs_done
-
-    @property
-    def trace_count(self) -> int:
-        """How often a training step was traced: once for each selection and signature of a batch."""
-        return self._steps.trace_count()
-
-    def explain(self, depth: int = 3) -> str:
-        """Return a table of what trains, what is frozen, by which rule, in which mode and at what cost.
-
-        Args:
-            depth: How many levels of submodels are shown; below the first, only where they differ inside.
-        """
-        selection = self.selection
-        self._updates.optimizers.prepare(selection, changing=True)
-        return report.explain(selection, self._updates.optimizers.state_bytes, depth)
-
-    def _select(self, *, trains: bool = True) -> Selection:
-        return self._selections.now(self.policy, Progress(self.step, self.epoch, self._loop.last_logs), trains=trains)
-
-    def _evaluation(self) -> Step:
-        return self._steps.other("eval", self._select(trains=False))
-
-    def _due(self, logs: Mapping[str, Any], starting: bool) -> Due:
-        return self._selections.due(self.policy, Progress(self.step, self.epoch, logs), starting=starting)

@@ -9,6 +9,7 @@ import keras
 import tensorflow as tf
 
 from tapeloop.batch import after, examples_of, spec_of
+from tapeloop.frontier import Cut
 from tapeloop.guard import Snapshot, is_finite
 from tapeloop.microbatch import averaged, check_alike, checked, piece_spec, plan, zeros_of
 from tapeloop.modes import noting_assignments, still
@@ -61,21 +62,37 @@ class Transaction:
         self._others = others
         self._compilation = compilation
         self._is_plain = is_plain
+        self._wholes: dict[int, Running] = {}
         self._written: set[Any] = set()
         self._undoable: list[tf.Variable] = []
         self._last_update = 0
 
-    def run(self, batch: Any) -> Ended | None:
+    def run(self, batch: Any, cut: Cut | None = None) -> Ended | None:
         """Trace a step, or run it eagerly.
+
+        Args:
+            batch: A batch, or features of one.
+            cut: Where they were cut.
 
         Raises:
             DataError: The batch has fewer examples than it is to be cut in pieces.
         """
         running = self._updates.running = Running(self.selection, self.guard)
         try:
-            return self._run_eagerly(running, batch) if tf.executing_eagerly() else self._trace(running, batch)
+            return self._run_eagerly(running, batch) if tf.executing_eagerly() else self._trace(running, batch, cut)
         finally:
             self._updates.running = None
+
+    def whole(self, spec: Any) -> Any:
+        """Trace what the user computes on a batch of a signature, to be cut."""
+        running = self._updates.running = Running(self.selection, self.guard)
+        running.may_stop = running.waits = self._may_stop()
+        try:
+            function = self._function(running, spec)
+        finally:
+            self._updates.running = None
+        self._wholes[id(function)] = running
+        return function
 
     def own(self) -> list[tf.Variable]:
         """Return the variables that are the trainer's and not the model's."""
@@ -94,7 +111,15 @@ class Transaction:
         """
         self.microbatches.double(examples, self._last_update, error)
 
-    def _trace(self, running: Running, batch: Any) -> Ended | None:
+    def _function(self, running: Running, spec: Any) -> Any:
+        """Trace what the user computes as a function of its own: it tells all that it touches before it runs."""
+
+        def compute(part: Any) -> dict[str, Any]:
+            return self._compute(running, part)
+
+        return tf.function(compute, autograph=self._compilation.autograph).get_concrete_function(spec)
+
+    def _trace(self, running: Running, batch: Any, cut: Cut | None) -> Ended | None:
         examples = examples_of(batch)
         count = self._count(batch, examples)
         running.may_stop = count == 1 and self._may_stop()
@@ -102,18 +127,16 @@ class Transaction:
         cuts = plan(examples if isinstance(examples, int) else None, count)
         if count > 1 and not isinstance(examples, int):
             batch = checked(batch, count)
-
-        def compute(part: Any) -> dict[str, Any]:
-            return self._compute(running, part)
-
-        # What the user computes is a function of its own: its trace tells all that it touches before it runs.
-        functions = {
-            pieces.size: tf.function(compute, autograph=self._compilation.autograph).get_concrete_function(
-                piece_spec(batch, pieces.size) if count > 1 else spec_of(batch)
-            )
-            for pieces in cuts
-        }
-        self._undoable = self._exposed(running, [v for function in functions.values() for v in function.variables])
+        if cut is None:
+            specs = {pieces.size: piece_spec(batch, pieces.size) if count > 1 else spec_of(batch) for pieces in cuts}
+            functions = {size: self._function(running, spec) for size, spec in specs.items()}
+            touched = [v for function in functions.values() for v in function.variables]
+        else:
+            whole = self._wholes[id(cut.whole.function)]
+            running.calls, running.may_stop, running.waits = whole.calls, whole.may_stop, whole.waits
+            rest = tf.function(cut.rest, autograph=False).get_concrete_function(spec_of(batch))
+            functions, touched = {cuts[0].size: rest}, cut.whole.function.variables
+        self._undoable = self._exposed(running, touched)
         running.stops = running.may_stop and not self._undoable
         kept = self._begin(running)
         if count == 1:

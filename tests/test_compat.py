@@ -169,3 +169,23 @@ def test_outside_of_a_trace_variables_are_made_unseen_and_errors_come_back():
     assert len(traces) == 1
     with pytest.raises(ZeroDivisionError):
         _compat.outside_of_trace(lambda: 1 / 0)
+
+
+def test_the_effects_of_a_function_are_what_runs_unasked():
+    variable = tf.Variable(0.0)
+
+    @tf.function
+    def assigning(x):
+        variable.assign_add(1.0)
+        return variable.read_value() + x
+
+    function = assigning.get_concrete_function(tf.TensorSpec(()))
+    assert "AssignAddVariableOp" in {op.type for op in _compat.effects(function)}
+    assert "AddV2" not in {op.type for op in _compat.effects(function)}
+
+
+def test_types_of_ops_are_told_apart_by_whether_they_are_stateful():
+    assert not _compat.is_stateful("MatMul")
+    assert not _compat.is_stateful("StatelessRandomUniformV2")
+    assert _compat.is_stateful("RandomUniform")
+    assert _compat.is_stateful("AssignVariableOp")

@@ -1,0 +1,86 @@
+"""What the feature cache saves: a step from it beside one without, and what the epoch costs that fills it.
+
+    python -m benchmarks.cache [--rounds 5] [--only mobilenet resnet]
+
+A step is that of later epochs, the time of a fit of six less that of a fit of one; the first epoch is a fit of one
+epoch on data that was not seen before, digests, features and all, beside one without a cache on as much data. The
+arms take turns in one process, after a warm-up; the figure is the median of the ratios of the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import tensorflow as tf
+
+import tapeloop as tl
+from benchmarks.arms import cross_entropy
+from benchmarks.loop import Row, report
+from benchmarks.workloads import classifier
+
+BATCH, STEPS, EPOCHS = 16, 50, 6
+
+
+def drawn(seed: int, size: int = 96) -> tuple[tf.Tensor, tf.Tensor]:
+    """Draw images and labels."""
+    count = BATCH * STEPS
+    labels = tf.random.stateless_uniform((count,), (seed, 2), 0, 10, tf.int64)
+    return tf.random.stateless_normal((count, size, size, 3), (seed, 1)), labels
+
+
+def measure(application: str, rounds: int, most: float) -> None:
+    """Measure an architecture of which the head trains."""
+    trainers = {
+        cache: tl.Trainer(classifier(application), tl.Freeze("backbone"), loss=cross_entropy(), metrics=["accuracy"])
+        for cache in (None, "memory")
+    }
+
+    def fit(cache: str | None, data: Any, epochs: int) -> float:
+        began = time.perf_counter()
+        trainers[cache].fit(data, batch_size=BATCH, epochs=epochs, feature_cache=cache, progress="none")
+        return time.perf_counter() - began
+
+    names = {"memory": "cached", None: "uncached"}
+    times: dict[str, list[float]] = {
+        f"{name} {what}": [] for name in names.values() for what in ("step", "first epoch")
+    }
+    for number in range(rounds + 1):
+        data = drawn(number)
+        for cache, name in names.items():
+            first = fit(cache, data, 1)
+            again, several = fit(cache, data, 1), fit(cache, data, EPOCHS)
+            if number:
+                times[f"{name} first epoch"].append(first)
+                times[f"{name} step"].append((several - again) / (EPOCHS - 1) / STEPS)
+    what = f"{application} 96x96, batch 16, head only"
+    rows = [
+        Row(f"{what}, from the cache / without it", "cached step", "uncached step", most),
+        Row(f"{what}, the first epoch / one without a cache", "cached first epoch", "uncached first epoch", 1.15),
+    ]
+    report(times, rows)
+
+
+MEASURES = {"mobilenet": ("MobileNetV2", 1 / 20), "resnet": ("ResNet50", 1 / 30)}
+
+
+def main() -> None:
+    """Measure and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", nargs="*", choices=list(MEASURES), default=list(MEASURES))
+    args = parser.parse_args()
+    print(f"TensorFlow {tf.__version__}, Keras {keras.__version__}, {os.cpu_count()} CPU cores, {args.rounds} rounds")
+    print(f"{'this / that':<66}{'ms':>9}{'ms':>9}{'ratio':>7}{'most':>7}")
+    for name in args.only:
+        application, most = MEASURES[name]
+        measure(application, args.rounds, most)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,266 @@
+"""The feature cache: what is frozen and comes first is computed once for each example, and not once an epoch."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tapeloop import digest
+from tapeloop.arrays import Orders
+from tapeloop.batch import examples_of
+from tapeloop.checks import whole_number
+from tapeloop.data import Batches, as_batches
+from tapeloop.errors import CacheError
+from tapeloop.feed import Arrays
+from tapeloop.frontier import Cut, Features, Obstacle
+from tapeloop.given import Given
+from tapeloop.microbatch import Microbatches
+from tapeloop.rows import flat
+from tapeloop.step import Step
+from tapeloop.store import FORMAT, Files, Kept, Memory, Writer, changed
+
+AT_ONCE = 64  # batches of arrays whose features one call computes
+_LOG = logging.getLogger("tapeloop")
+
+
+class FeatureCache:
+    """Batches of features in the stead of batches of data, for as long as that makes no difference.
+
+    Features belong to the computation before the cut, the values of the weights that it takes, the data, and the
+    versions of the libraries. What differs in one of them is computed anew.
+    """
+
+    def __init__(self, memory: Memory, where: str | os.PathLike[str] | None, views: int) -> None:
+        """Choose where features are kept for one fit.
+
+        Args:
+            memory: Keeps them from one fit to the next.
+            where: `"memory"`, the path of a folder, or None where nothing is cached.
+            views: How many passes over the data are kept.
+
+        Raises:
+            TypeError: `where` is none of these.
+            ValueError: `views` is no whole number of 1 or more, or there is no cache that could have several.
+        """
+        self._views = whole_number("feature_cache_views", views, 1)
+        if where is not None and (not isinstance(where, (str, os.PathLike)) or where == ""):
+            raise TypeError(f'`feature_cache` must be None, "memory" or a path. Received: {where!r}.')
+        if where is None and views > 1:
+            raise ValueError(
+                f"`feature_cache_views` is {views}, and there is no cache: pass `feature_cache='memory'` or a path."
+            )
+        self._store = None if where is None else memory if where == "memory" else Files(where)
+        self._ready: dict[str, tuple[Step, Kept | None]] = {}
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is cached."""
+        return self._store is not None
+
+    def check(self, data: Sequence[Given], microbatches: Microbatches, run_eagerly: bool) -> None:
+        """Check that a fit is such that it can be cached.
+
+        Raises:
+            CacheError: Its data can be gone through once alone.
+            ValueError: Another of its options does not go with a cache.
+        """
+        if microbatches.adapts or microbatches.count > 1:
+            raise ValueError(
+                "`feature_cache` and `microbatches` were both asked for. Set `microbatches=1`: what is left of a step "
+                "behind the cache takes little memory."
+            )
+        if run_eagerly:
+            raise ValueError("`feature_cache` needs a graph to cut, which `run_eagerly=True` has not: leave one out.")
+        for given in data:
+            if isinstance(given.data, Iterator):
+                raise CacheError(
+                    f"`{given.name}` is an iterator, which can be gone through once alone. Pass something that can be "
+                    "gone through again, such as a list or a dataset, or leave `feature_cache` out."
+                )
+            if given.steps[1] is not None:
+                raise ValueError(
+                    f"`feature_cache` goes through the whole of `{given.name}`: leave `{given.steps[0]}` out."
+                )
+
+    def batches(
+        self, step: Step, given: Given, epoch: int, every_steps: int | None = None, *, first: bool = False
+    ) -> Batches:
+        """Return the batches of an epoch: of features, or of the data where there are none for this step.
+
+        Args:
+            step: What runs on them.
+            given: The data.
+            epoch: The epoch's number.
+            every_steps: After how many steps another may come within the epoch, or None.
+            first: Whether the fit begins, so that a cache which is of no use is an error.
+
+        Raises:
+            CacheError: Nothing can be cached, or it would be wrong, or does not fit.
+        """
+        if every_steps is not None:
+            raise CacheError(
+                f"The policy may change what trains after every {every_steps} steps, and features are those of an "
+                "epoch. Let it change by epochs, or leave `feature_cache` out."
+            )
+        views = self._views if step.kind == "train" else 1
+        if given.name not in self._ready or self._ready[given.name][0] is not step:
+            self._ready[given.name] = step, self._features(step, given, views, first)
+        kept, orders = self._ready[given.name][1], given.orders(epoch)
+        if kept is None:
+            return given.batches(orders)
+        tensors = kept.passed(epoch)
+        if given.is_arrays:
+            return as_batches(Features(tensors), batch_size=given.batch_size, orders=orders, name=given.name)
+        if given.shuffles_batches or not _are_even(kept.sizes):
+            starts = np.cumsum([0, *kept.sizes])
+            numbers = orders.next(len(kept.sizes)) if given.shuffles_batches else range(len(kept.sizes))
+            cut = [Features(tuple(part[starts[n] : starts[n + 1]] for part in tensors)) for n in numbers]
+            return as_batches(cut, name=given.name)
+        again = Orders(kept.shuffled, given.seed, epoch)
+        return as_batches(Features(tensors), batch_size=kept.sizes[0], orders=again, name=given.name)
+
+    def _features(self, step: Step, given: Given, views: int, first: bool) -> Kept | None:
+        """Find or compute the features of some data for a step; None where it has no frontier."""
+        assert self._store is not None
+        batches = given.batches()
+        spec = batches.feed().spec()
+        batch = next(batches.drawn())
+        batches.rewind()
+        cut = step.cut(spec, batch, random=views > 1)
+        if not isinstance(cut, Cut):
+            said = _nothing(step, given, cut)
+            if first:
+                raise CacheError(said)
+            _LOG.warning("%s The cache is dropped.", said)
+            return None
+        if given.is_arrays:
+            examples = sum(int(part.shape[0]) for part in tf.nest.flatten(given.data)[:1])
+            self._store.check(examples * views * cut.bytes, self._said(given, examples, views, cut))
+        weights = repr(given.class_weight and sorted(given.class_weight.items()))
+        ingredients = {**_ingredients(cut), "views": str(views), "class_weight": weights, "format": FORMAT}
+        name = f"{given.name}-{ingredients['computation'][:12]}"
+        seen, sizes = ([], []) if given.is_arrays else _seen(batches)
+        data = digest.of_arrays(given.data) if given.is_arrays else digest.of_texts([*sorted(seen), str(sizes)])
+        ingredients["data"] = data
+        found = self._store.find(name)
+        if found is not None:
+            differ = list(changed(found[0], ingredients))
+            if not differ and (given.is_arrays or found[1].shuffled or list(found[1].examples) == seen):
+                return found[1]
+            _LOG.warning(
+                "The feature cache of `%s` is out of date (%s changed): it is computed anew.",
+                given.name, ", ".join(differ) or "the order of the data",
+            )  # fmt: skip
+        return self._compute(cut, given, batches, views, seen, self._store.write(name), ingredients)
+
+    def _compute(
+        self, cut: Cut, given: Given, batches: Batches, views: int, seen: list[str], writer: Writer, ingredients: Any
+    ) -> Kept:
+        """Compute the features of some data, and keep them if the data is the same as when it was seen before."""
+        assert self._store is not None
+        shapes: list[tuple[int, ...]] = []
+        sizes: list[int] = []
+        again: list[str] = []
+        for view in range(views):
+            for batch, rows in _computed(cut, batches):
+                shapes = shapes or [row.shape[1:] for row in rows]
+                if [row.shape[1:] for row in rows] != shapes or len({len(row) for row in rows}) > 1:
+                    raise CacheError(
+                        f"The features of the batches of `{given.name}` differ in shape: {[row.shape for row in rows]} "
+                        f"after rows of {shapes}. Pad its examples to one length, or leave `feature_cache` out."
+                    )
+                writer.add(rows)
+                if view == 0:
+                    sizes.append(len(rows[0]))
+                if view == 0 and not given.is_arrays:
+                    again += digest.of_examples(batch)
+                    self._store.check(sum(sizes) * views * cut.bytes, self._said(given, sum(sizes), views, cut))
+            batches.rewind()
+        _check_same(given, seen, again, sizes)
+        return writer.finish(ingredients, sizes, again, again != seen)
+
+    def _said(self, given: Given, examples: int, views: int, cut: Cut) -> str:
+        times = f", {views} times" if views > 1 else ""
+        return f"The features of {examples:,} examples of `{given.name}`, {cut.bytes:,} bytes each{times},"
+
+
+def _computed(cut: Cut, batches: Batches) -> Iterator[tuple[Any, list[np.ndarray]]]:
+    """Give the features of data batch by batch, with the batch; where they can be gathered, of several and without."""
+    source = batches.feed().source
+    if not isinstance(source, Arrays):
+        for batch in batches.drawn():
+            yield batch, [value.numpy() for value in cut.compute(*flat(batch))]
+        return
+    number, count = tf.TensorSpec((), tf.int64), tf.TensorSpec((), tf.int32)
+    several = cut.compute_several.get_concrete_function(source.signature(), number, count)
+    for feed in batches.epoch():
+        while feed.left:
+            most = min(feed.left, AT_ONCE)
+            yield (
+                None,
+                [v.numpy() for v in several(feed.source, tf.constant(feed.position, tf.int64), tf.constant(most))],
+            )
+            feed.drawn(most)
+
+
+def _check_same(given: Given, seen: Sequence[str], again: Sequence[str], sizes: Sequence[int]) -> None:
+    """Check that data had the same examples both times, and can be shuffled anew if it was shuffled.
+
+    Raises:
+        CacheError: It had not, or cannot.
+    """
+    if sorted(again) != sorted(seen):
+        new = len(set(again) - set(seen))
+        raise CacheError(
+            f"`{given.name}` gives other examples when it is gone through again: {new} of {len(again)} are new. It is "
+            "random or changes, and features of it would be those of one pass alone. Leave `feature_cache` out, or let "
+            "the randomness stand in the model and set `feature_cache_views`."
+        )
+    if again != seen and (len(again) != sum(sizes) or not _are_even(sizes)):
+        raise CacheError(
+            f"`{given.name}` comes in another order each time, and its batches are not of one size or their examples "
+            "do not stand apart, so that they cannot be shuffled anew. Let it come in one order, or leave "
+            "`feature_cache` out."
+        )
+
+
+def _nothing(step: Step, given: Given, obstacles: list[Obstacle]) -> str:
+    said = "; ".join(map(str, obstacles))
+    random = any("random" in obstacle.why for obstacle in obstacles)
+    more = " `feature_cache_views=n` caches n passes of it, drawn once each." if random and step.kind == "train" else ""
+    return f"Of the {step.kind} step on `{given.name}` nothing can be cached: {said}.{more}"
+
+
+def _ingredients(cut: Cut) -> dict[str, str]:
+    """Return the digests of all that goes into features beside the data."""
+    labels = {feed.name: f"input {number}" for number, feed in enumerate(cut.whole.batch)}
+    labels |= {name: f"weight {number}" for number, name in enumerate(cut.before.captures)}
+    captured = [name for name in cut.before.captures if name not in cut.drawn]
+    weights = [cut.whole.variables.get(name, cut.whole.captures[name]) for name in captured]
+    precise = tf.config.experimental.tensor_float_32_execution_enabled()
+    device = "GPU" if tf.config.list_logical_devices("GPU") else "CPU"
+    return {
+        "computation": digest.of_texts([cut.before.described(labels)]),
+        "weights": digest.of_texts(map(digest.of_arrays, weights)),
+        "versions": f"tensorflow {tf.__version__}, keras {keras.__version__}, {device}, TF32 {precise}",
+    }
+
+
+def _seen(batches: Batches) -> tuple[list[str], list[int]]:
+    """Go through data once, and return the digests of its examples and the sizes of its batches."""
+    examples, sizes = list[str](), list[int]()
+    for batch in batches.drawn():
+        examples += digest.of_examples(batch)
+        sizes.append(int(examples_of(batch)))
+    batches.rewind()
+    return examples, sizes
+
+
+def _are_even(sizes: Any) -> bool:
+    return len(set(sizes[:-1])) <= 1 and sizes[-1] <= sizes[0]

@@ -1,0 +1,129 @@
+"""What can be read of a trainer."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from tapeloop import report, saving
+from tapeloop.batch import examples_of
+from tapeloop.body import Body
+from tapeloop.given import Given
+from tapeloop.loop import Loop
+from tapeloop.optim import LearningRates
+from tapeloop.policy import Progress, VariablePolicy
+from tapeloop.saving import Frontier
+from tapeloop.selection import Selection
+from tapeloop.selections import Due, Selections
+from tapeloop.step import Step
+
+
+class Readings(Body):
+    """How far a trainer has come, what trains, and how it explains itself."""
+
+    _loop: Loop
+    _selections: Selections
+
+    @property
+    def policy(self) -> VariablePolicy:
+        """What trains."""
+        return self._policy
+
+    @policy.setter
+    def policy(self, policy: VariablePolicy) -> None:
+        if not isinstance(policy, VariablePolicy):
+            raise TypeError(
+                "`policy` must be a `VariablePolicy`, such as `Freeze('backbone')`. "
+                f"Received: {policy!r} of type {type(policy).__name__}."
+            )
+        self._policy = policy
+
+    @property
+    def selection(self) -> Selection:
+        """What trains, by the policy and the model as they are now."""
+        return self._select()
+
+    @property
+    def learning_rates(self) -> LearningRates:
+        """The learning rate of each group that trains now: `trainer.learning_rates["head"] = 1e-4` sets one."""
+        return LearningRates(self._updates.optimizers, self.selection)
+
+    @contextlib.contextmanager
+    def ema_weights(self) -> Iterator[None]:
+        """Give what has trained its averaged values inside this context, to evaluate or save with; after, its own.
+
+        Raises:
+            RuntimeError: The trainer has no `ema`, or has not trained yet.
+        """
+        with self._updates.averages.swap(self.step):
+            yield
+
+    @property
+    def loss_scale(self) -> float | None:
+        """By what losses are multiplied now, where a layer computes in float16; None where none does."""
+        scale = self._updates.loss_scale
+        return None if scale is None else float(scale.value)
+
+    @property
+    def microbatches(self) -> int:
+        """In how many pieces a batch is cut now."""
+        return self._updates.microbatches.count
+
+    @property
+    def step(self) -> int:
+        """How many steps were trained, over all fits."""
+        return self._loop.steps_done
+
+    @property
+    def epoch(self) -> int:
+        """How many epochs were trained, over all fits."""
+        return self._loop.epochs_done
+
+    @property
+    def trace_count(self) -> int:
+        """How often a training step was traced: once for each selection and signature of a batch."""
+        return self._steps.trace_count()
+
+    def explain(self, depth: int = 3) -> str:
+        """Return a table of what trains, what is frozen, by which rule, in which mode and at what cost.
+
+        Args:
+            depth: How many levels of submodels are shown; below the first, only where they differ inside.
+        """
+        selection = self.selection
+        self._updates.optimizers.prepare(selection, changing=True)
+        return report.explain(selection, self._updates.optimizers.state_bytes, depth)
+
+    def frontier(self, data: Any, *, batch_size: int = 32) -> Frontier:
+        """Return which part of a training step is frozen and the same for an example whenever it comes.
+
+        That is what `fit(feature_cache=...)` computes once. What it would save is measured on a batch of the data;
+        nothing moves.
+
+        Args:
+            data: The data, which may be all that `fit` takes and can be gone through again.
+            batch_size: Examples per batch, for arrays.
+
+        Raises:
+            DataError: The data is empty or does not fit the model.
+        """
+        self._loop.check_idle()
+        given = Given("data", data, batch_size, ("steps_per_epoch", None))
+        batches = given.batches()
+        self._steps.build(self.model, batches)
+        spec, batch = batches.feed().spec(), next(batches.drawn())
+        size = int(examples_of(batch))
+        last = size if batches.fewest is None else batches.fewest
+        examples = None if batches.per_epoch is None else (batches.per_epoch - 1) * size + last
+        found = self._due(self._loop.last_logs, True).step.cut(spec, batch, random=False)
+        return saving.frontier(found, batch, examples)
+
+    def _select(self, *, trains: bool = True) -> Selection:
+        return self._selections.now(self.policy, Progress(self.step, self.epoch, self._loop.last_logs), trains=trains)
+
+    def _evaluation(self) -> Step:
+        return self._steps.other("eval", self._select(trains=False))
+
+    def _due(self, logs: Mapping[str, Any], starting: bool) -> Due:
+        return self._selections.due(self.policy, Progress(self.step, self.epoch, logs), starting=starting)
