@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from tapeloop import digest
 from tapeloop.arrays import Orders
-from tapeloop.batch import examples_of
+from tapeloop.batch import any_size, examples_of
 from tapeloop.checks import whole_number
 from tapeloop.data import Batches, as_batches
 from tapeloop.errors import CacheError
@@ -129,7 +129,7 @@ class FeatureCache:
         """Find or compute the features of some data for a step; None where it has no frontier."""
         assert self._store is not None
         batches = given.batches()
-        spec = batches.feed().spec()
+        spec = open_spec(batches)
         batch = next(batches.drawn())
         batches.rewind()
         cut = step.cut(spec, batch, random=views > 1)
@@ -260,6 +260,11 @@ def _seen(batches: Batches) -> tuple[list[str], list[int]]:
         sizes.append(int(examples_of(batch)))
     batches.rewind()
     return examples, sizes
+
+
+def open_spec(batches: Batches) -> Any:
+    """Return the signature of batches with any number of examples: what has no open dimension mixes examples."""
+    return tf.nest.map_structure(lambda one: None if one is None else any_size(one), batches.feed().spec())
 
 
 def _are_even(sizes: Any) -> bool:

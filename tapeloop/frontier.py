@@ -249,6 +249,9 @@ def _obstacles(whole: Traced, selection: Selection, marks: Marks, most: int = 3)
             obstacles = [_obstacle(whole, infos, origin) for origin in marks.origins(op)]
             found += [one for one in dict.fromkeys(obstacles) if one not in found]
         touched |= {output.name for output in op.outputs}
+    if not found and marks.mixed:
+        mixing = next(op.name for op in whole.ops if any(output.name in marks.mixed for output in op.outputs))
+        found = [Obstacle(mixing, "makes one thing of the examples of a batch, and comes first")]
     return found[:most] or [Obstacle("", "reads no frozen weights on the way to what trains")]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -19,6 +19,7 @@ class Traced:
         function: The function, as `tf.function` traced it.
         ops: Its ops, each after those that it takes something from.
         batch: Its inputs that stand for what it is called with, composite ones in their parts.
+        shapes: The names of those of them that are the shapes of sparse tensors.
         captures: What it takes from outside, by the name of the input that stands for it.
         variables: Those of the captures that are variables, likewise.
         outputs: Its outputs.
@@ -37,6 +38,7 @@ class Traced:
         self.ops: list[tf.Operation] = function.graph.get_operations()
         given = len(function.inputs) - len(function.captured_inputs)
         self.batch: list[tf.Tensor] = list(function.inputs[:given])
+        self.shapes = set(_sparse_shapes(function, self.batch))
         self.captures = {inner.name: outer for inner, outer in zip(function.inputs[given:], function.captured_inputs)}
         handles = {id(variable.handle): variable for variable in (*function.variables, *variables)}
         self.variables = {name: handles[id(outer)] for name, outer in self.captures.items() if id(outer) in handles}
@@ -171,6 +173,15 @@ class Part:
         places = {node.name: number for number, node in enumerate(self._graph.node)}
         computed = [f"{places.get(target.op.name, target.name)}:{target.value_index}" for target in self._targets]
         return repr((_plain(self._graph.node, functions, {}, outside), computed))
+
+
+def _sparse_shapes(function: Any, inputs: Sequence[tf.Tensor]) -> Iterator[str]:
+    following = iter(inputs)
+    for spec in tf.nest.flatten(function.structured_input_signature):
+        if isinstance(spec, tf.TypeSpec):
+            parts = [next(following) for _ in tf.nest.flatten(spec, expand_composites=True)]
+            if isinstance(spec, tf.SparseTensorSpec):
+                yield parts[2].name
 
 
 def _called(node: Any) -> list[str]:

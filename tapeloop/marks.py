@@ -9,6 +9,8 @@ import tensorflow as tf
 from tapeloop.graph import Traced
 from tapeloop.selection import Selection
 
+SHAPES = frozenset({"Shape", "ShapeN", "Size", "Rank"})  # which look at no value
+
 
 class Marks:
     """The marks of one traced step's tensors and ops.
@@ -18,6 +20,7 @@ class Marks:
         heavy: The names of the ops that compute such a tensor with weights.
         sized: The shapes of tensors of which only the number of examples is not known, with the tensors.
         unsized: The names of the tensors whose first dimension is known not to be the examples.
+        mixed: The names of the tensors that depend on what is frozen, but on several examples at once.
         drawn: The names of what is random and comes before frozen weights all the same.
         effects_before: The ops that run unasked and take nothing but what is frozen.
         effects_after: All others that run unasked.
@@ -70,46 +73,70 @@ class Marks:
         return found
 
     def _mark(self) -> None:
+        """Go through the ops in their order, and mark what they compute by what they take."""
         self._static: set[str] = set()
         self._static_ops: set[str] = set()
         self.depends: set[str] = set()
         self.heavy: set[str] = set()
         self.sized: dict[str, tf.Tensor] = {}
+        self.mixed: set[str] = set()
         self._weighty: set[str] = set()
+        self._shapes: set[str] = set()
+        self._drawn_alone: set[str] = set()
         self._drawn_before_weights: set[str] = set()
-        taints: dict[str, frozenset[str]] = {}
+        self._taints: dict[str, frozenset[str]] = {}
         batch = {given.name for given in self._whole.batch}
         for op in self._whole.ops:
             names = {output.name for output in op.outputs}
             if names & batch:
-                self._static |= names
                 self.depends |= names
-                continue
-            if names & self._whole.captures.keys():
+                self._static |= names
+                if names & self._whole.shapes:
+                    self._shapes |= names
+                else:
+                    self._set_mixed_apart(op)
+            elif names & self._whole.captures.keys():
                 if self._is_fixed(next(iter(names))):
                     self._static |= names
                     self._weighty |= names
-                    taints |= {name: frozenset({name} & self.drawn) for name in names}
-                continue
-            taken = {given.name for given in op.inputs}
-            if not taken <= self._static or not (self._whole.is_pure(op) or op.name in self.drawn):
-                continue
-            self._static |= names
-            self._static_ops.add(op.name)
-            taint = frozenset({op.name} & self.drawn).union(*(taints.get(name, frozenset()) for name in taken))
-            taints |= dict.fromkeys(names, taint)
-            if op.type == "Shape" and self._is_sized(op.inputs[0]):
-                self.sized |= {output.name: op.inputs[0] for output in op.outputs}
-            elif taken & self.depends or (taint and not taken & self._weighty - self._seeds()):
-                self.depends |= names
-                if taken & self._weighty - self._seeds():
-                    self.heavy.add(op.name)
-                    self._drawn_before_weights |= taint
-            elif taken & self._weighty:
-                self._weighty |= names
+                    self._taints |= {name: frozenset({name} & self.drawn) for name in names}
+            elif self._whole.is_pure(op) or op.name in self.drawn:
+                self._mark_op(op, names, {given.name for given in op.inputs})
 
-    def _seeds(self) -> set[str]:
-        return self.drawn
+    def _mark_op(self, op: tf.Operation, names: set[str], taken: set[str]) -> None:
+        if not taken <= self._static:
+            self.mixed |= names if taken <= self._static | self.mixed else set()
+            return
+        self._static |= names
+        self._static_ops.add(op.name)
+        taint = frozenset({op.name} & self.drawn).union(*(self._taints.get(name, frozenset()) for name in taken))
+        self._taints |= dict.fromkeys(names, taint)
+        weights, of_batch = taken & self._weighty - self.drawn, taken & self.depends - self._drawn_alone
+        if op.type == "Shape" and self._is_sized(op.inputs[0]):
+            self.sized |= {output.name: op.inputs[0] for output in op.outputs}
+        elif of_batch or taint:
+            self.depends |= names
+            self._drawn_alone |= set() if of_batch else names
+            if weights:
+                self.heavy.add(op.name)
+                self._drawn_before_weights |= taint
+            if of_batch and (op.type in SHAPES or of_batch <= self._shapes):
+                self._shapes |= names
+            elif of_batch:
+                self._set_mixed_apart(op)
+        elif weights:
+            self._weighty |= names
+
+    def _set_mixed_apart(self, op: tf.Operation) -> None:
+        """Mark those of an op's outputs as mixed that have lost the dimension of the examples, whose number is open."""
+        mixed = {
+            output.name
+            for output in op.outputs
+            if output.shape.is_fully_defined() and output.dtype not in (tf.variant, tf.resource)
+        }
+        self.mixed |= mixed
+        self._static -= mixed
+        self.depends -= mixed
 
     def _is_fixed(self, name: str) -> bool:
         """Tell whether a capture stays as it is: a variable of the model that nothing moves, or a constant."""
@@ -124,7 +151,7 @@ class Marks:
     def _moves(self, op: tf.Operation) -> bool:
         """Tell whether an op that runs unasked belongs with what is frozen: a check of it, or what a draw leaves."""
         handles = [given.name for given in op.inputs if given.dtype == tf.resource]
-        takes_frozen = all(given.name in self._static for given in op.inputs)
+        takes_frozen = all(given.name in self._static or given.name in self.mixed for given in op.inputs)
         return takes_frozen and (op.type == "Assert" or (bool(handles) and self.drawn.issuperset(handles)))
 
 

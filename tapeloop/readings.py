@@ -9,6 +9,7 @@ from typing import Any
 from tapeloop import report, saving
 from tapeloop.batch import examples_of
 from tapeloop.body import Body
+from tapeloop.cache import open_spec
 from tapeloop.given import Given
 from tapeloop.loop import Loop
 from tapeloop.optim import LearningRates
@@ -112,7 +113,7 @@ class Readings(Body):
         given = Given("data", data, batch_size, ("steps_per_epoch", None))
         batches = given.batches()
         self._steps.build(self.model, batches)
-        spec, batch = batches.feed().spec(), next(batches.drawn())
+        spec, batch = open_spec(batches), next(batches.drawn())
         size = int(examples_of(batch))
         last = size if batches.fewest is None else batches.fewest
         examples = None if batches.per_epoch is None else (batches.per_epoch - 1) * size + last

@@ -17,16 +17,15 @@ TOLERANCE = {tf.float64: 1e-6, tf.float32: 1e-4, tf.float16: 2e-2, tf.bfloat16: 
 
 
 class Rows:
-    """A batch, and the same with its examples in other places."""
+    """A batch, and the same without its first example."""
 
     def __init__(self, whole: Traced, batch: Any) -> None:
-        """Keep the step and make the batches: the second has no first example, and one more of the second."""
+        """Keep the step and make the batches."""
         self._whole = whole
-        if int(examples_of(batch)) == 1 and whole.batch[0].shape[:1] != [1]:
-            batch = tf.nest.map_structure(lambda value: None if value is None else _concat([value, value]), batch)
+        if int(examples_of(batch)) == 1:
+            batch = tf.nest.map_structure(_doubled, batch)
         self._examples = int(examples_of(batch))
-        moved = tf.nest.map_structure(lambda value: None if value is None else self._moved(value), batch)
-        self._batches = [flat(batch), flat(moved)]
+        self._batches = [flat(batch), flat(tf.nest.map_structure(_without_first, batch))]
 
     def unlike(self, tensors: Iterable[tf.Tensor]) -> set[str]:
         """Return the names of those whose first dimension is not the examples."""
@@ -45,7 +44,8 @@ class Rows:
         first, second = (self._run(some, batch) for batch in self._batches)
         weights = dict.fromkeys(tensors, math.inf)
         for tensor, one, other in zip(some, first, second):
-            if one.shape[:1] == (self._examples,) and (not compares or self._is_alike(tensor.dtype, one, other)):
+            has_rows = one.shape[:1] == (self._examples,) and other.shape == (self._examples - 1, *one.shape[1:])
+            if has_rows and (not compares or _is_alike(tensor.dtype, one[1:], other)):
                 weights[tensor.name] = max(1.0, one.nbytes / self._examples)
         return weights
 
@@ -54,30 +54,30 @@ class Rows:
         run = tf.function(lambda *values: part(values), autograph=False)
         return [value.numpy() for value in run(*batch)] if tensors else []
 
-    def _is_alike(self, dtype: tf.DType, one: np.ndarray, other: np.ndarray) -> bool:
-        expected = np.concatenate([one[1:], one[1:2]]) if self._examples > 1 else one
-        if dtype not in TOLERANCE:
-            return np.array_equal(expected, other)
-        expected, found = expected.astype(np.float64), other.astype(np.float64)
-        finite = np.abs(expected[np.isfinite(expected)])
-        return np.allclose(found, expected, rtol=0, atol=TOLERANCE[dtype] * finite.max(initial=0.0), equal_nan=True)
-
-    def _moved(self, value: Any) -> Any:
-        if self._examples == 1:
-            return value
-        if isinstance(value, tf.SparseTensor):
-            length, *rest = map(int, value.dense_shape)
-            sides = [
-                tf.sparse.slice(value, [start, *[0] * len(rest)], [n, *rest]) for start, n in ((1, length - 1), (1, 1))
-            ]
-            return tf.sparse.concat(0, sides)
-        return _concat([value[1:], value[1:2]]) if value.shape.rank else value
-
 
 def flat(batch: Any) -> list[tf.Tensor]:
     """Return the tensors of a batch, as a traced function takes them."""
     return [value for value in tf.nest.flatten(batch, expand_composites=True) if value is not None]
 
 
-def _concat(values: list[Any]) -> Any:
-    return tf.sparse.concat(0, values) if isinstance(values[0], tf.SparseTensor) else tf.concat(values, 0)
+def _is_alike(dtype: tf.DType, expected: np.ndarray, found: np.ndarray) -> bool:
+    if dtype not in TOLERANCE:
+        return np.array_equal(expected, found)
+    expected, found = expected.astype(np.float64), found.astype(np.float64)
+    finite = np.abs(expected[np.isfinite(expected)])
+    return np.allclose(found, expected, rtol=0, atol=TOLERANCE[dtype] * finite.max(initial=0.0), equal_nan=True)
+
+
+def _doubled(value: Any) -> Any:
+    if value is None or not value.shape.rank:
+        return value
+    return tf.sparse.concat(0, [value, value]) if isinstance(value, tf.SparseTensor) else tf.concat([value, value], 0)
+
+
+def _without_first(value: Any) -> Any:
+    if value is None or not value.shape.rank:
+        return value
+    if isinstance(value, tf.SparseTensor):
+        length, *rest = map(int, value.dense_shape)
+        return tf.sparse.slice(value, [1, *[0] * len(rest)], [length - 1, *rest])
+    return value[1:]

@@ -12,7 +12,7 @@ import tensorflow as tf
 
 import tapeloop as tl
 from tapeloop import store
-from tests.cached import BATCH, MODELS, TwoSteps, check_same, images, of_kind, spy, trainer_of, weights
+from tests.cached import BATCH, MODELS, N, Subclassed, TwoSteps, check_same, images, of_kind, spy, trainer_of, weights
 from tests.test_frontier import classifier
 
 layers = keras.layers
@@ -198,3 +198,54 @@ def test_the_model_and_evaluation_are_as_without_a_cache(tmp_path):
         plain.evaluate(images(), progress="none"), rel=1e-5
     )
     assert pathlib.Path(tmp_path).is_dir()
+
+
+def test_the_report_of_a_frontier():
+    trainer = trainer_of(classifier, tl.Freeze("base"))
+    before = {path: value.tobytes() for path, value in weights(trainer).items()}
+    found = trainer.frontier(images(), batch_size=BATCH)
+    assert found
+    assert (found.submodels, found.bytes_per_example, found.examples, found.bytes) == (("base",), 24, N, 24 * N)
+    assert 0 < found.share < 1
+    assert str(found).startswith(
+        "Before the frontier: `base`\nFeatures: 24 bytes an example, 528 bytes for 22 examples\n"
+    )
+    assert {path: value.tobytes() for path, value in weights(trainer).items()} == before
+    assert trainer.step == 0
+    dataset = trainer.frontier(of_kind("dataset", images()))
+    assert dataset.examples == 24  # at most
+    none = trainer_of(classifier, tl.TrainAll()).frontier(images())
+    assert not none
+    assert none.bytes is None
+    assert str(none) == "There is no frontier: `base/conv/kernel` trains and comes first."
+
+
+def test_measuring_a_frontier_leaves_statistics_seeds_and_metrics_as_they_were():
+    trainer, other = (trainer_of(Subclassed, tl.Freeze("base")) for _ in range(2))
+    for each in (trainer, other):
+        each.fit(images(), batch_size=BATCH, progress="none")
+    trainer.frontier(images(), batch_size=BATCH)
+    runs = [(each, each.fit(images(), batch_size=BATCH, progress="none").history) for each in (trainer, other)]
+    check_same(*runs)
+
+
+def test_files_and_sparse_inputs_are_cached_too(tmp_path):
+    x, y = images()
+    np.save(tmp_path / "x.npy", x)
+    runs = []
+    for cache in ("memory", None):
+        trainer = trainer_of(classifier, tl.Freeze("base"))
+        given = np.load(tmp_path / "x.npy", mmap_mode="r"), y
+        history = trainer.fit(given, batch_size=BATCH, epochs=2, feature_cache=cache, progress="none").history
+        runs.append((trainer, history))
+    check_same(*runs)
+    sparse = tf.sparse.from_dense(tf.where(x[:, 0, :, 0] > 0, x[:, 0, :, 0], 0))
+    runs = []
+    for cache in ("memory", None):
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input((16,), sparse=True)
+        model = keras.Model(inputs, layers.Dense(2, name="head")(layers.Dense(4, "relu", name="base")(inputs)))
+        trainer = tl.Trainer(model, tl.Freeze("base"), loss="mse", optimizer="adam", seed=1)
+        options = {"batch_size": BATCH, "shuffle": False, "epochs": 2, "progress": "none"}
+        runs.append((trainer, trainer.fit((sparse, y), feature_cache=cache, **options).history))
+    check_same(*runs)

@@ -133,6 +133,30 @@ class Mixing(layers.Layer):
         return (inputs - tf.reduce_mean(inputs, 0, keepdims=True)) * self.scale
 
 
+class Running(layers.Layer):
+    """Each example is seen with those before it."""
+
+    def build(self, shape):
+        self.scale = self.add_weight(shape=(shape[-1],), initializer="ones", name="scale")
+
+    def call(self, inputs):
+        return tf.cumsum(inputs, 0) * self.scale
+
+
+class Sized(Running):
+    """Each example is seen by the number of all."""
+
+    def call(self, inputs):
+        return inputs / tf.cast(tf.shape(inputs)[0], tf.float32) * self.scale
+
+
+class Rare(Running):
+    """Each example is seen by what is in the batch, which comes up in few."""
+
+    def call(self, inputs):
+        return tf.cond(tf.reduce_max(inputs) > 1e9, lambda: -inputs, lambda: inputs) * self.scale
+
+
 class Folding(layers.Layer):
     """Examples and something else in one dimension."""
 
@@ -151,9 +175,20 @@ class Unfolding(layers.Layer):
 def test_a_cut_has_a_row_for_each_example_that_is_its_alone():
     model = classifier(behind=[Folding(name="folding"), Unfolding(name="unfolding")])
     assert shapes(cut_of(model, tl.TrainOnly("head"), images())) == [(2,), (4,)]
-    (obstacle,) = cut_of(classifier(behind=[Mixing(name="mixing")]), tl.TrainOnly("head"), images())
-    assert "mixing" in str(obstacle)
-    assert "the other examples of a batch" in str(obstacle)
+    for kind in (Mixing, Rare):  # what makes one thing of a batch is behind
+        model = classifier(behind=[kind(name="mixing")])
+        cut = cut_of(model, tl.TrainOnly("head"), images())
+        assert [submodel.path for submodel in cut.submodels] == ["base"]
+        assert same(cut, images())
+    for kind in (Running, Sized):
+        (obstacle,) = cut_of(classifier(behind=[kind(name="mixing")]), tl.TrainOnly("head"), images())
+        assert "mixing" in str(obstacle)
+        assert "the other examples of a batch" in str(obstacle)
+    first = keras.Sequential(
+        [keras.Input((16, 16, 3)), Mixing(name="mixing"), backbone(), layers.Dense(2, name="head")]
+    )
+    (obstacle,) = cut_of(first, tl.TrainOnly("head"), images())
+    assert "makes one thing of the examples of a batch, and comes first" in str(obstacle)
 
 
 class Counting(layers.Layer):
