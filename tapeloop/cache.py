@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
+import pathlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import keras
@@ -12,21 +15,40 @@ import numpy as np
 import tensorflow as tf
 
 from tapeloop import digest
-from tapeloop.arrays import Orders
-from tapeloop.batch import any_size, examples_of
+from tapeloop.arrays import Orders, Sparse
 from tapeloop.checks import whole_number
 from tapeloop.data import Batches, as_batches
 from tapeloop.errors import CacheError
-from tapeloop.feed import Arrays
-from tapeloop.frontier import Cut, Features, Obstacle
+from tapeloop.frontier import Cut, Features
 from tapeloop.given import Given
 from tapeloop.microbatch import Microbatches
-from tapeloop.rows import flat
+from tapeloop.obstacles import Obstacle
+from tapeloop.passes import are_even, check_same, computed, open_spec, seen_in
 from tapeloop.step import Step
 from tapeloop.store import FORMAT, Files, Kept, Memory, Writer, changed
 
-AT_ONCE = 64  # batches of arrays whose features one call computes
 _LOG = logging.getLogger("tapeloop")
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """The features that a step runs on.
+
+    Attributes:
+        step: The step.
+        kept: The features; None where it has no frontier.
+        cut: Where it is cut.
+        checksum: That of the frozen weights before the cut, when they were computed.
+    """
+
+    step: Step
+    kept: Kept | None
+    cut: Cut | None
+    checksum: tuple[int, ...] | None
+
+    def holds(self, step: Step) -> bool:
+        """Tell whether they are a step's, and still what the weights make of the data."""
+        return step is self.step and (self.cut is None or self.cut.checksum() == self.checksum)
 
 
 class FeatureCache:
@@ -51,12 +73,15 @@ class FeatureCache:
         self._views = whole_number("feature_cache_views", views, 1)
         if where is not None and (not isinstance(where, (str, os.PathLike)) or where == ""):
             raise TypeError(f'`feature_cache` must be None, "memory" or a path. Received: {where!r}.')
+        if where not in (None, "memory") and pathlib.Path(where).expanduser().is_file():
+            raise ValueError(f"`feature_cache` must be the path of a folder, and {where} is a file.")
         if where is None and views > 1:
             raise ValueError(
                 f"`feature_cache_views` is {views}, and there is no cache: pass `feature_cache='memory'` or a path."
             )
         self._store = None if where is None else memory if where == "memory" else Files(where)
-        self._ready: dict[str, tuple[Step, Kept | None]] = {}
+        self._ready: dict[str, _Ready] = {}
+        self._moving: frozenset[int] = frozenset()
 
     @property
     def is_on(self) -> bool:
@@ -109,55 +134,63 @@ class FeatureCache:
                 "epoch. Let it change by epochs, or leave `feature_cache` out."
             )
         views = self._views if step.kind == "train" else 1
-        if given.name not in self._ready or self._ready[given.name][0] is not step:
-            self._ready[given.name] = step, self._features(step, given, views, first)
-        kept, orders = self._ready[given.name][1], given.orders(epoch)
+        ready = self._ready.get(given.name)
+        if ready is None or not ready.holds(step):
+            kept, cut = self._features(step, given, views, first)
+            ready = self._ready[given.name] = _Ready(step, kept, cut, None if cut is None else cut.checksum())
+        kept, orders = ready.kept, given.orders(epoch)
         if kept is None:
             return given.batches(orders)
         tensors = kept.passed(epoch)
+        if given.is_sparse:  # which `tf.data` shuffles
+            source = Sparse(Features(tensors), given.batch_size, len(tensors[0]), orders, None)
+            return Batches(source, math.ceil(len(tensors[0]) / given.batch_size), None, given.name)
         if given.is_arrays:
             return as_batches(Features(tensors), batch_size=given.batch_size, orders=orders, name=given.name)
-        if given.shuffles_batches or not _are_even(kept.sizes):
+        if given.shuffles_batches or not are_even(kept.sizes):
             starts = np.cumsum([0, *kept.sizes])
             numbers = orders.next(len(kept.sizes)) if given.shuffles_batches else range(len(kept.sizes))
-            cut = [Features(tuple(part[starts[n] : starts[n + 1]] for part in tensors)) for n in numbers]
-            return as_batches(cut, name=given.name)
+            apart = [Features(tuple(part[starts[n] : starts[n + 1]] for part in tensors)) for n in numbers]
+            return as_batches(apart, name=given.name)
         again = Orders(kept.shuffled, given.seed, epoch)
         return as_batches(Features(tensors), batch_size=kept.sizes[0], orders=again, name=given.name)
 
-    def _features(self, step: Step, given: Given, views: int, first: bool) -> Kept | None:
-        """Find or compute the features of some data for a step; None where it has no frontier."""
+    def _features(self, step: Step, given: Given, views: int, first: bool) -> tuple[Kept | None, Cut | None]:
+        """Find or compute the features of some data for a step, and its cut; neither where it has no frontier."""
         assert self._store is not None
         batches = given.batches()
         spec = open_spec(batches)
         batch = next(batches.drawn())
         batches.rewind()
-        cut = step.cut(spec, batch, random=views > 1)
+        trains = step.kind == "train"
+        cut = step.cut(spec, batch, random=views > 1, moving=frozenset() if trains else self._moving)
+        if trains:
+            self._moving = step.moves
         if not isinstance(cut, Cut):
             said = _nothing(step, given, cut)
             if first:
                 raise CacheError(said)
             _LOG.warning("%s The cache is dropped.", said)
-            return None
+            return None, None
         if given.is_arrays:
             examples = sum(int(part.shape[0]) for part in tf.nest.flatten(given.data)[:1])
             self._store.check(examples * views * cut.bytes, self._said(given, examples, views, cut))
         weights = repr(given.class_weight and sorted(given.class_weight.items()))
         ingredients = {**_ingredients(cut), "views": str(views), "class_weight": weights, "format": FORMAT}
         name = f"{given.name}-{ingredients['computation'][:12]}"
-        seen, sizes = ([], []) if given.is_arrays else _seen(batches)
+        seen, sizes = ([], []) if given.is_arrays else seen_in(batches)
         data = digest.of_arrays(given.data) if given.is_arrays else digest.of_texts([*sorted(seen), str(sizes)])
         ingredients["data"] = data
         found = self._store.find(name)
         if found is not None:
             differ = list(changed(found[0], ingredients))
             if not differ and (given.is_arrays or found[1].shuffled or list(found[1].examples) == seen):
-                return found[1]
+                return found[1], cut
             _LOG.warning(
                 "The feature cache of `%s` is out of date (%s changed): it is computed anew.",
                 given.name, ", ".join(differ) or "the order of the data",
             )  # fmt: skip
-        return self._compute(cut, given, batches, views, seen, self._store.write(name), ingredients)
+        return self._compute(cut, given, batches, views, seen, self._store.write(name), ingredients), cut
 
     def _compute(
         self, cut: Cut, given: Given, batches: Batches, views: int, seen: list[str], writer: Writer, ingredients: Any
@@ -168,12 +201,13 @@ class FeatureCache:
         sizes: list[int] = []
         again: list[str] = []
         for view in range(views):
-            for batch, rows in _computed(cut, batches):
+            for batch, examples, rows in computed(cut, batches):
                 shapes = shapes or [row.shape[1:] for row in rows]
-                if [row.shape[1:] for row in rows] != shapes or len({len(row) for row in rows}) > 1:
+                if [row.shape[1:] for row in rows] != shapes or {len(row) for row in rows} != {examples}:
                     raise CacheError(
-                        f"The features of the batches of `{given.name}` differ in shape: {[row.shape for row in rows]} "
-                        f"after rows of {shapes}. Pad its examples to one length, or leave `feature_cache` out."
+                        f"The features of {examples} examples of `{given.name}` have the shapes "
+                        f"{[row.shape for row in rows]}, and need one row for each, of the shapes {shapes}. Pad the "
+                        "examples to one length and keep them all, or leave `feature_cache` out."
                     )
                 writer.add(rows)
                 if view == 0:
@@ -182,52 +216,12 @@ class FeatureCache:
                     again += digest.of_examples(batch)
                     self._store.check(sum(sizes) * views * cut.bytes, self._said(given, sum(sizes), views, cut))
             batches.rewind()
-        _check_same(given, seen, again, sizes)
+        check_same(given, seen, again, sizes)
         return writer.finish(ingredients, sizes, again, again != seen)
 
     def _said(self, given: Given, examples: int, views: int, cut: Cut) -> str:
         times = f", {views} times" if views > 1 else ""
         return f"The features of {examples:,} examples of `{given.name}`, {cut.bytes:,} bytes each{times},"
-
-
-def _computed(cut: Cut, batches: Batches) -> Iterator[tuple[Any, list[np.ndarray]]]:
-    """Give the features of data batch by batch, with the batch; where they can be gathered, of several and without."""
-    source = batches.feed().source
-    if not isinstance(source, Arrays):
-        for batch in batches.drawn():
-            yield batch, [value.numpy() for value in cut.compute(*flat(batch))]
-        return
-    number, count = tf.TensorSpec((), tf.int64), tf.TensorSpec((), tf.int32)
-    several = cut.compute_several.get_concrete_function(source.signature(), number, count)
-    for feed in batches.epoch():
-        while feed.left:
-            most = min(feed.left, AT_ONCE)
-            yield (
-                None,
-                [v.numpy() for v in several(feed.source, tf.constant(feed.position, tf.int64), tf.constant(most))],
-            )
-            feed.drawn(most)
-
-
-def _check_same(given: Given, seen: Sequence[str], again: Sequence[str], sizes: Sequence[int]) -> None:
-    """Check that data had the same examples both times, and can be shuffled anew if it was shuffled.
-
-    Raises:
-        CacheError: It had not, or cannot.
-    """
-    if sorted(again) != sorted(seen):
-        new = len(set(again) - set(seen))
-        raise CacheError(
-            f"`{given.name}` gives other examples when it is gone through again: {new} of {len(again)} are new. It is "
-            "random or changes, and features of it would be those of one pass alone. Leave `feature_cache` out, or let "
-            "the randomness stand in the model and set `feature_cache_views`."
-        )
-    if again != seen and (len(again) != sum(sizes) or not _are_even(sizes)):
-        raise CacheError(
-            f"`{given.name}` comes in another order each time, and its batches are not of one size or their examples "
-            "do not stand apart, so that they cannot be shuffled anew. Let it come in one order, or leave "
-            "`feature_cache` out."
-        )
 
 
 def _nothing(step: Step, given: Given, obstacles: list[Obstacle]) -> str:
@@ -250,22 +244,3 @@ def _ingredients(cut: Cut) -> dict[str, str]:
         "weights": digest.of_texts(map(digest.of_arrays, weights)),
         "versions": f"tensorflow {tf.__version__}, keras {keras.__version__}, {device}, TF32 {precise}",
     }
-
-
-def _seen(batches: Batches) -> tuple[list[str], list[int]]:
-    """Go through data once, and return the digests of its examples and the sizes of its batches."""
-    examples, sizes = list[str](), list[int]()
-    for batch in batches.drawn():
-        examples += digest.of_examples(batch)
-        sizes.append(int(examples_of(batch)))
-    batches.rewind()
-    return examples, sizes
-
-
-def open_spec(batches: Batches) -> Any:
-    """Return the signature of batches with any number of examples: what has no open dimension mixes examples."""
-    return tf.nest.map_structure(lambda one: None if one is None else any_size(one), batches.feed().spec())
-
-
-def _are_even(sizes: Any) -> bool:
-    return len(set(sizes[:-1])) <= 1 and sizes[-1] <= sizes[0]

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import functools
 import math
+import zlib
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import tensorflow as tf
 
+from tapeloop.batch import examples_of, spec_of
 from tapeloop.graph import Part, Traced
 from tapeloop.marks import Marks
 from tapeloop.mincut import smallest_cut
+from tapeloop.obstacles import Obstacle, obstacles
 from tapeloop.rows import Rows, flat
 from tapeloop.selection import Selection
 from tapeloop.tree import SubmodelInfo
@@ -53,26 +58,37 @@ class Cut:
     @functools.cached_property
     def compute(self) -> Any:
         """The compiled function that computes features of the tensors of a batch."""
-        return tf.function(lambda *tensors: self.before(tensors), autograph=False)
+        return self.before.function()
 
     @functools.cached_property
     def compute_several(self) -> Any:
-        """The compiled function that computes features of several batches of arrays: `(source, first, count)`.
+        """What computes features of several batches of arrays, `(source, first, count)`, and says of how many examples.
 
         Two batches are under way at once: beside its large ops each has many that leave most of a device idle.
         """
 
-        def several(source: Any, first: tf.Tensor, count: tf.Tensor) -> list[tf.Tensor]:
+        def several(source: Any, first: tf.Tensor, count: tf.Tensor) -> tuple[list[tf.Tensor], tf.Tensor]:
             kept = [tf.TensorArray(feature.dtype, count, infer_shape=False) for feature in self.features]
 
-            def add(number: tf.Tensor, kept: list[tf.TensorArray]) -> tuple[tf.Tensor, list[tf.TensorArray]]:
-                rows = self.before(flat(source.batch(first + tf.cast(number, tf.int64))))
-                return number + 1, [one.write(number, row) for one, row in zip(kept, rows)]
+            def add(number: tf.Tensor, kept: list[tf.TensorArray], examples: tf.Tensor) -> Any:
+                batch = source.batch(first + tf.cast(number, tf.int64))
+                rows = self.before(flat(batch))
+                return number + 1, [one.write(number, r) for one, r in zip(kept, rows)], examples + examples_of(batch)
 
-            _, kept = tf.while_loop(lambda n, _: n < count, add, (0, kept), parallel_iterations=2)
-            return [one.concat() for one in kept]
+            _, kept, examples = tf.while_loop(lambda n, *_: n < count, add, (0, kept, 0), parallel_iterations=2)
+            return [one.concat() for one in kept], examples
 
         return tf.function(several, autograph=False)
+
+    def checksum(self) -> tuple[int, ...]:
+        """Return a number for each frozen variable before the cut, another one when one of its numbers is another."""
+        names = [name for name in self.before.captures if name in self.whole.variables and name not in self.drawn]
+        values = (np.ascontiguousarray(self.whole.variables[name].numpy()) for name in names)
+        return tuple(zlib.crc32(value.reshape(-1).view(np.uint8).data) for value in values)
+
+    def rest_for(self, features: Any) -> Any:
+        """Return a function of features like these that runs the rest of the step, to be called in a traced one."""
+        return tf.function(functools.partial(self.rest), autograph=False).get_concrete_function(spec_of(features))
 
     def rest(self, features: Features) -> Any:
         """Run the rest of the step, in a function that is being traced, and return what the step returns."""
@@ -84,23 +100,9 @@ class Cut:
         return tf.nest.pack_sequence_as(structure, values, expand_composites=True)
 
 
-@dataclass(frozen=True)
-class Obstacle:
-    """What stands in the way of a frontier.
-
-    Attributes:
-        what: Where it stands in the model, or the name of an op.
-        why: What is the matter with it.
-    """
-
-    what: str
-    why: str
-
-    def __str__(self) -> str:
-        return f"`{self.what}` {self.why}" if self.what else f"it {self.why}"
-
-
-def find(whole: Traced, selection: Selection, batch: Any, *, random: bool = False) -> Cut | list[Obstacle]:
+def find(
+    whole: Traced, selection: Selection, batch: Any, *, random: bool = False, moving: Collection[int] = ()
+) -> Cut | list[Obstacle]:
     """Find the frontier of a step, and there the cut with the fewest bytes an example.
 
     What reads a frozen weight comes before the cut. What does not, and follows on it, may come after, where that makes
@@ -111,20 +113,21 @@ def find(whole: Traced, selection: Selection, batch: Any, *, random: bool = Fals
         selection: What trains.
         batch: A batch of the data.
         random: Whether what is random may come before the cut, too, where something frozen follows on it.
+        moving: The identities of variables that another step moves.
 
     Returns:
         The cut, or what stands in the way of one.
     """
     rows = Rows(whole, batch)
-    marks = Marks(whole, selection, random=random)
+    marks = Marks(whole, selection, random=random, moving=moving)
     while True:
         region = _Region(whole, marks)
         if not region.heavy:
-            return _obstacles(whole, selection, marks)
+            return obstacles(whole, selection, marks)
         unlike = rows.unlike(region.sized)
         if not unlike:
             break
-        marks = Marks(whole, selection, random=random, unsized=marks.unsized | unlike)
+        marks = Marks(whole, selection, random=random, moving=moving, unsized=marks.unsized | unlike)
     weights = rows.bytes(region.tensors, compares=not marks.drawn)
     chosen = smallest_cut(weights, region.edges, region.sources, region.boundary)
     if chosen is None:
@@ -234,35 +237,3 @@ def _submodels(selection: Selection, before: Part, after: Part) -> tuple[Submode
 
 def _within(tree: Any, submodel: SubmodelInfo, other: SubmodelInfo) -> bool:
     return any(parent is other or _within(tree, parent, other) for parent in tree.parents[submodel])
-
-
-def _obstacles(whole: Traced, selection: Selection, marks: Marks, most: int = 3) -> list[Obstacle]:
-    """Return what comes first of what is not frozen, where it meets what depends on the batch alone."""
-    infos = {id(variable.tensor): variable for variable in selection.tree.variables}
-    found: list[Obstacle] = []
-    touched = {given.name for given in whole.batch}
-    for op in whole.ops:
-        taken = {given.name for given in op.inputs}
-        if not taken & touched - marks.sized.keys():
-            continue
-        if taken & touched <= marks.depends and not marks.is_static(op) and op.type != "Placeholder":
-            obstacles = [_obstacle(whole, infos, origin) for origin in marks.origins(op)]
-            found += [one for one in dict.fromkeys(obstacles) if one not in found]
-        touched |= {output.name for output in op.outputs}
-    if not found and marks.mixed:
-        mixing = next(op.name for op in whole.ops if any(output.name in marks.mixed for output in op.outputs))
-        found = [Obstacle(mixing, "makes one thing of the examples of a batch, and comes first")]
-    return found[:most] or [Obstacle("", "reads no frozen weights on the way to what trains")]
-
-
-def _obstacle(whole: Traced, infos: dict[int, Any], origin: tf.Operation) -> Obstacle:
-    handles = [given.name for given in origin.inputs if given.name in whole.variables]
-    variable = whole.variables[handles[0]] if handles else None
-    info = infos.get(id(variable))
-    if variable is None:
-        return Obstacle(origin.name, f"(`{origin.type}`) may give something else each time, and comes first")
-    if info is None:
-        return Obstacle(variable.name, "is no variable of the model, so that nobody knows when it changes")
-    if info.seed:
-        return Obstacle(info.submodels[-1].path, "is random and comes first")
-    return Obstacle(info.path, "trains and comes first" if info.trainable else "changes in each step and comes first")

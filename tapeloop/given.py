@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import keras
+import tensorflow as tf
 
 from tapeloop.arrays import Orders
 from tapeloop.data import Batches, as_batches, is_arrays
@@ -38,6 +39,12 @@ class Given:
     def is_arrays(self) -> bool:
         """Whether it is arrays, of which any example can be had."""
         return is_arrays(self.data)
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether there are sparse ones among its arrays."""
+        parts = tf.nest.flatten(self.data) if self.is_arrays else []
+        return any(isinstance(part, tf.SparseTensor) or hasattr(part, "tocoo") for part in parts)
 
     @property
     def shuffles_batches(self) -> bool:

@@ -10,6 +10,7 @@ import tensorflow as tf
 from tapeloop import _compat
 
 READING = frozenset({"ReadVariableOp", "ResourceGather", "ResourceGatherNd", "VariableShape"})
+PYTHON = frozenset({"PyFunc", "PyFuncStateless", "EagerPyFunc"})  # of whose code a graph holds a number alone
 
 
 class Traced:
@@ -51,7 +52,7 @@ class Traced:
 
     def is_pure(self, op: tf.Operation) -> bool:
         """Tell whether an op only computes something of what it takes and of the variables that it reads."""
-        if op.type in READING or not op.op_def.is_stateful:
+        if op.type in READING or (op.type not in PYTHON and not op.op_def.is_stateful and not self._calls(op)):
             return True
         called = _called(self._nodes[op.name])
         return bool(called) and all(map(self._is_pure_function, called))
@@ -98,6 +99,9 @@ class Traced:
         nodes = [node for node in self.definition.node if node.name in found]
         return Part(self, nodes, list(targets), list(feeds), used)
 
+    def _calls(self, op: tf.Operation) -> bool:
+        return bool(_called(self._nodes[op.name]))
+
     def _is_pure_function(self, name: str) -> bool:
         if name not in self._pure:
             self._pure[name] = True  # where it calls itself
@@ -105,10 +109,10 @@ class Traced:
         return self._pure[name]
 
     def _is_pure_node(self, node: Any) -> bool:
-        if node.op in READING or (node.op not in self._functions and not _compat.is_stateful(node.op)):
-            return True
         called = [node.op] if node.op in self._functions else _called(node)
-        return bool(called) and all(map(self._is_pure_function, called))
+        if called:
+            return all(map(self._is_pure_function, called))
+        return node.op in READING or (node.op not in PYTHON and not _compat.is_stateful(node.op))
 
 
 class Part:
@@ -146,6 +150,14 @@ class Part:
     def variables(self) -> list[tf.Variable]:
         """The variables among its captures."""
         return [self._whole.variables[name] for name in self.captures if name in self._whole.variables]
+
+    def function(self) -> Any:
+        """Return a compiled function that computes it of values for what it is computed from.
+
+        It is traced by itself, hence also while another thread has functions run eagerly.
+        """
+        specs = [tf.TensorSpec(feed.shape, feed.dtype) for feed in self._feeds]
+        return tf.function(lambda *values: self(values), autograph=False).get_concrete_function(*specs)
 
     def __call__(self, values: Sequence[tf.Tensor]) -> list[tf.Tensor]:
         """Add it to the graph that is being traced, with values for what it is computed from."""

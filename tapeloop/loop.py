@@ -70,11 +70,10 @@ class Loop:
 
         for number in range(1, epochs + 1):
             due = choose(self.last_logs, starting=True)
-            given = batches(due)
             if validation is not None and number == 1:
-                due.step.trace(given.feed())
+                due.step.trace(batches(due).feed())
                 evaluation().trace(validation(evaluation()).feed())
-            logs = self.run(due.step, given, shown, f"epoch {number}/{epochs}", due.every_steps, choose)
+            logs = self.run(due.step, batches(due), shown, f"epoch {number}/{epochs}", due.every_steps, choose)
             if validation is not None:
                 step = evaluation()
                 judged = validation(step)

@@ -9,6 +9,9 @@ import tensorflow as tf
 from tapeloop.graph import Traced
 from tapeloop.selection import Selection
 
+# Whose outputs have as many rows as there are values of a kind: examples come apart from their rows, or may.
+PICKING = frozenset({"Where", "DynamicPartition", "ListDiff"})
+COUNTING = frozenset({"Unique", "UniqueV2", "UniqueWithCounts", "UniqueWithCountsV2"})
 SHAPES = frozenset({"Shape", "ShapeN", "Size", "Rank"})  # which look at no value
 
 
@@ -27,7 +30,13 @@ class Marks:
     """
 
     def __init__(
-        self, whole: Traced, selection: Selection, *, random: bool, unsized: Collection[str] = frozenset()
+        self,
+        whole: Traced,
+        selection: Selection,
+        *,
+        random: bool,
+        moving: Collection[int] = (),
+        unsized: Collection[str] = frozenset(),
     ) -> None:
         """Mark a step.
 
@@ -35,6 +44,7 @@ class Marks:
             whole: The step.
             selection: What trains.
             random: Whether what is random may be frozen, where weights that are frozen follow on it.
+            moving: The identities of variables that another step moves.
             unsized: The names of tensors whose first dimension is known not to be the examples.
         """
         self._whole = whole
@@ -43,7 +53,7 @@ class Marks:
         trained = {id(variable.tensor) for variable in selection.trained}
         held = {name: model[id(v)] for name, v in whole.variables.items() if id(v) in model and id(v) not in trained}
         written = whole.written()
-        self._fixed = {name for name in held if name not in written}
+        self._fixed = {name for name in held if name not in written and id(whole.variables[name]) not in moving}
         seeds = {name for name, variable in held.items() if variable.seed}
         self.drawn: set[str] = seeds | {op.name for op in whole.ops if _draws(op)} if random else set()
         self._mark()
@@ -83,6 +93,7 @@ class Marks:
         self._weighty: set[str] = set()
         self._shapes: set[str] = set()
         self._drawn_alone: set[str] = set()
+        self._counted: set[str] = set()
         self._drawn_before_weights: set[str] = set()
         self._taints: dict[str, frozenset[str]] = {}
         batch = {given.name for given in self._whole.batch}
@@ -109,6 +120,8 @@ class Marks:
             return
         self._static |= names
         self._static_ops.add(op.name)
+        if op.type in COUNTING or taken & self._counted:
+            self._counted |= names
         taint = frozenset({op.name} & self.drawn).union(*(self._taints.get(name, frozenset()) for name in taken))
         self._taints |= dict.fromkeys(names, taint)
         weights, of_batch = taken & self._weighty - self.drawn, taken & self.depends - self._drawn_alone
@@ -123,17 +136,14 @@ class Marks:
             if of_batch and (op.type in SHAPES or of_batch <= self._shapes):
                 self._shapes |= names
             elif of_batch:
-                self._set_mixed_apart(op)
+                self._set_mixed_apart(op, all_of_it=op.type in PICKING)
         elif weights:
             self._weighty |= names
 
-    def _set_mixed_apart(self, op: tf.Operation) -> None:
+    def _set_mixed_apart(self, op: tf.Operation, *, all_of_it: bool = False) -> None:
         """Mark those of an op's outputs as mixed that have lost the dimension of the examples, whose number is open."""
-        mixed = {
-            output.name
-            for output in op.outputs
-            if output.shape.is_fully_defined() and output.dtype not in (tf.variant, tf.resource)
-        }
+        plain = [output for output in op.outputs if output.dtype not in (tf.variant, tf.resource)]
+        mixed = {output.name for output in plain if all_of_it or output.shape.is_fully_defined()}
         self.mixed |= mixed
         self._static -= mixed
         self.depends -= mixed
@@ -146,7 +156,7 @@ class Marks:
 
     def _is_sized(self, tensor: tf.Tensor) -> bool:
         known = tensor.shape.rank and tensor.shape[0] is None and None not in tensor.shape.as_list()[1:]
-        return bool(known) and tensor.name in self.depends and tensor.name not in self.unsized
+        return bool(known) and tensor.name in self.depends - self._counted - self.unsized
 
     def _moves(self, op: tf.Operation) -> bool:
         """Tell whether an op that runs unasked belongs with what is frozen: a check of it, or what a draw leaves."""

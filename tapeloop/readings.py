@@ -9,10 +9,10 @@ from typing import Any
 from tapeloop import report, saving
 from tapeloop.batch import examples_of
 from tapeloop.body import Body
-from tapeloop.cache import open_spec
 from tapeloop.given import Given
 from tapeloop.loop import Loop
 from tapeloop.optim import LearningRates
+from tapeloop.passes import open_spec
 from tapeloop.policy import Progress, VariablePolicy
 from tapeloop.saving import Frontier
 from tapeloop.selection import Selection

@@ -11,8 +11,9 @@ from typing import Any
 import tensorflow as tf
 
 from tapeloop.errors import listed
-from tapeloop.frontier import Cut, Features, Obstacle
+from tapeloop.frontier import Cut, Features
 from tapeloop.guard import Snapshot
+from tapeloop.obstacles import Obstacle
 from tapeloop.rows import flat
 
 ROUNDS = 5

@@ -16,9 +16,10 @@ import tensorflow as tf
 
 from tapeloop.batch import after
 from tapeloop.feed import DRAWING, Arrays, Feed, Stream
-from tapeloop.frontier import Cut, Features, Obstacle, find
+from tapeloop.frontier import Cut, Features, find
 from tapeloop.graph import Traced
 from tapeloop.modes import frozen
+from tapeloop.obstacles import Obstacle
 from tapeloop.pace import Pace
 from tapeloop.selection import Selection
 from tapeloop.tally import Tally, counted, has_stopped, limits
@@ -69,6 +70,7 @@ class Step:
         kind: `"train"`, `"eval"` or `"predict"`.
         trace_count: How often the body was traced.
         pace: How many steps a call of the loop runs.
+        moves: The identities of the variables that it assigns to, where its frontier was looked for.
     """
 
     def __init__(
@@ -99,7 +101,8 @@ class Step:
         self._around = around
         self._own = own
         self._is_on_trial = False
-        self._cuts: dict[tuple[str, bool], Cut] = {}
+        self.moves: frozenset[int] = frozenset()
+        self._cuts: dict[tuple[str, bool, frozenset[int]], Cut] = {}
         self._cut: Cut | None = None
         with tf.device("CPU:0"):
             self._begun = tf.Variable(tf.zeros(4, tf.int64), trainable=False, name="begun")
@@ -168,24 +171,27 @@ class Step:
         else:
             self._loop_over(feed)
 
-    def cut(self, spec: Any, batch: Any, *, random: bool) -> Cut | list[Obstacle]:
+    def cut(self, spec: Any, batch: Any, *, random: bool, moving: frozenset[int] = frozenset()) -> Cut | list[Obstacle]:
         """Find the frontier of the step, on whose features it then runs where it is fed them.
 
         Args:
             spec: The signature of batches.
             batch: One of them.
             random: Whether what is random may come before it.
+            moving: The identities of variables that another step moves.
 
         Returns:
             Where the step is cut, or what stands in the way.
         """
-        key = str(spec), random
+        key = str(spec), random, moving
         if key not in self._cuts:
             with self._around(), frozen(self.selection):
                 function = self._whole(spec)
             _warn_untracked(function, self.selection, self._own())
             variables = [*(variable.tensor for variable in self.selection.tree.variables), *self._own()]
-            found = find(Traced(function, variables), self.selection, batch, random=random)
+            whole = Traced(function, variables)
+            self.moves = frozenset(id(whole.variables[name]) for name in whole.written() if name in whole.variables)
+            found = find(whole, self.selection, batch, random=random, moving=moving)
             if not isinstance(found, Cut):
                 return found
             self._cuts[key] = found
@@ -251,7 +257,7 @@ class Step:
     def _rest(self, features: Features) -> Any:
         """Run what of the body comes behind its cut."""
         assert self._cut is not None
-        return self._cut.rest(features)
+        return self._cut.rest_for(features)(features)
 
     def _traced(self, function: Any, *args: Any) -> Any:
         """Call a compiled function; where that traces it, look what it reads."""

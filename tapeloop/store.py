@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import pathlib
+import platform
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ FORMAT = "1"
 SHARE = 0.5  # of the memory that is free, which features may take
 _DESCRIPTION = "description.json"
 _OLD = "old"
+_HOST = "".join(letter for letter in platform.node() if letter.isalnum() or letter == "-") or "host"
+ATTEMPTS = 5
 _LOG = logging.getLogger("tapeloop")
 Ingredients = Mapping[str, str]
 
@@ -114,7 +117,7 @@ class Files:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         """Choose the folder, which is made when there is something to keep."""
-        self._folder = pathlib.Path(folder)
+        self._folder = pathlib.Path(folder).expanduser()
 
     def find(self, name: str) -> tuple[Ingredients, Kept] | None:
         """Return what is kept under a name, with what went into it; what is damaged is named and not returned."""
@@ -123,9 +126,11 @@ class Files:
             return None
         try:
             said = json.loads((place / _DESCRIPTION).read_text())
+            if said.pop("digest") != _digest(said):
+                raise ValueError("its description is not as it was written")
             arrays = tuple(_opened(place / one["file"], one) for one in said["arrays"])
             return said["ingredients"], Kept(arrays, tuple(said["sizes"]), tuple(said["examples"]), said["shuffled"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             _LOG.warning("The feature cache in %s is damaged (%s): it is computed anew.", place, error)
             return None
 
@@ -147,7 +152,8 @@ class Files:
         """Return what takes in features to be kept under a name; what was kept under it goes when they are there."""
         self._folder.mkdir(parents=True, exist_ok=True)
         for left in self._folder.glob(f".{name}.*"):  # by a process that was stopped
-            if not _is_alive(int(left.suffix[1:])):
+            *_, host, process = left.name.split(".")
+            if host == _HOST and process.isdigit() and not _is_alive(int(process)):
                 shutil.rmtree(left, ignore_errors=True)
         return _InFiles(self._folder, name)
 
@@ -155,7 +161,7 @@ class Files:
 class _InFiles:
     def __init__(self, folder: pathlib.Path, name: str) -> None:
         self._place = folder / name
-        self._making = folder / f".{name}.{os.getpid()}"
+        self._making = folder / f".{name}.{_HOST}.{os.getpid()}"
         shutil.rmtree(self._making, ignore_errors=True)
         self._making.mkdir()
         self._shapes: list[tuple[int, ...]] = []
@@ -178,15 +184,28 @@ class _InFiles:
                 os.fsync(file.fileno())
             digested = digest.of_file(str(path))
             arrays.append({"file": path.name, "shape": [self._count, *shape], "dtype": dtype, "digest": digested})
-        said = {"ingredients": dict(ingredients), "arrays": arrays, "sizes": sizes, "examples": examples}
+        said: dict[str, Any] = {
+            "ingredients": dict(ingredients),
+            "arrays": arrays,
+            "sizes": sizes,
+            "examples": examples,
+        }
+        said["shuffled"] = shuffled
         with open(self._making / _DESCRIPTION, "w") as file:
-            json.dump({**said, "shuffled": shuffled}, file)
+            json.dump({**said, "digest": _digest(said)}, file)
             file.flush()
             os.fsync(file.fileno())
-        if self._place.exists():
-            os.replace(self._place, self._making / _OLD)
-        os.replace(self._making, self._place)
-        shutil.rmtree(self._place / _OLD, ignore_errors=True)
+        for number in range(ATTEMPTS):  # another process may put its own there at the same time
+            try:
+                if self._place.exists():
+                    os.replace(self._place, self._making / f"{_OLD}{number}")
+                os.replace(self._making, self._place)
+                break
+            except OSError:
+                if number == ATTEMPTS - 1:
+                    raise
+        for number in range(ATTEMPTS):
+            shutil.rmtree(self._place / f"{_OLD}{number}", ignore_errors=True)
         opened = tuple(_opened(self._place / one["file"], one) for one in arrays)
         return Kept(opened, tuple(sizes), tuple(examples), shuffled)
 
@@ -204,6 +223,10 @@ def _opened(path: pathlib.Path, said: Mapping[str, Any]) -> Any:
     if free is not None and path.stat().st_size > SHARE / 2 * free:
         return np.memmap(path, dtype, "r", shape=shape)
     return tf.constant(np.fromfile(path, dtype).reshape(shape))
+
+
+def _digest(said: Mapping[str, Any]) -> str:
+    return digest.of_texts([json.dumps(said, sort_keys=True)])
 
 
 def free_memory() -> int | None:

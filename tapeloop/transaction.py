@@ -134,8 +134,7 @@ class Transaction:
         else:
             whole = self._wholes[id(cut.whole.function)]
             running.calls, running.may_stop, running.waits = whole.calls, whole.may_stop, whole.waits
-            rest = tf.function(cut.rest, autograph=False).get_concrete_function(spec_of(batch))
-            functions, touched = {cuts[0].size: rest}, cut.whole.function.variables
+            functions, touched = {cuts[0].size: cut.rest_for(batch)}, cut.whole.function.variables
         self._undoable = self._exposed(running, touched)
         running.stops = running.may_stop and not self._undoable
         kept = self._begin(running)

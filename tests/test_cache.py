@@ -151,7 +151,7 @@ def test_features_that_differ_in_shape_are_refused():
     model = keras.Model(inputs, layers.GlobalAveragePooling1D()(layers.Dense(2, name="head")(x)))
     trainer = tl.Trainer(model, tl.Freeze("base"), loss="mse", optimizer="sgd")
     given = [(np.zeros((4, length, 3), "float32"), np.zeros((4, 2), "float32")) for length in (5, 6)]
-    with pytest.raises(tl.CacheError, match="differ in shape"):
+    with pytest.raises(tl.CacheError, match="need one row for each, of the shapes"):
         trainer.fit(given, feature_cache="memory", progress="none")
 
 
@@ -229,7 +229,7 @@ def test_measuring_a_frontier_leaves_statistics_seeds_and_metrics_as_they_were()
     check_same(*runs)
 
 
-def test_files_and_sparse_inputs_are_cached_too(tmp_path):
+def test_arrays_in_files_are_cached_too(tmp_path):
     x, y = images()
     np.save(tmp_path / "x.npy", x)
     runs = []
@@ -239,6 +239,11 @@ def test_files_and_sparse_inputs_are_cached_too(tmp_path):
         history = trainer.fit(given, batch_size=BATCH, epochs=2, feature_cache=cache, progress="none").history
         runs.append((trainer, history))
     check_same(*runs)
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_sparse_inputs_are_cached_in_the_order_they_come(shuffle):
+    x, y = images()
     sparse = tf.sparse.from_dense(tf.where(x[:, 0, :, 0] > 0, x[:, 0, :, 0], 0))
     runs = []
     for cache in ("memory", None):
@@ -246,6 +251,6 @@ def test_files_and_sparse_inputs_are_cached_too(tmp_path):
         inputs = keras.Input((16,), sparse=True)
         model = keras.Model(inputs, layers.Dense(2, name="head")(layers.Dense(4, "relu", name="base")(inputs)))
         trainer = tl.Trainer(model, tl.Freeze("base"), loss="mse", optimizer="adam", seed=1)
-        options = {"batch_size": BATCH, "shuffle": False, "epochs": 2, "progress": "none"}
+        options = {"batch_size": BATCH, "shuffle": shuffle, "epochs": 2, "progress": "none"}
         runs.append((trainer, trainer.fit((sparse, y), feature_cache=cache, **options).history))
     check_same(*runs)

@@ -40,7 +40,7 @@ def test_a_later_trainer_reads_what_an_earlier_one_wrote(tmp_path, monkeypatch):
     assert len(entries(tmp_path)) == 1
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "missing", "description", "no description"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "missing", "description", "changed", "no description"])
 def test_what_is_damaged_is_named_and_computed_anew(damage, tmp_path, monkeypatch, caplog):
     computed = spy(monkeypatch)
     fit(trainer_of(classifier, tl.Freeze("base")), tmp_path)
@@ -56,6 +56,9 @@ def test_what_is_damaged_is_named_and_computed_anew(damage, tmp_path, monkeypatc
         file.unlink()
     elif damage == "description":
         (entry / "description.json").write_text("{")
+    elif damage == "changed":
+        said = json.loads((entry / "description.json").read_text())
+        (entry / "description.json").write_text(json.dumps({**said, "sizes": [3]}))
     else:
         (entry / "description.json").unlink()
     with caplog.at_level(logging.WARNING, "tapeloop"):
@@ -97,6 +100,37 @@ def test_a_process_that_is_killed_while_it_writes_leaves_nothing_that_is_read(tm
     assert [path.name for path in tmp_path.iterdir()] == [entries(tmp_path)[0].name]
     for path, value in weights(plain).items():
         np.testing.assert_allclose(weights(trainer)[path], value, rtol=1e-5, atol=1e-6)
+
+
+def test_a_path_is_that_of_a_folder(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"must be the path of a folder, and .* is a file"):
+        fit(trainer_of(classifier, tl.Freeze("base")), tmp_path / "file")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    fit(trainer_of(classifier, tl.Freeze("base")), "~/features")
+    assert len(entries(tmp_path / "features")) == 1
+
+
+def test_two_processes_that_finish_at_the_same_time(tmp_path, monkeypatch):
+    one, other = store.Files(tmp_path).write("data-x"), store.Files(tmp_path).write("data-x")
+    other._making = tmp_path / ".data-x.elsewhere.1"
+    other._making.mkdir()
+    (tmp_path / ".data-x.notes").write_text("left alone")
+    for writer in (one, other):
+        writer.add([np.ones((2, 3), "float32")])
+    replace = os.replace
+
+    def late(source, target):
+        monkeypatch.setattr(os, "replace", replace)
+        other.finish({}, [2], [], False)  # between the look and the move
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", late)
+    kept = one.finish({}, [2], [], False)
+    np.testing.assert_array_equal(kept.arrays[0], np.ones((2, 3)))
+    assert store.Files(tmp_path).find("data-x") is not None
+    assert [path.name for path in entries(tmp_path)] == ["data-x"]
+    store.Files(tmp_path).write("data-x")
 
 
 def test_large_features_stay_in_their_files(tmp_path, monkeypatch):
@@ -251,13 +285,13 @@ def test_free_memory_is_what_the_system_says():
 
 
 def test_a_folder_of_a_process_that_lives_is_left_alone(tmp_path):
-    mine = tmp_path / f".data-x.{os.getppid()}"
+    mine = tmp_path / f".data-x.{store._HOST}.{os.getppid()}"
     mine.mkdir()
     store.Files(tmp_path).write("data-x")
     assert mine.is_dir()
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    left = tmp_path / f".data-x.{gone.pid}"
+    left = tmp_path / f".data-x.{store._HOST}.{gone.pid}"
     left.mkdir()
     time.sleep(0.01)
     store.Files(tmp_path).write("data-x")

@@ -11,12 +11,12 @@ FLOORS = {
     "where": 1, "selection": 1, "rates": 1, "batch": 1, "disconnected": 1, "tally": 1, "pace": 1,
     "graph": 1,
     "ordinal": 2, "policy": 2, "modes": 2, "objective": 2, "tape": 2, "average": 2, "microbatch": 2, "feed": 2,
-    "marks": 2, "rows": 2,
+    "marks": 2, "rows": 2, "obstacles": 3,
     "schedule": 3, "layerwise": 3, "select": 3, "calling": 3, "stream": 3, "arrays": 3,
     "progress": 3, "report": 3, "history": 3,
     "optim": 3, "clipping": 3, "guard": 3, "remat": 3, "frontier": 4, "step": 5,
     "data": 5, "updates": 4, "transaction": 6, "steps": 7, "selections": 8, "body": 8, "loop": 9, "readings": 10,
-    "given": 6, "saving": 5, "store": 3, "cache": 7, "trainer": 11, "__init__": 12,
+    "given": 6, "saving": 5, "passes": 7, "store": 3, "cache": 8, "trainer": 11, "__init__": 12,
 }  # fmt: skip
 # On the ground floor, what a file of it may build on.
 BELOW = {"tree": {"_compat"}}
@@ -78,7 +78,7 @@ TESTED_IN = {
     "clipping": "updates", "transaction": "guard", "layerwise": "schedule", "ordinal": "where", "rates": "optim",
     "batch": "data", "history": "phases", "selections": "phases", "tally": "guard", "feed": "stream",
     "__init__": "readme", "digest": "store", "graph": "frontier", "marks": "frontier", "rows": "frontier",
-    "readings": "trainer", "given": "cache", "saving": "cache",
+    "readings": "trainer", "given": "cache", "saving": "cache", "passes": "cache", "obstacles": "frontier",
 }  # fmt: skip
 
 

@@ -1,0 +1,78 @@
+"""Going through data for its features: computing them, and finding out whether it is the same each time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tapeloop import digest
+from tapeloop.batch import any_size, examples_of
+from tapeloop.data import Batches
+from tapeloop.errors import CacheError
+from tapeloop.feed import Arrays
+from tapeloop.frontier import Cut
+from tapeloop.given import Given
+from tapeloop.rows import flat
+
+AT_ONCE = 64  # batches of arrays whose features one call computes
+
+
+def computed(cut: Cut, batches: Batches) -> Iterator[tuple[Any, int, list[np.ndarray]]]:
+    """Give the features of data batch by batch, with the batch and its size; where they can be gathered, of several."""
+    source = batches.feed().source
+    if not isinstance(source, Arrays):
+        for batch in batches.drawn():
+            yield batch, int(examples_of(batch)), [value.numpy() for value in cut.compute(*flat(batch))]
+        return
+    number, count = tf.TensorSpec((), tf.int64), tf.TensorSpec((), tf.int32)
+    several = cut.compute_several.get_concrete_function(source.signature(), number, count)
+    for feed in batches.epoch():
+        while feed.left:
+            most = min(feed.left, AT_ONCE)
+            rows, examples = several(feed.source, tf.constant(feed.position, tf.int64), tf.constant(most))
+            yield None, int(examples), [value.numpy() for value in rows]
+            feed.drawn(most)
+
+
+def check_same(given: Given, seen: Sequence[str], again: Sequence[str], sizes: Sequence[int]) -> None:
+    """Check that data had the same examples both times, and can be shuffled anew if it was shuffled.
+
+    Raises:
+        CacheError: It had not, or cannot.
+    """
+    if sorted(again) != sorted(seen):
+        new = len(set(again) - set(seen))
+        raise CacheError(
+            f"`{given.name}` gives other examples when it is gone through again: {new} of {len(again)} are new. It is "
+            "random or changes, and features of it would be those of one pass alone. Leave `feature_cache` out, or let "
+            "the randomness stand in the model and set `feature_cache_views`."
+        )
+    if again != seen and (len(again) != sum(sizes) or not are_even(sizes)):
+        raise CacheError(
+            f"`{given.name}` comes in another order each time, and its batches are not of one size or their examples "
+            "do not stand apart, so that they cannot be shuffled anew. Let it come in one order, or leave "
+            "`feature_cache` out."
+        )
+
+
+def seen_in(batches: Batches) -> tuple[list[str], list[int]]:
+    """Go through data once, and return the digests of its examples and the sizes of its batches."""
+    examples, sizes = list[str](), list[int]()
+    for batch in batches.drawn():
+        examples += digest.of_examples(batch)
+        sizes.append(int(examples_of(batch)))
+    batches.rewind()
+    return examples, sizes
+
+
+def open_spec(batches: Batches) -> Any:
+    """Return the signature of batches with any number of examples: what has no open dimension mixes examples."""
+    return tf.nest.map_structure(lambda one: None if one is None else any_size(one), batches.feed().spec())
+
+
+def are_even(sizes: Sequence[int]) -> bool:
+    """Tell whether batches have one size, but for a smaller last one."""
+    return len(set(sizes[:-1])) <= 1 and sizes[-1] <= sizes[0]
