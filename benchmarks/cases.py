@@ -135,7 +135,7 @@ CHOSEN = {
 }
 SCALED_ARMS = ("forward", "full", "tapeloop")
 OWN_MODEL_ARMS = ("forward", "full", "subset", "selective", "tapeloop", "tapeloop+cache", "keras")
-ROUNDS = {"quick": 5, "cpu": 7, "gpu": 11}
+ROUNDS = {"quick": 5, "cpu": 5, "gpu": 11}
 
 
 def suite(name: str) -> list[tuple[Group, tuple[str, ...] | None]]:
