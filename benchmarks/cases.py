@@ -124,7 +124,7 @@ CHOSEN = {
         "resnet50": ("head",),
         "efficientnetv2b0": ("head",),
         "vit": ("norm",),
-        "encoder": ("lora", "adapters"),
+        "encoder": ("lora",),
         "lstm": ("middle",),
         "gan": ("all",),
     },
@@ -161,7 +161,7 @@ def _scaled(name: str, mlp: Group, rounds: int) -> Iterator[tuple[Group, tuple[s
         yield scaled, SCALED_ARMS if name == "gpu" else ("forward", "tapeloop")  # full backprop takes long to trace
     for selection in UNFREEZE[1 :: 1 if name == "gpu" else 2]:
         yield dataclasses.replace(base, selection=selection), ("tapeloop",)
-    for width in (4.0,) if quick else (4.0, 16.0):
+    for width in (4.0, 16.0) if name == "gpu" else (4.0,):
         yield dataclasses.replace(mlp, width=width, steps=max(10, int(mlp.steps / width))), SCALED_ARMS
 
 
@@ -171,7 +171,8 @@ def _variants(
     """Return the groups in another precision, and on a GPU compiled by XLA."""
     if name == "quick":
         return []
-    chosen = {("encoder", "lora"), ("mlp", "all")} if name == "cpu" else {(g.workload, g.selection) for g, _ in groups}
+    on_gpu = {(group.workload, group.selection) for group, _ in groups}
+    chosen = on_gpu if name == "gpu" else {("encoder", "lora")}
     plain = [group for group, _ in groups if (group.workload, group.selection) in chosen]
     varied = [dataclasses.replace(group, dtype="bfloat16") for group in plain]
     if name == "gpu":

@@ -5,6 +5,8 @@ import pathlib
 
 import pytest
 
+from tests.parts import part
+
 PACKAGE = pathlib.Path(__file__).parent.parent / "tapeloop"
 FLOORS = {
     "errors": 0, "checks": 0, "_compat": 0, "tree": 0, "mincut": 0, "digest": 0,
@@ -86,3 +88,13 @@ TESTED_IN = {
 def test_every_file_has_its_tests(name):
     assert (PACKAGE.parent / "tests" / f"test_{TESTED_IN.get(name, name)}.py").exists()
     assert name not in TESTED_IN or not (PACKAGE.parent / "tests" / f"test_{name}.py").exists()
+
+
+def test_the_parts_of_the_tests_are_all_of_them():
+    files = [path.name for path in (PACKAGE.parent / "tests").glob("test_*.py")]
+    first, second = part(files, "1/2"), part(files, "2/2")
+    assert first | second == set(files)
+    assert not first & second
+    for wrong in ("0/2", "3/2", "1", "a/b"):
+        with pytest.raises(ValueError, match="`--part` must be such as 1/2"):
+            part(files, wrong)
