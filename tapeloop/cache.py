@@ -83,18 +83,15 @@ class FeatureCache:
         self._ready: dict[str, _Ready] = {}
         self._moving: frozenset[int] = frozenset()
 
-    @property
-    def is_on(self) -> bool:
-        """Whether anything is cached."""
-        return self._store is not None
-
     def check(self, data: Sequence[Given], microbatches: Microbatches, run_eagerly: bool) -> None:
-        """Check that a fit is such that it can be cached.
+        """Check that a fit is such that it can be cached, if it is to be.
 
         Raises:
             CacheError: Its data can be gone through once alone.
             ValueError: Another of its options does not go with a cache.
         """
+        if self._store is None:
+            return
         if microbatches.adapts or microbatches.count > 1:
             raise ValueError(
                 "`feature_cache` and `microbatches` were both asked for. Set `microbatches=1`: what is left of a step "
@@ -114,29 +111,30 @@ class FeatureCache:
                 )
 
     def batches(
-        self, step: Step, given: Given, epoch: int, every_steps: int | None = None, *, first: bool = False
+        self, step: Step, given: Given, plain: Batches, epoch: int = 0, every_steps: int | None = None
     ) -> Batches:
         """Return the batches of an epoch: of features, or of the data where there are none for this step.
 
         Args:
             step: What runs on them.
             given: The data.
+            plain: Batches of it, which are returned where nothing is cached.
             epoch: The epoch's number.
             every_steps: After how many steps another may come within the epoch, or None.
-            first: Whether the fit begins, so that a cache which is of no use is an error.
 
         Raises:
             CacheError: Nothing can be cached, or it would be wrong, or does not fit.
         """
+        if self._store is None:
+            return plain
         if every_steps is not None:
             raise CacheError(
                 f"The policy may change what trains after every {every_steps} steps, and features are those of an "
                 "epoch. Let it change by epochs, or leave `feature_cache` out."
             )
-        views = self._views if step.kind == "train" else 1
         ready = self._ready.get(given.name)
         if ready is None or not ready.holds(step):
-            kept, cut = self._features(step, given, views, first)
+            kept, cut = self._features(step, given)
             ready = self._ready[given.name] = _Ready(step, kept, cut, None if cut is None else cut.checksum())
         kept, orders = ready.kept, given.orders(epoch)
         if kept is None:
@@ -155,7 +153,7 @@ class FeatureCache:
         again = Orders(kept.shuffled, given.seed, epoch)
         return as_batches(Features(tensors), batch_size=kept.sizes[0], orders=again, name=given.name)
 
-    def _features(self, step: Step, given: Given, views: int, first: bool) -> tuple[Kept | None, Cut | None]:
+    def _features(self, step: Step, given: Given) -> tuple[Kept | None, Cut | None]:
         """Find or compute the features of some data for a step, and its cut; neither where it has no frontier."""
         assert self._store is not None
         batches = given.batches()
@@ -163,12 +161,13 @@ class FeatureCache:
         batch = next(batches.drawn())
         batches.rewind()
         trains = step.kind == "train"
+        views = self._views if trains else 1
         cut = step.cut(spec, batch, random=views > 1, moving=frozenset() if trains else self._moving)
         if trains:
             self._moving = step.moves
         if not isinstance(cut, Cut):
             said = _nothing(step, given, cut)
-            if first:
+            if not self._ready:  # the fit begins, and the cache is of no use
                 raise CacheError(said)
             _LOG.warning("%s The cache is dropped.", said)
             return None, None

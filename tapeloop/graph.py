@@ -119,7 +119,6 @@ class Part:
     """Part of a traced function, to be called in another.
 
     Attributes:
-        nodes: Its nodes.
         captures: The names of the captures that it takes.
     """
 
@@ -131,7 +130,6 @@ class Part:
         feeds: Sequence[tf.Tensor],
         used: set[str],
     ) -> None:
-        self.nodes = nodes
         self.captures = [name for name in whole.captures if name in used]
         self._whole = whole
         self._targets = targets

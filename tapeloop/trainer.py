@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -28,7 +29,7 @@ from tapeloop.progress import Display
 from tapeloop.readings import Readings
 from tapeloop.remat import Remat
 from tapeloop.selections import Due, Selections
-from tapeloop.step import Compilation, Step
+from tapeloop.step import Compilation
 from tapeloop.steps import Steps
 from tapeloop.store import Memory
 from tapeloop.tree import Model, Tree
@@ -167,8 +168,7 @@ class Trainer(Readings):
         self._loop.check_idle()
         whole_number("epochs", epochs, 0)
         self._updates.averages.check_may_train()
-        steps = "steps_per_epoch", steps_per_epoch
-        seed = Orders(shuffle, self._seed).seed
+        steps, seed = ("steps_per_epoch", steps_per_epoch), Orders(shuffle, self._seed).seed
         given = Given("data", data, batch_size, steps, class_weight, shuffle, seed)
         batches, validation = given.batches(given.orders(self.epoch)), None
         judged = Given("validation_data", validation_data, batch_size, ("validation_steps", validation_steps))
@@ -179,23 +179,15 @@ class Trainer(Readings):
         batches.lasts(epochs)
         self._updates.microbatches.check(batches.fewest)
         cache = FeatureCache(self._cached, feature_cache, feature_cache_views)
-        if cache.is_on:
-            cache.check([given, judged], self._updates.microbatches, self._steps.run_eagerly)
+        cache.check([given, judged], self._updates.microbatches, self._steps.run_eagerly)
         self._steps.build(self.model, batches)
         self._selections.check(self.policy)
-        begun = self.epoch
 
         def train(due: Due) -> Batches:
-            if not cache.is_on:
-                return batches
-            return cache.batches(due.step, given, self.epoch, due.every_steps, first=self.epoch == begun)
+            return cache.batches(due.step, given, batches, self.epoch, due.every_steps)
 
-        def judge(step: Step) -> Batches:
-            assert validation is not None
-            return cache.batches(step, judged, 0) if cache.is_on else validation
-
-        judging = None if validation is None else judge
-        return self._loop.fit(self._due, self._evaluation, train, judging, epochs, Display(progress))
+        judge = None if validation is None else functools.partial(cache.batches, given=judged, plain=validation)
+        return self._loop.fit(self._due, self._evaluation, train, judge, epochs, Display(progress))
 
     def evaluate(
         self, data: Any, *, batch_size: int = 32, steps: int | None = None, progress: str = "auto"

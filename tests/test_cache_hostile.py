@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 import tapeloop as tl
-from tests.cached import BATCH, check_same, images, of_kind, trainer_of
+from tests.cached import BATCH, check_same, images, of_kind, spy, trainer_of
 from tests.test_frontier import classifier
 
 layers = keras.layers
@@ -30,13 +30,14 @@ class Counting(layers.Layer):
     "layer",
     [lambda: layers.BatchNormalization(center=False, scale=False, name="bn"), lambda: Counting(name="counting")],
 )
-def test_what_the_training_step_moves_is_not_cached_for_an_evaluation(layer):
-    runs = []
+def test_what_the_training_step_moves_is_not_cached_for_an_evaluation(layer, monkeypatch):
+    computed, runs = spy(monkeypatch), []
     for cache in ("memory", None):
         trainer = trainer_of(lambda: classifier(behind=[layer()]), tl.TrainOnly("head"))
         options = {"validation_data": images(), "feature_cache": cache, "progress": "none"}
         runs.append((trainer, trainer.fit(images(), batch_size=BATCH, epochs=3, **options).history))
     check_same(*runs)
+    assert computed == ["data", "validation_data"]  # and not anew in each epoch
 
 
 class Masked(tl.Trainer):
