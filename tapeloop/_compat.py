@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -39,6 +40,14 @@ def inherit_training(layer: keras.Layer, training: bool | None) -> None:
     An explicit argument would do for layers that take one; those that do not are reached by this alone.
     """
     layer._get_call_context().training = training
+
+
+def own_metrics(layer: keras.Layer) -> list[keras.metrics.Metric]:
+    """Return the metrics that `layer` itself, without its sublayers, holds.
+
+    The public `Layer.metrics` mixes in those of sublayers and, for a compiled model, those of `compile`.
+    """
+    return list(layer._metrics)
 
 
 def call_methods(layer: keras.Layer) -> tuple[str, ...]:
@@ -88,6 +97,21 @@ def copy_mask(source: Any, target: Any) -> None:
         target._keras_mask = mask
 
 
+@contextlib.contextmanager
+def class_attribute(owner: type, name: str, value: Any) -> Iterator[None]:
+    """Let a class have another attribute inside this context.
+
+    Python looks up `__call__` on the class, so that it cannot be replaced on one object.
+    """
+    inherited = name not in vars(owner)
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        delattr(owner, name) if inherited else setattr(owner, name, before)
+
+
 def schedule_of(optimizer: keras.optimizers.Optimizer) -> Any:
     """Return the schedule or function that the learning rate of `optimizer` follows, or None where it is a number.
 
@@ -96,26 +120,48 @@ def schedule_of(optimizer: keras.optimizers.Optimizer) -> Any:
     return None if isinstance(optimizer._learning_rate, keras.Variable) else optimizer._learning_rate
 
 
-def clone_optimizer(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
+def learning_rate_variable(optimizer: keras.optimizers.Optimizer) -> keras.Variable | None:
+    """Return the variable that holds the learning rate of `optimizer`, or None where it follows a schedule.
+
+    The public setter refuses what is not a number, and so a variable's value in a traced step.
+    """
+    return optimizer._learning_rate if isinstance(optimizer._learning_rate, keras.Variable) else None
+
+
+def optimizer_config(optimizer: keras.optimizers.Optimizer, schedule: Any) -> dict[str, Any]:
+    """Return the config of `optimizer` with the very schedule that its learning rate follows.
+
+    `get_config` would serialize a schedule or a function, which only registered classes survive.
+    """
+    if schedule is None:
+        return dict(optimizer.get_config())
+    own = optimizer._learning_rate
+    object.__setattr__(optimizer, "_learning_rate", tf.constant(0.0))
+    try:
+        return optimizer.get_config() | {"learning_rate": schedule}
+    finally:
+        object.__setattr__(optimizer, "_learning_rate", own)
+
+
+def clone_optimizer(optimizer: keras.optimizers.Optimizer, config: dict[str, Any]) -> keras.optimizers.Optimizer:
     """Return an unbuilt optimizer with the settings of `optimizer`.
 
-    `get_config` would serialize a schedule or a function, which only registered classes survive, so that the clone gets
-    the very object; and it leaves out what `exclude_from_weight_decay` was told.
+    A config leaves out what `exclude_from_weight_decay` was told.
     """
-    learning_rate = schedule_of(optimizer)
-    if learning_rate is None:
-        config = optimizer.get_config()
-    else:
-        object.__setattr__(optimizer, "_learning_rate", tf.constant(0.0))
-        try:
-            config = optimizer.get_config() | {"learning_rate": learning_rate}
-        finally:
-            object.__setattr__(optimizer, "_learning_rate", learning_rate)
-    clone = type(optimizer).from_config(config)
+    clone = type(optimizer).from_config(dict(config))
     for name in ("_exclude_from_weight_decay", "_exclude_from_weight_decay_pattern"):
         if hasattr(optimizer, name):
             object.__setattr__(clone, name, getattr(optimizer, name))
     return clone
+
+
+@functools.cache
+def optimizer_bookkeeping() -> frozenset[str]:
+    """Return the names of the attributes that an optimizer has for what it has come to, and not for its settings."""
+    plain = keras.optimizers.SGD(0.0)
+    plain.build([])
+    settings = {"weight_decay", "clipnorm", "clipvalue", "global_clipnorm", "momentum", "nesterov"}
+    return frozenset(vars(plain)) - settings - {name for name in vars(plain) if name.startswith("_exclude")}
 
 
 def effects(function: Any) -> list[tf.Operation]:

@@ -69,7 +69,7 @@ class Averages:
         """
         if self._decay is None:
             return
-        trained = {id(variable.variable): variable.tensor for variable in selection.trained}
+        trained = {id(v.variable): v.tensor for v in selection.trained if not v.is_overwritten}
         for key, average in self._averages.items():
             if key not in trained:
                 average.left_at = step if average.left_at is None else average.left_at
@@ -97,6 +97,8 @@ class Averages:
         if self._decay is None:
             return
         for variable in variables:
+            if variable.is_overwritten:
+                continue
             average = self._averages[id(variable.variable)].value
             average.assign_sub(tf.cast(1 - self._decay, average.dtype) * (average - variable.tensor))
 

@@ -82,6 +82,11 @@ def any_size(value: Any) -> Any:
     return type(spec)(shape, spec.dtype)
 
 
+def open_spec_of(batch: Any) -> Any:
+    """Return the signature of batches like one, of any size."""
+    return tf.nest.map_structure(lambda value: None if value is None else any_size(value), batch)
+
+
 def as_tensors(batch: Any, name: str) -> Any:
     """Return a structure whose arrays are tensors, floating ones in Keras' float type; what is missing stays so.
 

@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from tapeloop.calling import call_model
 from tapeloop.errors import PolicyError
+from tapeloop.following import checked_decay, paired
+from tapeloop.logged import metrics_in
 from tapeloop.objective import Objective, added_losses
 from tapeloop.policy import VariablePolicy
 from tapeloop.selection import Selection
@@ -61,10 +64,7 @@ class Body:
             added.insert(0, self._objective.loss(y, outputs, sample_weight))
             self._objective.update(y, outputs, sample_weight)
         elif not added and not self._steps.building:
-            raise ValueError(
-                "There is no loss: `loss` is None and no layer adds one. Pass `loss=...` to the trainer, or override "
-                "`compute_loss`."
-            )
+            raise ValueError(self._no_loss())
         return tf.add_n(added) if added else tf.zeros(())
 
     def train_step(self, batch: Any) -> Mapping[str, tf.Tensor]:
@@ -166,10 +166,36 @@ class Body:
         Raises:
             PolicyError: A path is not one of a variable that trains.
             RuntimeError: Called outside `train_step`.
+            TypeError: `gradients` is no mapping.
             ValueError: A gradient has not its variable's shape.
         """
         if not self._steps.building:
             self._updates.apply(_paired(gradients, self._in_step("apply")))
+
+    @tf.autograph.experimental.do_not_convert
+    def follow(self, target: Model | str, source: Model | str, *, decay: Any) -> None:
+        """Move one submodel towards another: `target = decay * target + (1 - decay) * source`.
+
+        That is how target networks, mean teachers and momentum encoders are kept. Weights and statistics move, seeds
+        and whole numbers do not. With micro-batches it happens once a step, after the updates that come before it; in
+        a step that is not finite it is undone. The target may also be a model of its own, kept beside the trainer's.
+
+        Args:
+            target: The submodel that moves, or its path. Freeze it, so that nothing else moves it.
+            source: The submodel that it moves towards, of the same structure, or its path.
+            decay: How much of the target is kept: a number from 0 (a copy) to 1, or a scalar tensor.
+
+        Raises:
+            RuntimeError: Called outside a step, or with micro-batches in a branch or a loop.
+            TypeError: One of the submodels is none.
+            ValueError: The two are not of one structure, or `decay` is out of range.
+
+        Source: Polyak averaging, as in Lillicrap et al., Continuous control with deep reinforcement learning, 2016.
+        """
+        decay = checked_decay(decay)
+        if not self._steps.building:
+            self._in_step("follow")
+            self._updates.follow(paired(Tree.of(self.model), target, source), decay)
 
     def added_losses(self) -> list[tf.Tensor]:
         """Return what layers added by `add_loss` in the last call, and the weight penalties, of all that trains."""
@@ -183,17 +209,52 @@ class Body:
         names = (*OVERRIDABLE, "tape", "update", "gradients", "apply", "added_losses")
         return all(getattr(getattr(self, name), "__func__", None) is vars(Body)[name] for name in names)
 
+    def _no_loss(self) -> str:
+        said = "There is no loss: `loss` is None and no layer adds one. "
+        is_evaluated = self._steps.tracing is not None and self._steps.tracing[0] == "eval"
+        if is_evaluated and type(self).train_step is not Body.train_step and type(self).eval_step is Body.eval_step:
+            return (
+                f"{said}`{type(self).__name__}` overrides `train_step` and evaluates by the default `eval_step`, which "
+                "needs one: override `eval_step` too, or pass `loss=...`."
+            )
+        return f"{said}Pass `loss=...` to the trainer, or override `compute_loss`."
+
+    def __getattr__(self, name: str) -> Any:
+        """Say what is the matter if a subclass has not called the constructor, or the attribute is missing."""
+        if name in ("_steps", "_loop", "_updates", "_objective", "_selections", "_policy", "model"):
+            raise RuntimeError(
+                f"`{type(self).__name__}.__init__` has not called `super().__init__(...)` yet: call it first, with the "
+                "model and the trainer's options."
+            )
+        raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}.")
+
+    def _attributes(self) -> dict[str, Any]:
+        return vars(self)
+
+    def __getattribute__(self, name: str) -> Any:
+        """Return an attribute, and note the numbers that a step reads while it is traced: they become constants."""
+        value = super().__getattribute__(name)
+        if isinstance(value, (int, float, np.number)):
+            attributes = super().__getattribute__("__dict__")
+            if name in attributes and name[0] != "_" and "_steps" in attributes:
+                attributes["_steps"].note_number(name, value)
+        return value
+
     def _kept(self) -> list[tf.Variable]:
         """Return the variables among this object's own attributes: counters, metrics, random states of a subclass."""
         found: list[Any] = []
         for value in vars(self).values():
-            if isinstance(value, keras.metrics.Metric):
-                found += value.variables
-            elif isinstance(value, (tf.random.Generator, keras.random.SeedGenerator)):
+            found += [variable for metric in metrics_in(value) for variable in metric.variables]
+            if isinstance(value, (tf.random.Generator, keras.random.SeedGenerator)):
                 found.append(value.state)
             elif isinstance(value, (tf.Variable, keras.Variable)):
                 found.append(value)
         return [raw(variable) for variable in found]
+
+    def _others(self) -> list[tf.Variable]:
+        """Return what the user keeps beside the model: `_kept`, and the variables of models and layers among these."""
+        parts = [part for value in vars(self).values() for part in _submodels_in(value) if part is not self.model]
+        return [*self._kept(), *(variable.tensor for part in parts for variable in Tree.of(part).variables)]
 
     def _in_step(self, verb: str) -> Selection:
         """Return the selection of the step that is being traced; only one that trains may update."""
@@ -206,11 +267,25 @@ class Body:
         return selection
 
 
+def _submodels_in(value: Any) -> list[Model]:
+    """List the layers, models and modules in an attribute, through lists, tuples and mappings."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return [part for item in value for part in _submodels_in(item)]
+    return [value] if isinstance(value, (keras.Layer, tf.Module)) else []
+
+
 def _with_logs(loss: Any) -> tuple[tf.Tensor, Mapping[str, tf.Tensor]]:
     return loss if isinstance(loss, tuple) else (loss, {})
 
 
 def _paired(gradients: Mapping[str, tf.Tensor], selection: Selection) -> list[tuple[tf.Tensor, VariableInfo]]:
+    if not isinstance(gradients, Mapping):
+        raise TypeError(
+            "`apply` takes gradients by the paths of variables, as `gradients` returns them: "
+            f'`{{"head/kernel": gradient}}`. Received: {gradients!r}.'
+        )
     by_path = {path: variable for variable in selection.trained for path in variable.paths}
     unknown = [path for path in gradients if path not in by_path]
     if unknown:

@@ -23,7 +23,7 @@ from tapeloop.frontier import Cut, Features
 from tapeloop.given import Given
 from tapeloop.microbatch import Microbatches
 from tapeloop.obstacles import Obstacle
-from tapeloop.passes import are_even, check_same, computed, open_spec, seen_in
+from tapeloop.passes import are_even, check_same, check_sample, computed, open_spec, seen_in
 from tapeloop.step import Step
 from tapeloop.store import FORMAT, Files, Kept, Memory, Writer, changed
 
@@ -133,12 +133,15 @@ class FeatureCache:
                 "epoch. Let it change by epochs, or leave `feature_cache` out."
             )
         ready = self._ready.get(given.name)
-        if ready is None or not ready.holds(step):
+        is_fresh = ready is None or not ready.holds(step)
+        if ready is None or is_fresh:
             kept, cut = self._features(step, given)
             ready = self._ready[given.name] = _Ready(step, kept, cut, None if cut is None else cut.checksum())
         kept, orders = ready.kept, given.orders(epoch)
         if kept is None:
             return given.batches(orders)
+        if not is_fresh:
+            check_sample(given, kept)
         tensors = kept.passed(epoch)
         if given.is_sparse:  # which `tf.data` shuffles
             source = Sparse(Features(tensors), given.batch_size, len(tensors[0]), orders, None)
@@ -176,10 +179,11 @@ class FeatureCache:
             self._store.check(examples * views * cut.bytes, self._said(given, examples, views, cut))
         weights = repr(given.class_weight and sorted(given.class_weight.items()))
         ingredients = {**_ingredients(cut), "views": str(views), "class_weight": weights, "format": FORMAT}
-        name = f"{given.name}-{ingredients['computation'][:12]}"
         seen, sizes = ([], []) if given.is_arrays else seen_in(batches)
         data = digest.of_arrays(given.data) if given.is_arrays else digest.of_texts([*sorted(seen), str(sizes)])
         ingredients["data"] = data
+        # A name for each data set, so that folds of a cross-validation do not take each other's place.
+        name = f"{given.name}-{ingredients['computation'][:12]}-{data[:12]}"
         found = self._store.find(name)
         if found is not None:
             differ = list(changed(found[0], ingredients))
@@ -189,7 +193,12 @@ class FeatureCache:
                 "The feature cache of `%s` is out of date (%s changed): it is computed anew.",
                 given.name, ", ".join(differ) or "the order of the data",
             )  # fmt: skip
-        return self._compute(cut, given, batches, views, seen, self._store.write(name), ingredients), cut
+        writer = self._store.write(name)
+        try:
+            return self._compute(cut, given, batches, views, seen, writer, ingredients), cut
+        except BaseException:
+            writer.abandon()
+            raise
 
     def _compute(
         self, cut: Cut, given: Given, batches: Batches, views: int, seen: list[str], writer: Writer, ingredients: Any

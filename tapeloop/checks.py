@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 import operator
 from typing import Any
 
@@ -26,3 +28,19 @@ def whole_number(name: str, value: Any, least: int) -> int:
     if number is None or number < least:
         raise ValueError(f"`{name}` must be a whole number, {least} or more. Received: {value!r}.")
     return number
+
+
+def not_negative(name: str, value: Any) -> float:
+    """Check a user's learning rate or factor, which may be NumPy's.
+
+    Args:
+        name: What the user calls it.
+        value: What was passed for it.
+
+    Raises:
+        ValueError: It is no number, below 0, or not finite.
+    """
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_))
+    if not is_number or not 0 <= value < math.inf:
+        raise ValueError(f"`{name}` must be a finite number, 0 or more. Received: {value!r}.")
+    return float(value)

@@ -57,17 +57,31 @@ class Clipping:
         if self._norm is None:
             return list(gradients)
         if not isinstance(self._norm, Mapping):
-            return _clipped(gradients, self._norm)
+            return clip_by_global_norm(gradients, self._norm)
         by_group: dict[str, list[tuple[tf.Tensor, VariableInfo]]] = {}
         for gradient, variable in gradients:
             by_group.setdefault(selection.group_of[variable], []).append((gradient, variable))
         return [
             pair
             for group, pairs in by_group.items()
-            for pair in (_clipped(pairs, self._norm[group]) if group in self._norm else pairs)
+            for pair in (clip_by_global_norm(pairs, self._norm[group]) if group in self._norm else pairs)
         ]
 
 
-def _clipped(pairs: Sequence[tuple[tf.Tensor, VariableInfo]], norm: Any) -> list[tuple[tf.Tensor, VariableInfo]]:
-    clipped, _ = tf.clip_by_global_norm([gradient for gradient, _ in pairs], norm)
-    return list(zip(clipped, (variable for _, variable in pairs)))
+def clip_by_global_norm(
+    pairs: Sequence[tuple[tf.Tensor, VariableInfo]], norm: Any
+) -> list[tuple[tf.Tensor, VariableInfo]]:
+    """Return gradients scaled so that the norm over all of them is `norm` at most, by the formula of Keras' optimizers.
+
+    What overwrites its variable is no gradient, and is neither counted nor scaled.
+    """
+    counted = [gradient for gradient, variable in pairs if not variable.is_overwritten]
+    if not counted:
+        return list(pairs)
+    dtype = tf.float64 if any(gradient.dtype == tf.float64 for gradient in counted) else tf.float32
+    found = tf.sqrt(tf.add_n([tf.reduce_sum(tf.square(tf.cast(gradient, dtype))) for gradient in counted]))
+    scale = norm * tf.minimum(1.0 / found, 1.0 / norm) + (found - found)  # NaN, if the norm is not finite
+    return [
+        (gradient if variable.is_overwritten else gradient * tf.cast(scale, gradient.dtype), variable)
+        for gradient, variable in pairs
+    ]

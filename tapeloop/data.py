@@ -11,7 +11,7 @@ import keras
 import tensorflow as tf
 
 from tapeloop.arrays import Dataset, Gathered, Orders, Slices, Sparse, lies_in_file
-from tapeloop.batch import any_size, as_tensors, shapes
+from tapeloop.batch import as_tensors, open_spec_of, shapes
 from tapeloop.checks import whole_number
 from tapeloop.errors import DataError
 from tapeloop.feed import ClassWeights, Feed
@@ -96,11 +96,11 @@ class Batches:
     def specs(self) -> Iterator[Any]:
         """Give signatures of batches of any size: what is declared, then what the first of a dataset is."""
         declared = self.feed().spec()
-        yield tf.nest.map_structure(lambda spec: None if spec is None else any_size(spec), declared)
+        yield open_spec_of(declared)
         source = self._source
         if isinstance(source, Dataset):
             for batch in source.data.take(1):
-                yield tf.nest.map_structure(any_size, batch)
+                yield open_spec_of(batch)
 
     def drawn(self) -> Iterator[Any]:
         """Go through one epoch batch by batch, on the host."""
@@ -184,7 +184,7 @@ def as_batches(
     batch_size = whole_number("batch_size", batch_size, 1)
     steps_name, per_epoch = steps[0], None if steps[1] is None else whole_number(*steps, 1)
     orders = orders or Orders(shuffle=False)
-    weights = None if class_weight is None else _class_weights(class_weight)
+    weights = None if class_weight is None else class_weights_of(class_weight)
     if data is None:
         raise DataError(f"`{name}` is None. Pass a `tf.data.Dataset`, arrays `(x, y)`, or an iterable of batches.")
     if isinstance(data, tf.data.Dataset):
@@ -254,7 +254,7 @@ def _of_arrays(
     return Batches(source, math.ceil(examples / batch_size), per_epoch, name, fewest)
 
 
-def _class_weights(weights: Mapping[int, float]) -> ClassWeights:
+def class_weights_of(weights: Mapping[int, float]) -> ClassWeights:
     """Check and keep the weights of classes.
 
     Raises:

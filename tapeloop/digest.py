@@ -19,7 +19,7 @@ _known: dict[int, tuple[weakref.ref[Any], str]] = {}  # of tensors, which do not
 
 def of_texts(texts: Iterable[str]) -> str:
     """Return the digest of some texts."""
-    found = _new()
+    found = new()
     for text in texts:
         found.update(f"{len(text)}:".encode() + text.encode())
     return found.hexdigest()
@@ -83,14 +83,15 @@ def of_examples(batch: Any) -> list[str]:
 
 def of_file(path: str) -> str:
     """Return the digest of a file's contents."""
-    found = _new()
+    found = new()
     with open(path, "rb") as file:
         while chunk := file.read(CHUNK_BYTES):
             found.update(chunk)
     return found.hexdigest()
 
 
-def _new() -> Any:
+def new() -> Any:
+    """Return a digest to be updated with bytes."""
     return hashlib.blake2b(digest_size=16)
 
 

@@ -10,7 +10,8 @@ import keras
 import tensorflow as tf
 
 from tapeloop.arrays import Orders
-from tapeloop.data import Batches, as_batches, is_arrays
+from tapeloop.data import Batches, as_batches, class_weights_of, is_arrays
+from tapeloop.feed import ClassWeights
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,11 @@ class Given:
     def shuffles_batches(self) -> bool:
         """Whether its batches, and not its examples, come in another order each epoch."""
         return self.shuffle and isinstance(self.data, keras.utils.PyDataset)
+
+    @property
+    def class_weights(self) -> ClassWeights | None:
+        """The weights of examples by class, as tensors."""
+        return None if self.class_weight is None else class_weights_of(self.class_weight)
 
     def orders(self, epoch: int) -> Orders:
         """Return the orders of epochs from this one on."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,7 +34,8 @@ class History:
     """What a fit recorded.
 
     Attributes:
-        history: For each log, its value at the end of each epoch: a float, or an array for a metric that has several.
+        history: For each log, its value at the end of each epoch: a float, or an array for a metric that has several;
+            NaN for an epoch without it.
         epoch: The number of each epoch, counted over all fits of the trainer.
         phases: What trained from which step on.
     """
@@ -41,6 +43,19 @@ class History:
     history: dict[str, list[Any]] = field(default_factory=dict)
     epoch: list[int] = field(default_factory=list)
     phases: list[Phase] = field(default_factory=list)
+
+    def add_phase(self, phase: Phase) -> None:
+        """Take in what trains from now on, unless it trains already."""
+        if not self.phases or self.phases[-1].selection != phase.selection:
+            self.phases.append(phase)
+
+    def add_epoch(self, number: int, logs: Mapping[str, Any]) -> None:
+        """Take in the logs of an epoch; where an epoch logged nothing under a name, its value there is NaN."""
+        for name in [name for name in logs if name not in self.history]:
+            self.history[name] = [math.nan] * len(self.epoch)
+        self.epoch.append(number)
+        for name, values in self.history.items():
+            values.append(logs.get(name, math.nan))
 
 
 class LazyLogs(Mapping[str, Any]):

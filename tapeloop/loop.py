@@ -14,7 +14,8 @@ from tapeloop.errors import DataError, TapeloopError
 from tapeloop.feed import Feed
 from tapeloop.guard import Judge
 from tapeloop.history import History, LazyLogs, Phase
-from tapeloop.objective import Means, Objective
+from tapeloop.interrupts import deferred_interrupt
+from tapeloop.policy import VariablePolicy
 from tapeloop.progress import Display
 from tapeloop.selections import Due
 from tapeloop.step import Step
@@ -29,16 +30,19 @@ class Loop:
         steps_done: How many steps were trained.
         epochs_done: How many epochs were trained.
         last_logs: The logs of the last epoch.
+        runs: Whether an epoch is under way.
+        history: What all fits recorded.
     """
 
-    def __init__(self, steps: Steps, objective: Objective, judge: Judge) -> None:
+    def __init__(self, steps: Steps, judge: Judge) -> None:
         self.steps_done = 0
         self.epochs_done = 0
         self.last_logs: Mapping[str, Any] = {}
+        self.history = History()
+        self._on_batch: tuple[VariablePolicy, int, int, Due] | None = None
         self._steps = steps
-        self._objective = objective
         self._judge = judge
-        self._runs = False
+        self.runs = False
 
     def fit(
         self,
@@ -64,8 +68,9 @@ class Loop:
 
         def choose(logs: Mapping[str, Any], starting: bool = False) -> Due:
             due = phases(logs, starting)
-            if not history.phases or history.phases[-1].selection != due.step.selection:
-                history.phases.append(Phase(self.steps_done, self.epochs_done, due.policy, due.step.selection))
+            phase = Phase(self.steps_done, self.epochs_done, due.policy, due.step.selection)
+            history.add_phase(phase)
+            self.history.add_phase(phase)
             return due
 
         for number in range(1, epochs + 1):
@@ -82,10 +87,44 @@ class Loop:
                 logs |= {f"val_{name}": value for name, value in evaluated.items()}
             self.epochs_done += 1
             self.last_logs = logs
-            history.epoch.append(self.epochs_done)
-            for name, value in logs.items():
-                history.history.setdefault(name, []).append(value)
+            history.add_epoch(self.epochs_done, logs)
+            self.history.add_epoch(self.epochs_done, logs)
         return history
+
+    def train_on_batch(
+        self, batch: Any, policy: VariablePolicy, phases: Callable[[Mapping[str, Any], bool], Due]
+    ) -> dict[str, Any]:
+        """Train one step on one batch, and return what it logged.
+
+        Args:
+            batch: The batch, in tensors.
+            policy: The policy. It is asked when it is another than for the last batch, when an epoch has ended since,
+                and where it says so by `every`.
+            phases: As for `fit`.
+        """
+        known = self._on_batch
+        starts = known is None or known[0] is not policy or known[1] != self.epochs_done
+        every = None if starts or known is None else known[3].every_steps
+        if starts or (every is not None and known is not None and (self.steps_done - known[2]) >= every):
+            due = phases(self.last_logs, starts)
+            begun = self.steps_done if due.every_steps is None else self.steps_done // due.every_steps * due.every_steps
+            self._on_batch = policy, self.epochs_done, begun, due
+            self.history.add_phase(Phase(self.steps_done, self.epochs_done, due.policy, due.step.selection))
+        assert self._on_batch is not None
+        step = self._on_batch[3].step
+        self._steps.reset(step.kind, step.selection.tree)
+        self._steps.warn_stale(step)
+        self.runs = True
+        try:
+            with deferred_interrupt():
+                before, so_far = self._judge.last, (self.steps_done, self.epochs_done)
+                tally, failure = step.run_on(batch, before, so_far)
+                self._take(step, tally)
+        finally:
+            self.runs = False
+        if failure is not None:
+            raise refusal(failure) or failure
+        return self._steps.logs(step.kind, [step.selection])[0]
 
     def check_idle(self) -> None:
         """Check that no epoch is under way.
@@ -93,7 +132,7 @@ class Loop:
         Raises:
             RuntimeError: One is.
         """
-        if self._runs:
+        if self.runs:
             raise RuntimeError(
                 "`fit` or `evaluate` was called within an epoch of the same trainer, whose metrics it would start "
                 "anew. Make another trainer of the same model for it."
@@ -109,14 +148,14 @@ class Loop:
         choose: Callable[[Mapping[str, Any]], Due] | None = None,
     ) -> dict[str, Any]:
         """Run a step over one epoch of batches and return its logs; every so many steps, `choose` the step anew."""
-        means = self._steps.means[step.kind]
-        means.reset()
-        self._objective.reset()
+        kind, selections = step.kind, {step.selection: None}
+        self._steps.reset(kind, step.selection.tree)
+        self._steps.warn_stale(step)
         self._judge.skipped_steps = 0
-        look = functools.partial(self._look, means)
+        look = functools.partial(self._steps.logs, kind, selections)
         before = asked = self.steps_done
         shown.start(title, batches.per_epoch)
-        self._runs = True
+        self.runs = True
         try:
             for feed in batches.epoch():
                 while feed.left != 0:
@@ -126,6 +165,8 @@ class Loop:
                             asked = self.steps_done
                             due = choose(LazyLogs(lambda: look()[0]))
                             step, every_steps = due.step, due.every_steps
+                            selections[step.selection] = None
+                            self._steps.warn_stale(step)
                         if every_steps is not None:
                             most = min(most, every_steps - self.steps_done % every_steps)
                     shown.advance(self._call(step, feed, most, batches), look)
@@ -139,30 +180,30 @@ class Loop:
             batches.stop()
             raise
         finally:
-            self._runs = False
+            self.runs = False
             shown.close()
         return final
 
+    def _take(self, step: TrainStep, tally: Tally) -> None:
+        """Take in what steps came to."""
+        self.steps_done += tally.moved
+        self._judge.take(tally, step.transaction.guard, self.steps_done, self.epochs_done)
+
     def _call(self, step: Step, feed: Feed, most: int, batches: Batches) -> int:
         """Call the compiled loop once, and return on how many batches it ran a step."""
-        began = time.perf_counter()
-        trains = isinstance(step, TrainStep)
-        tally, failure = step.run(feed, most, self._judge.last if trains else Tally(), self._judge.patience)
-        step.pace.took(tally.batches, time.perf_counter() - began)
-        if isinstance(step, TrainStep):
-            self.steps_done += tally.moved
-            self._judge.take(tally, step.transaction.guard, self.steps_done, self.epochs_done)
+        with deferred_interrupt():
+            began = time.perf_counter()
+            trains = isinstance(step, TrainStep)
+            before, so_far = self._judge.last if trains else Tally(), (self.steps_done, self.epochs_done)
+            tally, failure = step.run(feed, most, before, self._judge.patience, so_far)
+            step.pace.took(tally.batches, time.perf_counter() - began)
+            if isinstance(step, TrainStep):
+                self._take(step, tally)
         if failure is not None:
             failure = refusal(failure) or failure
             _locate(failure, f"batch {feed.number} of `{batches.name}` (the first is 0)", feed.number)
             raise failure
         return tally.batches
-
-    def _look(self, means: Means) -> tuple[dict[str, Any], int]:
-        """Return the logs so far, and over how many examples they are."""
-        logs, examples = means.results()
-        results = self._objective.results()
-        return logs | {n: v.numpy() if v.shape.rank else float(v) for n, v in results.items()}, examples
 
 
 def _locate(error: BaseException, where: str, number: int) -> None:

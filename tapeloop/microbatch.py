@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
@@ -210,9 +210,21 @@ def zeros_of(shape: tf.TensorShape, dtype: tf.DType) -> tf.Tensor:
     return tf.fill(shape, tf.compat.v1.placeholder_with_default(tf.zeros((), dtype), ()))
 
 
+class Computed(NamedTuple):
+    """What comes of a batch, or of a piece of one.
+
+    Attributes:
+        mean: A structure of tensors that are means over examples.
+        largest: A structure of tensors of which the largest of all pieces counts.
+    """
+
+    mean: Any
+    largest: Any
+
+
 def averaged(
-    run: Callable[[Any, Pieces], Any], batch: Any, examples: tf.Tensor, cuts: list[Pieces], zeros: Any | None
-) -> Any:
+    run: Callable[[Any, Pieces], Computed], batch: Any, examples: tf.Tensor, cuts: list[Pieces], zeros: Computed | None
+) -> Computed:
     """Run a function on each piece of a batch, one after the other, and average what it returns by examples.
 
     Args:
@@ -227,10 +239,14 @@ def averaged(
 
         def add(index: Any, total: Any, pieces: Pieces = pieces) -> tuple[Any, Any]:
             part = piece(batch, pieces, index, examples)
-            share = tf.cast(examples_of(part), tf.float32) / tf.cast(examples, tf.float32)
-            weighted = tf.nest.map_structure(lambda value: value * tf.cast(share, value.dtype), run(part, pieces))
-            total = weighted if total is None else tf.nest.map_structure(tf.add, total, weighted)
-            return index + 1, total
+            # The quotient of two whole numbers, exact to the precision of what it is multiplied with.
+            share = tf.cast(examples_of(part), tf.float64) / tf.cast(examples, tf.float64)
+            mean, largest = run(part, pieces)
+            mean = tf.nest.map_structure(lambda value: value * tf.cast(share, value.dtype), mean)
+            if total is not None:
+                mean = tf.nest.map_structure(tf.add, total.mean, mean)
+                largest = tf.nest.map_structure(tf.maximum, total.largest, largest)
+            return index + 1, Computed(mean, largest)
 
         if zeros is None:
             for index in range(pieces.count):
@@ -243,4 +259,5 @@ def averaged(
                 parallel_iterations=1,
                 maximum_iterations=pieces.count,
             )
+    assert total is not None
     return total

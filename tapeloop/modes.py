@@ -2,9 +2,10 @@
 
 A Keras layer hands its `training` down in three ways: as an argument, as an argument spelled out in the parent's
 `call`, and in a context that nested calls share. All three pass through `Layer.call`, so that is where the mode is
-set: the bound `call` of each chosen layer is shadowed on the instance for as long as the step is traced. The frozen
-variables are sealed the same way, by shadows of the methods that assign to them. Nothing is left behind; what runs
-afterwards is the traced graph, so all this costs nothing.
+set: the bound `call` of each layer is shadowed on the instance for as long as the step is traced. The shadows also
+know which layers are being called, so that what a frozen layer assigns inside its own `call` can be dropped, and what
+the user assigns in a step can happen. Nothing is left behind; what runs afterwards is the traced graph, so all this
+costs nothing.
 """
 
 from __future__ import annotations
@@ -14,42 +15,63 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 
 from tapeloop import _compat
 from tapeloop.selection import Selection
-from tapeloop.tree import VariableInfo
+from tapeloop.tree import SubmodelInfo, VariableInfo
+from tapeloop.untracked import handles_read_since, op_count
 
+Note = Callable[[tf.Variable], None]
 _inlining = threading.RLock()
 
 
 @contextlib.contextmanager
-def frozen(selection: Selection) -> Iterator[None]:
-    """Trace inside this context, and what `selection` leaves out stays as it is.
+def frozen(selection: Selection, note: Note = lambda variable: None) -> Iterator[Calls]:
+    """Trace inside this context, and no layer moves what `selection` leaves out.
 
-    The submodels of `selection.inference` run in inference mode, and what is assigned to a frozen variable, or to the
-    state of a submodel of which nothing trains, goes nowhere. The layers around them get back the mode in which they
-    were called themselves, which Keras 3 would otherwise overwrite with the mode of the child called last.
+    The submodels of `selection.inference` run in inference mode. What a layer assigns to a frozen variable inside its
+    `call`, and what a frozen layer assigns to any variable of the model, goes nowhere, and neither do the losses that a
+    frozen layer adds. What is assigned outside of all layers is the user's, and happens.
+
+    Args:
+        selection: What trains.
+        note: Called with each variable of the model that is about to be assigned to.
     """
-    with inlined_functions(), inference_mode(selection), sealed([v.tensor for v in still(selection)]):
-        yield
+    with inlined_functions(), inference_mode(selection) as calls, sealed(selection, calls, note):
+        yield calls
 
 
 @contextlib.contextmanager
-def sealed(variables: Sequence[tf.Variable]) -> Iterator[None]:
-    """Drop what is assigned to the variables inside this context."""
+def sealed(selection: Selection, calls: Calls, note: Note) -> Iterator[None]:
+    """Drop, inside this context, what layers assign to what is frozen; see `frozen`."""
+    immovable = set(still(selection))
     with contextlib.ExitStack() as shadows:
-        for variable in variables:
-            for name in _assigning(variable.__class__):
-                shadows.enter_context(shadowed(variable, name, _dropping(variable)))
+        for variable in selection.tree.variables:
+            tensor, is_still = variable.tensor, variable in immovable
+            for name in _assigning(tensor.__class__):
+                shadow = _sealing(tensor, getattr(tensor, name), calls, is_still, note)
+                shadows.enter_context(shadowed(tensor, name, shadow))
         yield
 
 
+def _sealing(
+    variable: tf.Variable, assign: Callable[..., Any], calls: Calls, is_still: bool, note: Note
+) -> Callable[..., Any]:
+    def shadow(*args: Any, **kwargs: Any) -> Any:
+        if calls.in_idle or (is_still and calls.running):
+            return variable
+        note(variable)
+        return assign(*args, **kwargs)
+
+    return shadow
+
+
 @contextlib.contextmanager
-def noting_assignments(variables: Sequence[tf.Variable], note: Callable[[tf.Variable], None]) -> Iterator[None]:
+def noting_assignments(variables: Sequence[tf.Variable], note: Note) -> Iterator[None]:
     """Call `note` with each of the variables that is assigned to inside this context, when it is."""
     with contextlib.ExitStack() as shadows:
         for variable in variables:
@@ -74,14 +96,15 @@ def read_once(variable: tf.Variable) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def shadowed(target: Any, name: str, shadow: Callable[..., Any]) -> Iterator[None]:
+def shadowed(target: Any, name: str, shadow: Any) -> Iterator[None]:
     """Let `target` find `shadow` under `name`, without the bookkeeping that Keras does when an attribute is set."""
-    own = vars(target).get(name)  # a method that the user has replaced on this very object
+    missing = object()
+    own = vars(target).get(name, missing)  # such as a method that the user has replaced on this very object
     object.__setattr__(target, name, shadow)
     try:
         yield
     finally:
-        object.__delattr__(target, name) if own is None else object.__setattr__(target, name, own)
+        object.__delattr__(target, name) if own is missing else object.__setattr__(target, name, own)
 
 
 @contextlib.contextmanager
@@ -100,61 +123,151 @@ def inlined_functions() -> Iterator[None]:
             tf.config.run_functions_eagerly(before)
 
 
-@contextlib.contextmanager
-def inference_mode(selection: Selection) -> Iterator[None]:
-    """Run the submodels of `selection.inference` in inference mode inside this context."""
-    tree = selection.tree
-    inference = frozenset(selection.inference)
-    around = {relative for submodel in inference for relative in (*tree.parents[submodel], *tree.children[submodel])}
-    modes = _Modes()
-    with contextlib.ExitStack() as shadows:
-        for submodel in tree.layers:
-            if submodel in inference or submodel in around:
-                for name in _compat.call_methods(submodel.object):
-                    call = getattr(submodel.object, name)
-                    shadow = _moded(submodel.object, call, modes, submodel in inference)
-                    shadows.enter_context(shadowed(submodel.object, name, shadow))
-        yield
+class _Frame(NamedTuple):
+    """A call that is running.
+
+    Attributes:
+        training: The mode of what it calls.
+        inference: Whether inference mode is forced on it and all that it calls.
+        idle: Whether it, or a call around it, is that of a submodel of which nothing trains.
+    """
+
+    training: bool | None
+    inference: bool
+    idle: bool
 
 
-class _Modes:
-    """The modes of the nest of calls that is running: each one's `training`, and whether inference is forced on it."""
+class Calls:
+    """The nest of calls of submodels that is running.
+
+    Attributes:
+        read: The identities of the handles of the variables that were read inside of calls.
+    """
 
     def __init__(self) -> None:
-        self.stack: list[tuple[bool | None, bool]] = []
+        self._frames: list[_Frame] = []
+        self.read: set[int] = set()
+
+    @property
+    def running(self) -> bool:
+        """Whether any submodel is being called."""
+        return bool(self._frames)
+
+    @property
+    def in_idle(self) -> bool:
+        """Whether a submodel of which nothing trains is being called, or something inside it."""
+        return bool(self._frames) and self._frames[-1].idle
+
+    def within(self) -> _Frame | None:
+        """Return the innermost call that is running."""
+        return self._frames[-1] if self._frames else None
+
+    @contextlib.contextmanager
+    def entered(self, frame: _Frame) -> Iterator[None]:
+        """Have this call running inside the context."""
+        start = None if self._frames else op_count()
+        self._frames.append(frame)
+        try:
+            yield
+        finally:
+            self._frames.pop()
+            if start is not None:
+                self.read |= handles_read_since(start)
 
 
-def _moded(layer: keras.Layer, call: Callable[..., Any], modes: _Modes, inference: bool) -> Callable[..., Any]:
+@contextlib.contextmanager
+def inference_mode(selection: Selection) -> Iterator[Calls]:
+    """Run the submodels of `selection.inference` in inference mode inside this context.
+
+    The layers around them get back the mode in which they were called themselves, which Keras 3 would otherwise
+    overwrite with the mode of the child called last.
+    """
+    inference, idle = frozenset(selection.inference), selection.idle
+    calls = Calls()
+    with contextlib.ExitStack() as shadows:
+        for submodel in selection.tree.layers:
+            layer = submodel.object
+            for name in _compat.call_methods(layer):
+                shadow = _moded(layer, getattr(layer, name), calls, submodel in inference, submodel in idle)
+                shadows.enter_context(shadowed(layer, name, shadow))
+            shadows.enter_context(shadowed(layer, "add_loss", _unless_idle(calls, layer.add_loss)))
+        shadows.enter_context(_watched_modules(selection, calls))
+        yield calls
+
+
+def _moded(layer: keras.Layer, call: Callable[..., Any], calls: Calls, inference: bool, idle: bool) -> Any:
     """Wrap `call` so that in inference mode it and all that it calls see `training=False`, and none of it gets out."""
-    signature = inspect.signature(call)
 
     def shadow(*args: Any, **kwargs: Any) -> Any:
-        outer, forced = modes.stack[-1] if modes.stack else (_compat.inherited_training(layer), False)
-        forced = forced or inference
+        around = calls.within() or _Frame(_compat.inherited_training(layer), False, False)
+        forced = around.inference or inference
         if forced:
-            if "training" in kwargs:
-                kwargs["training"] = False
-            bound = signature.bind(*args, **kwargs)
-            if "training" in signature.parameters:
-                bound.arguments["training"] = False
-            args, kwargs = bound.args, bound.kwargs
+            args, kwargs = _without_training(call, args, kwargs)
             _compat.inherit_training(layer, False)
-        modes.stack.append((_compat.inherited_training(layer), forced))
         try:
-            return call(*args, **kwargs)
+            with calls.entered(_Frame(_compat.inherited_training(layer), forced, around.idle or idle)):
+                return call(*args, **kwargs)
         finally:
-            modes.stack.pop()
             if forced:
-                _compat.inherit_training(layer, outer)
+                _compat.inherit_training(layer, around.training)
 
     return shadow
 
 
+def _without_training(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return the arguments of a call, with `training=False` where it takes that."""
+    signature = inspect.signature(call)
+    if "training" in kwargs:
+        kwargs["training"] = False
+    bound = signature.bind(*args, **kwargs)
+    if "training" in signature.parameters:
+        bound.arguments["training"] = False
+    return bound.args, bound.kwargs
+
+
+def _unless_idle(calls: Calls, add_loss: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `add_loss` so that a layer that also stands in a trained part adds nothing inside a frozen one."""
+    return lambda *args, **kwargs: None if calls.in_idle else add_loss(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _watched_modules(selection: Selection, calls: Calls) -> Iterator[None]:
+    """Note the calls of `tf.Module`s, which Python looks up on their class and not on the object."""
+    modules = {id(s.object): s for s in selection.tree.submodels if _is_plain_module(s) and callable(s.object)}
+    inference = frozenset(selection.inference)
+
+    def watching(call: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(call)
+        def shadow(self: tf.Module, *args: Any, **kwargs: Any) -> Any:
+            submodel = modules.get(id(self))
+            if submodel is None:
+                return call(self, *args, **kwargs)
+            around = calls.within() or _Frame(None, False, False)
+            frame = _Frame(
+                around.training, around.inference or submodel in inference, around.idle or submodel in selection.idle
+            )
+            with calls.entered(frame):
+                return call(self, *args, **kwargs)
+
+        return shadow
+
+    with contextlib.ExitStack() as shadows:
+        for kind in {type(submodel.object) for submodel in modules.values()}:
+            shadows.enter_context(_compat.class_attribute(kind, "__call__", watching(kind.__call__)))
+        yield
+
+
+def _is_plain_module(submodel: SubmodelInfo) -> bool:
+    return isinstance(submodel.object, tf.Module) and not isinstance(submodel.object, keras.Layer)
+
+
 def still(selection: Selection) -> list[VariableInfo]:
-    """List the frozen variables, and the state under submodels of which nothing trains."""
-    held = selection.tree.held
-    idle = {submodel for submodel in selection.inference if selection.group_of.keys().isdisjoint(held[submodel])}
-    state = [v for v in selection.non_trainable if not idle.isdisjoint(v.submodels)]
+    """List what no layer may move: the frozen variables, and the state that stands in idle submodels alone.
+
+    State that a frozen and a trained part share belongs to the trained one too, and moves with it.
+    """
+    places, idle = selection.tree.places, selection.idle
+    state = [v for v in selection.non_trainable if all(not idle.isdisjoint(place) for place in places[v])]
     return [*selection.frozen, *state]
 
 
@@ -164,15 +277,9 @@ def _assigning(kind: Hashable) -> tuple[str, ...]:
     return tuple(name for name in dir(kind) if name.startswith(("assign", "scatter_", "batch_scatter_")))
 
 
-def _noting(
-    variable: tf.Variable, assign: Callable[..., Any], note: Callable[[tf.Variable], None]
-) -> Callable[..., Any]:
+def _noting(variable: tf.Variable, assign: Callable[..., Any], note: Note) -> Callable[..., Any]:
     def shadow(*args: Any, **kwargs: Any) -> Any:
         note(variable)
         return assign(*args, **kwargs)
 
     return shadow
-
-
-def _dropping(variable: tf.Variable) -> Callable[..., Any]:
-    return lambda *args, **kwargs: variable

@@ -34,6 +34,7 @@ class Objective:
         output_names: list[str] | None,
     ) -> None:
         self.has_loss = loss is not None
+        self.was_updated = False
         self._stand_in = keras.Model()
         if output_names is not None:
             self._stand_in.output_names = output_names
@@ -70,6 +71,7 @@ class Objective:
         Raises:
             DataError: The targets do not fit a metric.
         """
+        self.was_updated = True
         with _fitting(y, y_pred, sample_weight):
             self._stand_in.compute_metrics(None, y, y_pred, sample_weight)
 
@@ -175,11 +177,10 @@ class Means:
 
 def added_losses(selection: Selection) -> list[tf.Tensor]:
     """Return what layers added by `add_loss`, and the weight penalties, of all that trains and of nothing else."""
-    inference = frozenset(selection.inference)
     losses = [
         tf.reduce_sum(tf.cast(loss, keras.config.floatx()))
         for submodel in selection.tree.layers
-        if submodel not in inference
+        if submodel not in selection.idle
         for loss in _compat.added_losses(submodel.object)
     ]
     return losses + [_penalty(variable) for variable in selection.trained if is_penalized(variable)]

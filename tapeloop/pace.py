@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from tapeloop.checks import whole_number
 
 SECONDS = 0.2  # of a call: long enough that the host costs nothing, short enough to show progress and to be interrupted
@@ -9,7 +11,12 @@ GROWTH = 8
 
 
 class Pace:
-    """The number of steps in a call: as asked, or so that a call lasts about `SECONDS`."""
+    """The number of steps in a call: as asked, or so that a call lasts about `SECONDS`.
+
+    Attributes:
+        steps: How many steps the next call runs at most.
+        seconds: For how long it begins new ones.
+    """
 
     def __init__(self, steps_per_call: int | str) -> None:
         """Check and keep what was asked.
@@ -22,6 +29,7 @@ class Pace:
         """
         self._adapts = isinstance(steps_per_call, str) and steps_per_call == "auto"
         self.steps = 1 if self._adapts else whole_number("steps_per_call", steps_per_call, 1)
+        self.seconds = SECONDS if self._adapts else math.inf
 
     def took(self, steps: int, seconds: float) -> None:
         """Take in how long a call of so many steps took.

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import keras
 import numpy as np
 import tensorflow as tf
 
 from tapeloop import digest
-from tapeloop.batch import any_size, examples_of
+from tapeloop.batch import as_tensors, examples_of, open_spec_of
 from tapeloop.data import Batches
 from tapeloop.errors import CacheError
 from tapeloop.feed import Arrays
 from tapeloop.frontier import Cut
 from tapeloop.given import Given
 from tapeloop.rows import flat
+from tapeloop.store import Kept
 
+ROWS_LOOKED_AT = 8  # examples of a batch that is looked at again
 AT_ONCE = 64  # batches of arrays whose features one call computes
 
 
@@ -58,6 +62,53 @@ def check_same(given: Given, seen: Sequence[str], again: Sequence[str], sizes: S
         )
 
 
+def check_sample(given: Given, kept: Kept) -> None:
+    """Check, before an epoch on features, that some examples of data still are what the features were computed of.
+
+    Only data that gives any batch by its number can be sampled: lists and `PyDataset`s. A few examples of a hundredth
+    of the batches, one at least, are looked at.
+
+    Raises:
+        CacheError: They are not.
+    """
+    data = given.data
+    is_dataset = isinstance(data, keras.utils.PyDataset)
+    if given.is_arrays or not (is_dataset or isinstance(data, Sequence)) or len(kept.examples) != sum(kept.sizes):
+        return
+    if is_dataset:
+        data.on_epoch_begin()
+    count, generator = len(kept.sizes), np.random.default_rng()
+    starts, known = np.cumsum([0, *kept.sizes]), Counter(kept.examples)
+    for number in generator.choice(count, max(1, count // 100), replace=False).tolist():
+        size = kept.sizes[number]
+        rows = np.sort(generator.choice(size, min(size, ROWS_LOOKED_AT), replace=False))
+        found = _digests_of(given, data[number], rows, size)
+        if found is None:
+            continue
+        there = [kept.examples[starts[number] + row] for row in rows]
+        if found != there and not (kept.shuffled and Counter(found) <= known):
+            raise CacheError(
+                f"`{given.name}` has changed since its features were computed: batch {number} has other examples. "
+                "Leave `feature_cache` out, or let the data stay as it is, randomness standing in the model with "
+                "`feature_cache_views`."
+            )
+    if is_dataset:
+        data.on_epoch_end()
+
+
+def _digests_of(given: Given, batch: Any, rows: np.ndarray, size: int) -> list[str] | None:
+    """Return the digests of some examples of a batch; None where it cannot be taken apart by examples."""
+    tensors = as_tensors(batch, f"`{given.name}`")
+    flat_batch = [value for value in tf.nest.flatten(tensors) if value is not None]
+    if not all(isinstance(value, tf.Tensor) and value.shape.rank for value in flat_batch):
+        return None
+    if any(value.shape[0] != size for value in flat_batch):
+        return []
+    some = tf.nest.map_structure(lambda value: None if value is None else tf.gather(value, rows), tensors)
+    weights = given.class_weights
+    return digest.of_examples(some if weights is None else weights.applied(some))
+
+
 def seen_in(batches: Batches) -> tuple[list[str], list[int]]:
     """Go through data once, and return the digests of its examples and the sizes of its batches."""
     examples, sizes = list[str](), list[int]()
@@ -70,7 +121,7 @@ def seen_in(batches: Batches) -> tuple[list[str], list[int]]:
 
 def open_spec(batches: Batches) -> Any:
     """Return the signature of batches with any number of examples: what has no open dimension mixes examples."""
-    return tf.nest.map_structure(lambda one: None if one is None else any_size(one), batches.feed().spec())
+    return open_spec_of(batches.feed().spec())
 
 
 def are_even(sizes: Sequence[int]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from tapeloop.checks import not_negative
 from tapeloop.errors import PolicyError
 from tapeloop.tree import SubmodelInfo, VariableInfo
 from tapeloop.where import Where, WhereLike, as_where
@@ -81,8 +82,13 @@ class VariablePolicy:
         return type(self).__name__
 
     def wheres(self) -> tuple[Where, ...]:
-        """The wheres of this policy: each must match a variable that can train."""
+        """The wheres of this policy: each must match a variable, one that can train unless `freezes_wheres`."""
         return ()
+
+    @property
+    def freezes_wheres(self) -> bool:
+        """Whether the wheres say what is frozen; what Keras' flags have frozen may be frozen again."""
+        return False
 
 
 @dataclass(frozen=True)
@@ -127,6 +133,10 @@ class Freeze(VariablePolicy):
     def __repr__(self) -> str:
         return f"Freeze({', '.join(map(repr, self._wheres))})"
 
+    @property
+    def freezes_wheres(self) -> bool:
+        return True
+
     def wheres(self) -> tuple[Where, ...]:
         return self._wheres
 
@@ -154,6 +164,7 @@ class Groups(VariablePolicy):
         Raises:
             TypeError: `groups` is no mapping to wheres.
             PolicyError: A multiplier is for a group that there is not.
+            ValueError: A multiplier is no number of 0 or more, or not finite.
         """
         if not isinstance(groups, Mapping) or not groups:
             raise TypeError(f"`Groups` takes a mapping from names of groups to wheres. Received: {groups!r}.")
@@ -163,8 +174,11 @@ class Groups(VariablePolicy):
             raise PolicyError(
                 f"`multipliers` are for {unknown}, but the groups are {sorted(groups)}. Name one of these."
             )
+        checked = (
+            (name, not_negative(f"multipliers[{name!r}]", factor)) for name, factor in (multipliers or {}).items()
+        )
         object.__setattr__(self, "_groups", resolved)
-        object.__setattr__(self, "_multipliers", tuple((multipliers or {}).items()))
+        object.__setattr__(self, "_multipliers", tuple(checked))
 
     def __repr__(self) -> str:
         multipliers = f", multipliers={dict(self._multipliers)!r}" if self._multipliers else ""
@@ -195,7 +209,7 @@ class Groups(VariablePolicy):
 def _at_least_one(policy: VariablePolicy, wheres: tuple[WhereLike, ...]) -> tuple[Where, ...]:
     if not wheres:
         raise TypeError(f"`{type(policy).__name__}` takes one or more wheres. Received none: write `TrainAll()`.")
-    return tuple(as_where(where) for where in wheres)
+    return tuple(map(as_where, wheres))
 
 
 def _matched(wheres: Iterable[Where], variable: VariableInfo) -> str:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TextIO
 
 from tqdm.auto import tqdm
 
 STYLES = ("auto", "bar", "lines", "none")
+COLUMNS = 80  # of a bar in a terminal that does not say how wide it is
 
 
 class Display:
@@ -40,10 +43,10 @@ class Display:
         """
         if style not in STYLES:
             raise ValueError(f"`progress` must be one of {', '.join(map(repr, STYLES))}. Received: {style!r}.")
-        self._stream = stream or sys.stderr
+        self._stream = sys.stderr if stream is None else stream
         if style == "auto":
-            style = "bar" if self._stream.isatty() or "ipykernel" in sys.modules else "lines"
-        self._style = style
+            style = "bar" if _is_terminal(self._stream) or "ipykernel" in sys.modules else "lines"
+        self._style = style if _is_open(self._stream) else "none"
         self._every_seconds = every_seconds
         self._clock = clock
         self._bar: Any = None
@@ -53,33 +56,65 @@ class Display:
         self._title = title
         self._began = self._shown = self._clock()
         if self._style == "bar":
-            self._bar = tqdm(total=total, desc=title, unit="batch", file=self._stream, leave=True, dynamic_ncols=True)
+            with self._unbroken():
+                # A terminal that says it has no columns, as some do inside containers, would show nothing.
+                fixed = None if shutil.get_terminal_size((0, 0)).columns else COLUMNS
+                self._bar = tqdm(
+                    total=total, desc=title, unit="batch", file=self._stream, leave=True, ncols=fixed,
+                    dynamic_ncols=fixed is None,
+                )  # fmt: skip
 
     def advance(self, batches: int, look: Callable[[], tuple[Mapping[str, Any], int]]) -> None:
         """Count some batches, and, if it is time, look at the logs and the number of examples so far, and show them."""
-        if self._bar is not None:
+        if self._bar is None:
+            return
+        said = None
+        if self._clock() - self._shown >= self._every_seconds:
+            said, self._shown = self._said(*look()), self._clock()
+        with self._unbroken():
             self._bar.update(batches)
-            if self._clock() - self._shown >= self._every_seconds:
-                self._bar.set_postfix_str(self._said(*look()), refresh=True)
-                self._shown = self._clock()
+            if said is not None:
+                self._bar.set_postfix_str(said, refresh=True)
 
     def end(self, logs: Mapping[str, Any], examples: int) -> None:
         """Finish the pass with its final logs and the number of its examples."""
-        if self._bar is not None:
-            self._bar.set_postfix_str(self._said(logs, examples), refresh=True)
-            self._bar.close()
-            self._bar = None
-        elif self._style == "lines":
-            seconds = self._clock() - self._began
-            print(f"{self._title}: {self._said(logs, examples)}, {seconds:.1f} s", file=self._stream, flush=True)
+        said = self._said(logs, examples)
+        with self._unbroken():
+            if self._bar is not None:
+                self._bar.set_postfix_str(said, refresh=True)
+                self._bar.close()
+                self._bar = None
+            elif self._style == "lines":
+                seconds = self._clock() - self._began
+                print(f"{self._title}: {said}, {seconds:.1f} s", file=self._stream, flush=True)
 
     def close(self) -> None:
         """Leave an unfinished bar behind in good order."""
         if self._bar is not None:
-            self._bar.close()
+            with self._unbroken():
+                self._bar.close()
             self._bar = None
+
+    @contextlib.contextmanager
+    def _unbroken(self) -> Iterator[None]:
+        """Show nothing more if showing fails: training goes on without a display."""
+        try:
+            yield
+        except (OSError, ValueError, AttributeError, UnicodeError):
+            self._style, self._bar = "none", None
 
     def _said(self, logs: Mapping[str, Any], examples: int) -> str:
         shown = [f"{name} {value:.4g}" for name, value in logs.items() if isinstance(value, float)]
         seconds = self._clock() - self._began
         return ", ".join([*shown, f"{examples / seconds:,.0f} examples/s" if seconds > 0 else "- examples/s"])
+
+
+def _is_terminal(stream: Any) -> bool:
+    try:
+        return bool(stream.isatty())
+    except (AttributeError, ValueError, OSError):  # no stream, a closed one, or an object that can only be written to
+        return False
+
+
+def _is_open(stream: Any) -> bool:
+    return hasattr(stream, "write") and not getattr(stream, "closed", False)

@@ -25,14 +25,29 @@ class Rate:
         """Return the rate that `set` would give now."""
         if self._schedule is not None:
             return multiplier * self._schedule.unmultiplied(self._optimizer.iterations)
-        return self._base * multiplier if rate is None else rate
+        return self.setting(multiplier, rate)
 
     def set(self, multiplier: float, rate: float | None) -> None:
         """Set the rate to a number, or to the template's times a multiplier."""
         if self._schedule is not None:
             self._schedule.multiplier.assign(multiplier)
         else:
-            self._optimizer.learning_rate = self._base * multiplier if rate is None else rate
+            self._optimizer.learning_rate = self.setting(multiplier, rate)
+
+    def setting(self, multiplier: float, rate: float | None) -> float:
+        """Return what `take` is to be given to the same end: the rate, or what the schedule is multiplied by."""
+        if self._schedule is not None:
+            return multiplier
+        return self._base * multiplier if rate is None else rate
+
+    def take(self, setting: tf.Variable) -> None:
+        """Set the rate inside a step that is traced; see `setting`."""
+        if self._schedule is not None:
+            self._schedule.multiplier.assign(setting)
+        else:
+            variable = _compat.learning_rate_variable(self._optimizer)
+            assert variable is not None
+            variable.assign(setting)
 
 
 class Multiplied(keras.optimizers.schedules.LearningRateSchedule):

@@ -10,6 +10,7 @@ from tapeloop import report, saving
 from tapeloop.batch import examples_of
 from tapeloop.body import Body
 from tapeloop.given import Given
+from tapeloop.history import History
 from tapeloop.loop import Loop
 from tapeloop.optim import LearningRates
 from tapeloop.passes import open_spec
@@ -43,7 +44,10 @@ class Readings(Body):
     @property
     def selection(self) -> Selection:
         """What trains, by the policy and the model as they are now."""
-        return self._select()
+        progress = Progress(self._loop.steps_done, self._loop.epochs_done, self._loop.last_logs)
+        if self._loop.runs:
+            return self._selections.held(self.policy, progress, trains=True)
+        return self._selections.now(self.policy, progress)
 
     @property
     def learning_rates(self) -> LearningRates:
@@ -72,14 +76,24 @@ class Readings(Body):
         return self._updates.microbatches.count
 
     @property
-    def step(self) -> int:
-        """How many steps were trained, over all fits."""
+    def step(self) -> Any:
+        """How many steps were trained, over all fits: a number, and inside a step a tensor of `tf.int64`."""
+        if self._steps.building or self._steps.tracing:
+            trains = self._steps.tracing is not None and self._steps.tracing[0] == "train"
+            return self._updates.clock.step(trains=trains)
         return self._loop.steps_done
 
     @property
-    def epoch(self) -> int:
-        """How many epochs were trained, over all fits."""
+    def epoch(self) -> Any:
+        """How many epochs were trained, over all fits: a number, and inside a step a tensor of `tf.int64`."""
+        if self._steps.building or self._steps.tracing:
+            return self._updates.clock.epoch()
         return self._loop.epochs_done
+
+    @property
+    def history(self) -> History:
+        """What all fits recorded, of every epoch that was finished."""
+        return self._loop.history
 
     @property
     def trace_count(self) -> int:
@@ -112,7 +126,7 @@ class Readings(Body):
         self._loop.check_idle()
         given = Given("data", data, batch_size, ("steps_per_epoch", None))
         batches = given.batches()
-        self._steps.build(self.model, batches)
+        self._steps.build(self.model, batches.specs)
         spec, batch = open_spec(batches), next(batches.drawn())
         size = int(examples_of(batch))
         last = size if batches.fewest is None else batches.fewest
@@ -120,11 +134,13 @@ class Readings(Body):
         found = self._due(self._loop.last_logs, True).step.cut(spec, batch, random=False)
         return saving.frontier(found, batch, examples)
 
-    def _select(self, *, trains: bool = True) -> Selection:
-        return self._selections.now(self.policy, Progress(self.step, self.epoch, self._loop.last_logs), trains=trains)
+    def _held(self) -> Selection:
+        progress = Progress(self._loop.steps_done, self._loop.epochs_done, self._loop.last_logs)
+        return self._selections.held(self.policy, progress)
 
     def _evaluation(self) -> Step:
-        return self._steps.other("eval", self._select(trains=False))
+        return self._steps.other("eval", self._held())
 
     def _due(self, logs: Mapping[str, Any], starting: bool) -> Due:
-        return self._selections.due(self.policy, Progress(self.step, self.epoch, logs), starting=starting)
+        progress = Progress(self._loop.steps_done, self._loop.epochs_done, logs)
+        return self._selections.due(self.policy, progress, starting=starting)

@@ -15,7 +15,7 @@ from tapeloop.modes import noting_assignments, shadowed
 from tapeloop.ordinal import Ordinal
 from tapeloop.selection import Selection
 from tapeloop.tree import SubmodelInfo, Tree, VariableInfo, raw
-from tapeloop.where import Glob, Joined, Kind, Not, Under, Where, WhereLike, as_where, is_inside, matches_whole
+from tapeloop.where import AnyOf, Glob, Joined, Kind, Not, Under, Where, WhereLike, as_where, is_inside, matches_whole
 
 # Ops that draw from a state of their own: nobody can set it back.
 RANDOM_OPS = (
@@ -31,7 +31,7 @@ class Remat:
     Source: Chen et al., Training Deep Nets with Sublinear Memory Cost, 2016; `tf.recompute_grad`.
     """
 
-    def __init__(self, where: WhereLike | type | Sequence[WhereLike | type] | None) -> None:
+    def __init__(self, where: WhereLike | None) -> None:
         """Check and keep what is chosen.
 
         Args:
@@ -41,7 +41,7 @@ class Remat:
             TypeError: It is none of these, or speaks of variables.
         """
         several = where if isinstance(where, (list, tuple)) else [] if where is None else [where]
-        self._wheres = [Kind((one,)) if isinstance(one, type) else as_where(one) for one in several]
+        self._wheres = list(map(as_where, several))
 
     def chosen(self, tree: Tree) -> list[SubmodelInfo]:
         """Return the layers that are chosen, but for those inside another that is.
@@ -208,6 +208,8 @@ def _names(where: Where, submodel: SubmodelInfo, tree: Tree) -> bool:
         return submodel in where.chosen(tree)
     if isinstance(where, Not):
         return not _names(where.where, submodel, tree)
+    if isinstance(where, AnyOf):
+        return any(_names(each, submodel, tree) for each in where.wheres)
     if isinstance(where, Joined):
         names = (_names(where.left, submodel, tree), _names(where.right, submodel, tree))
         return all(names) if where.sign == "&" else any(names)

@@ -140,19 +140,19 @@ def _row(
         shown.path,
         f"{sum(variable.parameters for variable in held):,}",
         ", ".join(_unique(selection.group_of[variable] for variable in trained)) or "-",
-        _state(deciding, trained),
+        _state(held, deciding, trained),
         rules[0] if len(rules) == 1 else "mixed",
         "inference" if submodel in selection.inference else "train",
         format_bytes(sum(map(state_bytes, held))),
     )
 
 
-def _state(deciding: Sequence[VariableInfo], trained: Sequence[VariableInfo]) -> str:
+def _state(held: Sequence[VariableInfo], deciding: Sequence[VariableInfo], trained: Sequence[VariableInfo]) -> str:
     if not trained:
         return "frozen" if any(variable.trainable for variable in deciding) else "non-trainable"
     if len(trained) == len(deciding):
         return "trains"
-    return f"trains {sum(v.parameters for v in trained) / sum(v.parameters for v in deciding):.1%}"
+    return f"trains {sum(v.parameters for v in trained) / sum(v.parameters for v in held):.1%}"
 
 
 def _unique(values: Iterable[str]) -> list[str]:

@@ -7,11 +7,12 @@ from collections.abc import Iterable
 
 import keras
 
+from tapeloop.checks import not_negative
 from tapeloop.errors import PolicyError, listed
 from tapeloop.policy import Progress, VariablePolicy
 from tapeloop.selection import Selection
 from tapeloop.tree import SubmodelInfo, Tree, VariableInfo
-from tapeloop.where import Where
+from tapeloop.where import AnyOf, Under, Where
 
 
 def select(policy: VariablePolicy, tree: Tree, trains: bool = True) -> Selection:
@@ -31,8 +32,8 @@ def select(policy: VariablePolicy, tree: Tree, trains: bool = True) -> Selection
             f"{policy!r} was asked what trains, but the model has no variables. Pass a model with weights; one that "
             "makes them in its first call has them after `fit` has seen a batch, or once it was called on one."
         )
-    for where in policy.wheres() if trains else ():
-        _check_match(policy, where, tree)
+    if trains:
+        _check_matches(policy, tree)
     groups: dict[str, list[VariableInfo]] = {}
     frozen, non_trainable = [], []
     rules = {}
@@ -105,12 +106,32 @@ def _checked_name(policy: VariablePolicy, group: object, variable: VariableInfo)
     return group
 
 
+def _check_matches(policy: VariablePolicy, tree: Tree) -> None:
+    weightless = [where for where in policy.wheres() if _is_weightless(where, tree)]
+    for where in policy.wheres():
+        if where not in weightless:
+            _check_match(policy, where, tree)
+    if weightless and len(weightless) == len(policy.wheres()):
+        raise PolicyError(f"{policy!r} names only layers without variables. Name one that has some.")
+
+
+def _is_weightless(where: Where, tree: Tree) -> bool:
+    """Tell whether a where names only layer objects without variables, as slices of `model.layers` hold many."""
+    if isinstance(where, AnyOf):
+        return all(_is_weightless(each, tree) for each in where.wheres)
+    if not isinstance(where, Under):
+        return False
+    if isinstance(where.submodel, keras.layers.InputLayer):
+        return True
+    return any(s.object is where.submodel and not tree.held[s] for s in tree.submodels)
+
+
 def _check_match(policy: VariablePolicy, where: Where, tree: Tree) -> None:
     for part in (*where.parts(), where):
-        if not any(map(part, tree.variables)):
+        if not any(map(part, tree.variables)) and not _is_weightless(part, tree):
             raise PolicyError(f"{part!r} in {policy!r} matches no variable of the model. {_nearest(part, tree)}")
     matches = [variable for variable in tree.variables if where(variable)]
-    if not any(variable.trainable for variable in matches):
+    if not any(variable.trainable for variable in matches) and not policy.freezes_wheres:
         raise PolicyError(
             f"{where!r} in {policy!r} matches only variables that Keras holds non-trainable: {_listed(matches)}. "
             "Set `trainable = True` on their layers, or leave the where out; batch statistics, seed states and "
@@ -156,6 +177,14 @@ def _nothing_left(policy: VariablePolicy, frozen: list[VariableInfo]) -> str:
 
 def _multiplier(policy: VariablePolicy, group: str, variables: list[VariableInfo]) -> float:
     found = {variable.path: policy.multiplier(variable) for variable in variables}
+    for path, factor in found.items():
+        try:
+            not_negative("multiplier", factor)
+        except ValueError:
+            raise PolicyError(
+                f"`{type(policy).__name__}.multiplier` must return a finite number, 0 or more. "
+                f"Received: {factor!r} for the variable `{path}` of the group {group!r}."
+            ) from None
     if len(set(found.values())) != 1:
         raise PolicyError(
             f"`{type(policy).__name__}.multiplier` must return one number for each group. "

@@ -47,6 +47,12 @@ class Selection:
         return {variable: group for group, variables in self.groups.items() for variable in variables}
 
     @functools.cached_property
+    def idle(self) -> frozenset[SubmodelInfo]:
+        """The submodels in inference mode of which nothing trains: what they assign in their `call` is dropped."""
+        held, trains = self.tree.held, self.group_of.keys()
+        return frozenset(submodel for submodel in self.inference if trains.isdisjoint(held[submodel]))
+
+    @functools.cached_property
     def _key(self) -> tuple[object, ...]:
         groups = frozenset(
             (group, frozenset(id(variable.variable) for variable in variables))

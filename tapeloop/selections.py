@@ -45,10 +45,19 @@ class Selections:
         self._known: dict[VariablePolicy, Selection] = {}
         self._prepared: Selection | None = None
         self._fresh: Tree | None = None  # as the check has just read it; reading a large model takes a while
+        self._asked: tuple[VariablePolicy, int, int] | None = None  # which policy, and at which step of which epoch
+        self._answer: list[VariablePolicy] = []
+        self._held: tuple[VariablePolicy, VariablePolicy] | None = None  # the policy, and what it said last trains
 
-    def now(self, policy: VariablePolicy, progress: Progress, *, trains: bool = True) -> Selection:
-        """Return what a policy selects of the model as it is now; nothing will do where it does not train."""
-        return select(chain(policy, progress)[-1], Tree.of(self._model), trains)
+    def now(self, policy: VariablePolicy, progress: Progress) -> Selection:
+        """Return what a policy selects of the model as it is now."""
+        return select(self._chain(policy, progress)[-1], Tree.of(self._model))
+
+    def held(self, policy: VariablePolicy, progress: Progress, *, trains: bool = False) -> Selection:
+        """Return what trained last under a policy, of the model as it is now; it need not leave anything to train."""
+        if self._held is not None and self._held[0] is policy:
+            return select(self._held[1], Tree.of(self._model), trains)
+        return select(self._chain(policy, progress)[-1], Tree.of(self._model), trains)
 
     def check(self, policy: VariablePolicy) -> None:
         """Resolve what is known to come due.
@@ -57,8 +66,8 @@ class Selections:
             PolicyError: It cannot be resolved for the model, or there is no optimizer for a group.
         """
         self._fresh = Tree.of(self._model)
-        for selection in selections_to_come(policy, self._fresh):
-            self._updates.optimizers.check(selection, changing=True)
+        to_come = selections_to_come(policy, self._fresh)
+        self._updates.optimizers.check(to_come, changing=True)
 
     def due(self, policy: VariablePolicy, progress: Progress, *, starting: bool) -> Due:
         """Return what trains next, everything that it needs being made.
@@ -68,8 +77,9 @@ class Selections:
         """
         if starting:
             self._known.clear()
-        policies = chain(policy, progress)
+        policies = self._chain(policy, progress)
         holding = policies[-1]
+        self._held = policy, holding
         kept = is_value(holding)
         selection = self._known.get(holding) if kept else None
         if selection is None:
@@ -83,3 +93,14 @@ class Selections:
         self._fresh = None
         every_steps = math.gcd(*(each.every for each in policies if each.every is not None))
         return Due(self._steps.train(selection), holding, every_steps or None)
+
+    def _chain(self, policy: VariablePolicy, progress: Progress) -> list[VariablePolicy]:
+        """Return the policies that lie within one another now. None is asked twice about the same moment.
+
+        One that draws at random or keeps state would answer differently.
+        """
+        asked = self._asked
+        if asked is None or asked[0] is not policy or asked[1:] != (progress.step, progress.epoch):
+            self._answer = chain(policy, progress)
+            self._asked = policy, progress.step, progress.epoch
+        return self._answer

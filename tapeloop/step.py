@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import re
 import warnings
 import weakref
@@ -14,15 +15,16 @@ from typing import Any
 
 import tensorflow as tf
 
+from tapeloop import untracked
 from tapeloop.batch import after
 from tapeloop.feed import DRAWING, Arrays, Feed, Stream
 from tapeloop.frontier import Cut, Features, find
 from tapeloop.graph import Traced
-from tapeloop.modes import frozen
+from tapeloop.modes import Note, frozen
 from tapeloop.obstacles import Obstacle
 from tapeloop.pace import Pace
 from tapeloop.selection import Selection
-from tapeloop.tally import Tally, counted, has_stopped, limits
+from tapeloop.tally import Clock, Tally, counted, has_stopped, limits
 
 COMPILE_ERRORS = (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError, tf.errors.InternalError)
 
@@ -79,8 +81,10 @@ class Step:
         body: Callable[[Any], Any],
         selection: Selection,
         compilation: Compilation,
+        clock: Clock,
         around: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
         own: Callable[[], list[tf.Variable]] = list,
+        note: Note = lambda variable: None,
     ) -> None:
         """Make the step.
 
@@ -89,8 +93,10 @@ class Step:
             body: What is compiled: a function of a batch. In a loop it returns how the step ended, or None.
             selection: What trains.
             compilation: How it is compiled.
+            clock: Where the loop keeps how far it has come.
             around: What else holds while the body is traced.
             own: Gives the variables that the body may read beside the model's.
+            note: Called with each variable of the model that the body assigns to.
         """
         self.kind = kind
         self.selection = selection
@@ -100,15 +106,18 @@ class Step:
         self._compilation = compilation
         self._around = around
         self._own = own
+        self._note = note
+        self._used: set[int] = set()
         self._is_on_trial = False
         self.moves: frozenset[int] = frozenset()
         self._cuts: dict[tuple[str, bool, frozenset[int]], Cut] = {}
         self._cut: Cut | None = None
-        with tf.device("CPU:0"):
-            self._begun = tf.Variable(tf.zeros(4, tf.int64), trainable=False, name="begun")
+        self._begun = clock.counts
         self.compile()
 
-    def run(self, feed: Feed, most: int, before: Tally, patience: int) -> tuple[Tally, BaseException | None]:
+    def run(
+        self, feed: Feed, most: int, before: Tally, patience: int, so_far: tuple[int, int] = (0, 0)
+    ) -> tuple[Tally, BaseException | None]:
         """Run steps on the next batches of a feed, until something is for the host to do.
 
         Args:
@@ -116,21 +125,23 @@ class Step:
             most: How many steps at most.
             before: What the steps before came to.
             patience: How many bad steps in a row are gone on after.
+            so_far: How many steps and epochs were trained before.
 
         Returns:
             What the steps came to, and the exception that ended them, if one did: that of the last step, which then
             does not count, or of the data.
         """
         start, limit = tf.constant(feed.position, tf.int64), limits(1 if self._is_on_trial else most, patience)
-        self._begun.assign(before.start())
+        seconds = tf.constant(self.pace.seconds, tf.float64)
+        self._begun.assign(before.start(*so_far))
         failure: BaseException | None = None
         try:
             if not self.is_driven:
-                self._loop_over(feed)(feed.source, start, self._begun.read_value(), limit)
+                self._loop_over(feed)(feed.source, start, self._begun.read_value(), limit, seconds)
             else:
                 if self._is_on_trial:
                     self.trace(feed)
-                self._loop(self, feed.source, start, self._begun.read_value(), limit)
+                self._loop(self, feed.source, start, self._begun.read_value(), limit, seconds)
                 self._is_on_trial = False
         except BaseException as error:
             failure = error
@@ -141,6 +152,22 @@ class Step:
         if isinstance(failure, tf.errors.OutOfRangeError) and feed.has_ended(failure):
             failure = None
         return tally, failure and (feed.cause_of(failure) or failure)
+
+    def run_on(self, batch: Any, before: Tally, so_far: tuple[int, int]) -> tuple[Tally, BaseException | None]:
+        """Run one step on a batch in tensors; see `run`."""
+        counts, failure = before.start(*so_far), None
+        try:
+            if self.is_driven:
+                self._begun.assign(counts)
+                self._alone(self, batch, counts)
+            else:
+                self._traced(self._on_batch, batch, counts)
+        except BaseException as error:
+            failure = error
+        tally = Tally.of(self._begun)
+        if failure is not None and has_stopped(failure):
+            tally, failure = tally.stopped(), None
+        return tally, failure
 
     def __call__(self, batch: Any) -> Any:
         """Run the body on a batch."""
@@ -185,9 +212,10 @@ class Step:
         """
         key = str(spec), random, moving
         if key not in self._cuts:
-            with self._around(), frozen(self.selection):
+            with self._around(), frozen(self.selection, self._note) as calls:
                 function = self._whole(spec)
-            _warn_untracked(function, self.selection, self._own())
+            self._used |= calls.read
+            self._warn_untracked(function)
             variables = [*(variable.tensor for variable in self.selection.tree.variables), *self._own()]
             whole = Traced(function, variables)
             self.moves = frozenset(id(whole.variables[name]) for name in whole.written() if name in whole.variables)
@@ -208,6 +236,7 @@ class Step:
         # In the loop the body is a function of its own where it is compiled in another way than the loop.
         step = self._function if autograph or uses_xla else self._run
         self._looped = tf.function(functools.partial(self._loop, step), autograph=False)
+        self._on_batch = tf.function(functools.partial(self._alone, step), autograph=False, reduce_retracing=True)
         self._is_on_trial = uses_xla and self._compilation.jit_compile == "auto"
         self._latest: tuple[weakref.ref[Feed], Any] | None = None
 
@@ -220,18 +249,34 @@ class Step:
         """Return the loop that is traced for batches of a feed; to look it up costs about as much as to call it."""
         if self._latest is None or self._latest[0]() is not feed:
             start, limit = tf.constant(0, tf.int64), limits(1, 0)
-            looped = self._check(self._looped, feed.source.signature(), start, self._begun.read_value(), limit)
+            args = start, self._begun.read_value(), limit, tf.constant(math.inf, tf.float64)
+            looped = self._check(self._looped, feed.source.signature(), *args)
             self._latest = weakref.ref(feed), looped
         return self._latest[1]
 
-    def _loop(self, step: Callable[[Any], Any], source: Arrays | Stream, start: Any, counts: Any, limit: Any) -> None:
-        """Run steps until the counts pass the limit. They are noted before each, for the case that it fails."""
+    def _loop(
+        self,
+        step: Callable[[Any], Any],
+        source: Arrays | Stream,
+        start: tf.Tensor,
+        counts: tf.Tensor,
+        limit: tf.Tensor,
+        seconds: tf.Tensor,
+    ) -> None:
+        """Run steps until the counts pass the limit, or, after one step at least, the time is over.
 
-        def goes_on(counts: tf.Tensor) -> tf.Tensor:
+        The counts are noted before each step, for the case that it fails. The time is looked at where the steps run:
+        data may turn slow in the middle of a call that was planned when it was fast.
+        """
+        with tf.device("CPU:0"):
+            deadline = tf.timestamp() + seconds
+
+        def goes_on(counts: tf.Tensor, now: tf.Tensor) -> tf.Tensor:
             with tf.device("CPU:0"):
-                return tf.reduce_all(counts <= limit)
+                return tf.reduce_all(counts <= limit) & (now < deadline)
 
-        def run(counts: tf.Tensor) -> tuple[tf.Tensor]:
+        def run(counts: tf.Tensor, now: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            del now
             with tf.device("CPU:0"):
                 noted, number = self._begun.assign(counts), start + counts[0]
             with tf.control_dependencies([noted]), tf.name_scope(DRAWING):
@@ -239,14 +284,26 @@ class Step:
             with after(batch) if isinstance(source, Stream) else contextlib.nullcontext():
                 ended = step(batch)
             with tf.device("CPU:0"):
-                return (counted(counts, ended),)
+                counts = counted(counts, ended)
+                with tf.control_dependencies([counts]):
+                    return counts, tf.timestamp()
 
-        (counts,) = tf.while_loop(goes_on, run, (counts,))
+        counts, _ = tf.while_loop(goes_on, run, (counts, deadline - seconds))
         self._begun.assign(counts)
 
+    def _alone(self, step: Callable[[Any], Any], batch: Any, counts: tf.Tensor) -> None:
+        """Run one step and count it; it is noted before that none was run, for the case that it fails."""
+        with tf.device("CPU:0"):
+            noted = self._begun.assign(counts)
+        with tf.control_dependencies([noted]):
+            ended = step(batch)
+        with tf.device("CPU:0"):
+            self._begun.assign(counted(counts, ended))
+
     def _run(self, batch: Any) -> Any:
-        with self._around(), frozen(self.selection):
+        with self._around(), frozen(self.selection, self._note) as calls:
             result = self._rest(batch) if isinstance(batch, Features) else self._body(batch)
+        self._used |= calls.read
         self.trace_count += not tf.executing_eagerly()
         return result
 
@@ -264,7 +321,7 @@ class Step:
         traced = self.trace_count
         result = function(*args)
         if self.trace_count > traced:
-            _warn_untracked(function.get_concrete_function(*args), self.selection, self._own())
+            self._warn_untracked(function.get_concrete_function(*args))
         return result
 
     def _check(self, function: Any, *args: Any) -> Any:
@@ -272,18 +329,15 @@ class Step:
         traced = self.trace_count
         concrete = function.get_concrete_function(*args)
         if self.trace_count > traced:
-            _warn_untracked(concrete, self.selection, self._own())
+            self._warn_untracked(concrete)
         return concrete
 
+    def _functions(self, traced: Any) -> list[Any]:
+        """Return the functions that tell what a traced step assigns to."""
+        return [traced]
 
-def _warn_untracked(traced: Any, selection: Selection, own: list[tf.Variable]) -> None:
-    """Name the variables that a traced step reads and the model does not track, where they could have trained."""
-    known = {id(variable.tensor) for variable in selection.tree.variables} | {id(variable) for variable in own}
-    unknown = sorted({variable.name for variable in traced.trainable_variables if id(variable) not in known})
-    if unknown:
-        warnings.warn(
-            f"The step reads {len(unknown)} variables that the model does not track, such as "
-            f"{', '.join(f'`{name}`' for name in unknown[:5])}: no policy can see them, and they do not train. Make "
-            "them by `add_weight`, or assign their layer to an attribute of a Keras layer or `tf.Module`.",
-            stacklevel=2,
-        )
+    def _warn_untracked(self, traced: Any) -> None:
+        """Name the variables that a traced step uses as if they trained, though the model does not track them."""
+        known = {id(variable.tensor) for variable in self.selection.tree.variables} | set(map(id, self._own()))
+        unknown = [variable for variable in traced.trainable_variables if id(variable) not in known]
+        untracked.warn(unknown, self._used, self._functions(traced))

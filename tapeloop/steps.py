@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from tapeloop import _compat
 from tapeloop.batch import examples_of
-from tapeloop.data import Batches
 from tapeloop.frontier import Features
+from tapeloop.logged import StepMetrics, layer_metrics, metrics_in
 from tapeloop.modes import inlined_functions
 from tapeloop.objective import Means, Objective
 from tapeloop.remat import Remat
 from tapeloop.selection import Selection
 from tapeloop.step import Compilation, Step
+from tapeloop.tally import Clock
 from tapeloop.transaction import Transaction
 from tapeloop.tree import Model, Tree
 from tapeloop.updates import Updates
@@ -32,10 +35,11 @@ class TrainStep(Step):
         transaction: What sees to it.
     """
 
-    def __init__(self, transaction: Transaction, compilation: Compilation, remat: Remat) -> None:
+    def __init__(self, transaction: Transaction, compilation: Compilation, clock: Clock, remat: Remat) -> None:
         around = functools.partial(remat.applied, transaction.selection)
         ours = dataclasses.replace(compilation, autograph=False)  # the transaction has AutoGraph convert the user's
-        super().__init__("train", transaction.run, transaction.selection, ours, around, transaction.own)
+        selection, own, note = transaction.selection, transaction.own, transaction.note
+        super().__init__("train", transaction.run, selection, ours, clock, around, own, note)
         self.transaction = transaction
         self._microbatches = transaction.microbatches.count
 
@@ -46,6 +50,10 @@ class TrainStep(Step):
 
     def _whole(self, spec: Any) -> Any:
         return self.transaction.whole(spec)
+
+    def _functions(self, traced: Any) -> list[Any]:
+        self._used |= self.transaction.used
+        return self.transaction.functions
 
     def _rest(self, features: Features) -> Any:
         return self.transaction.run(features, self._cut)
@@ -84,8 +92,10 @@ class Steps:
         updates: Updates,
         compilation: Compilation,
         remat: Remat,
+        kept: Callable[[], list[tf.Variable]],
         others: Callable[[], list[tf.Variable]],
         is_plain: Callable[[], bool],
+        attributes: Callable[[], Mapping[str, Any]],
     ) -> None:
         """Keep what steps are made of.
 
@@ -95,8 +105,10 @@ class Steps:
             updates: What becomes of gradients.
             compilation: How steps are compiled.
             remat: What is computed twice to save memory.
-            others: Gives the variables that the user keeps beside the model.
+            kept: Gives the variables that the trainer has among its own attributes.
+            others: Gives these and those of the models that it has there.
             is_plain: Tells whether a training step has one update, which comes last.
+            attributes: Gives the trainer's own attributes.
         """
         self.tracing: tuple[str, Selection] | None = None
         self.building = False
@@ -106,39 +118,49 @@ class Steps:
         self._updates = updates
         self._compilation = compilation
         self._remat = remat
+        self._kept_variables = kept
         self._others = others
         self._is_plain = is_plain
+        self._attributes = attributes
+        self._metrics: dict[tuple[str, Selection], StepMetrics] = {}
+        self._numbers: dict[tuple[str, Selection], dict[str, Any]] = {}
         self._kept: dict[tuple[str, Selection], Step] = {}
         self._traces_gone = 0
-        self._built = False
+        self._built: set[str] = set()  # the kinds of steps for which the model is built
 
     @property
     def run_eagerly(self) -> bool:
         """Whether steps run op by op."""
         return self._compilation.run_eagerly
 
-    def build(self, model: Model, batches: Batches) -> None:
-        """Make the variables of a model that makes them in its first call, by tracing a step that trains nothing."""
-        if self._built:
+    def build(self, model: Model, specs: Callable[[], Iterator[Any]], kind: str = "train") -> None:
+        """Make the variables of a model that makes them in its first call, by tracing a step that trains nothing.
+
+        Args:
+            model: The model.
+            specs: Gives signatures of batches.
+            kind: Which step is to run: one that predicts needs no targets, and may leave parts unbuilt.
+        """
+        if self._built & {kind, "train"}:
             return
         tree = Tree.of(model)
         modules = len(tree.submodels) - len(tree.layers) - isinstance(model, Mapping)
         if modules or not all(submodel.object.built for submodel in tree.layers):
             self.building = True
             try:
-                self._trace_to_build(batches.specs())
+                self._trace_to_build(specs(), kind)
             finally:
                 self.building = False
-        self._built = True
+        self._built.add(kind)
 
     def train(self, selection: Selection) -> TrainStep:
         """Return the step that trains a selection: the same one each time."""
         step = self._kept.get(("train", selection))
         if not isinstance(step, TrainStep):
             body = functools.partial(self._body, "train", selection)
-            parts = self._updates, self._objective, body, self.means["train"], self._others
+            parts = self._updates, self._objective, body, self.means["train"], self._kept_variables, self._others
             transaction = Transaction(selection, *parts, self._compilation, self._is_plain)
-            step = TrainStep(transaction, self._compilation, self._remat)
+            step = TrainStep(transaction, self._compilation, self._updates.clock, self._remat)
         return self._keep(step)
 
     def other(self, kind: str, selection: Selection) -> Step:
@@ -146,7 +168,7 @@ class Steps:
         step = self._kept.get((kind, selection))
         if step is None:
             body = functools.partial(self._other, kind, selection)
-            step = Step(kind, body, selection, self._compilation, own=self._others)
+            step = Step(kind, body, selection, self._compilation, self._updates.clock, own=self._kept_variables)
         return self._keep(step)
 
     def trace_count(self) -> int:
@@ -173,26 +195,80 @@ class Steps:
         """Run what the user wrote for a step of a kind."""
         for submodel in selection.tree.layers:
             _compat.forget_added_losses(submodel.object)
+        logged = self._metrics.setdefault((kind, selection), StepMetrics())
+        self._numbers.pop((kind, selection), None)
+        self._objective.was_updated = False
         self.tracing = (kind, selection)
         try:
-            result = self._bodies[kind](batch)
+            with logged.watching(self._held_metrics(selection.tree)) as watch:
+                result = self._bodies[kind](batch)
         finally:
             self.tracing = None
-        if kind != "predict" and not isinstance(result, Mapping):
-            raise TypeError(f'`{kind}_step` must return a mapping `{{"name": scalar}}`. Received: {result!r}.')
-        return result
+        logged.uses_compiled = self._objective.was_updated
+        return result if kind == "predict" else logged.scalars(kind, result, watch)
 
-    def _trace_to_build(self, specs: Iterator[Any]) -> None:
+    def _held_metrics(self, tree: Tree) -> list[Any]:
+        """Return the metrics that the trainer has among its attributes, or a layer of the model has."""
+        mine = [metric for value in self._attributes().values() for metric in metrics_in(value)]
+        return list({id(metric): metric for metric in (*mine, *layer_metrics(tree))}.values())
+
+    def reset(self, kind: str, tree: Tree) -> None:
+        """Start what steps of a kind log anew."""
+        self.means[kind].reset()
+        self._objective.reset()
+        returned = [m for (k, _), logged in self._metrics.items() if k == kind for m in logged.by_name.values()]
+        for metric in {id(metric): metric for metric in (*self._held_metrics(tree), *returned)}.values():
+            metric.reset_state()
+
+    def logs(self, kind: str, selections: Iterable[Selection]) -> tuple[dict[str, Any], int]:
+        """Return what the steps of a kind for some selections logged since the reset, and over how many examples."""
+        logs, examples = self.means[kind].results()
+        found = [self._metrics[kind, selection] for selection in selections if (kind, selection) in self._metrics]
+        if any(logged.uses_compiled for logged in found):
+            logs |= self._objective.results()
+        for logged in found:
+            for name, metric in logged.by_name.items():
+                result = metric.result()
+                logs |= result if isinstance(result, Mapping) else {name: result}
+        return {name: _on_the_host(value) for name, value in logs.items()}, examples
+
+    def note_number(self, name: str, value: Any) -> None:
+        """Note that a step that is being traced has read a number among the trainer's attributes."""
+        if self.tracing is not None and not tf.executing_eagerly():
+            self._numbers.setdefault(self.tracing, {})[name] = value
+
+    def warn_stale(self, step: Step) -> None:
+        """Warn of numbers among the trainer's attributes that have changed since a step was traced with them."""
+        read, now = self._numbers.get((step.kind, step.selection), {}), self._attributes()
+        for name in [name for name, value in read.items() if name in now and not _is_same(now[name], value)]:
+            warnings.warn(
+                f"`self.{name}` was {read.pop(name)!r} when the {step.kind} step was traced, and is {now[name]!r} now: "
+                f"the compiled step goes on with the former. Make it a variable, `self.{name} = "
+                f"tf.Variable({now[name]!r}, trainable=False)`, and `assign` to it.",
+                stacklevel=2,
+            )
+
+    def _trace_to_build(self, specs: Iterator[Any], kind: str) -> None:
         """Trace a step for batches of the first of some signatures, or where a layer needs to know more, the next."""
 
         def run(batch: Any) -> None:
             with inlined_functions():
-                self._bodies["train"](batch)
+                self._bodies[kind](batch)
 
         try:
             tf.function(run, autograph=self._compilation.autograph).get_concrete_function(next(specs))
         except (ValueError, TypeError):
             for spec in specs:
-                self._trace_to_build(iter([spec]))
+                self._trace_to_build(iter([spec]), kind)
                 return
             raise
+
+
+def _on_the_host(value: Any) -> Any:
+    """Return a log as a number, or as an array of several."""
+    value = np.asarray(value)
+    return value if value.ndim else float(value)
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    return one is other or bool(one == other) or (one != one and other != other)

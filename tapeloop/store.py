@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import pathlib
-import platform
 import shutil
-from collections.abc import Iterable, Mapping
+import tempfile
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,9 +23,9 @@ from tapeloop.errors import CacheError
 FORMAT = "1"
 SHARE = 0.5  # of the memory that is free, which features may take
 _DESCRIPTION = "description.json"
-_OLD = "old"
-_HOST = "".join(letter for letter in platform.node() if letter.isalnum() or letter == "-") or "host"
+_WORKING = ".writing-"  # what the names of folders begin with that are not complete
 ATTEMPTS = 5
+ABANDONED_AFTER_S = 24 * 3600  # after which a folder that nothing was written to is nobody's
 _LOG = logging.getLogger("tapeloop")
 Ingredients = Mapping[str, str]
 
@@ -60,9 +62,12 @@ class Writer(Protocol):
     def finish(self, ingredients: Ingredients, sizes: list[int], examples: list[str], shuffled: bool) -> Kept:
         """Keep them, and return them."""
 
+    def abandon(self) -> None:
+        """Leave nothing behind of what was taken in."""
+
 
 class Memory:
-    """Features in memory, the last of each data; names are `DATA-COMPUTATION`."""
+    """Features in memory, the last of each data; names are `DATA-COMPUTATION-CONTENT`."""
 
     def __init__(self) -> None:
         self._kept: dict[str, tuple[Ingredients, Kept]] = {}
@@ -86,8 +91,8 @@ class Memory:
 
     def write(self, name: str) -> Writer:
         """Return what takes in features to be kept under a name; what was kept of the same data goes now."""
-        of_the_same_data = name.rpartition("-")[0]
-        for other in [other for other in self._kept if other.rpartition("-")[0] == of_the_same_data]:
+        of_the_same_data = name.partition("-")[0]
+        for other in [other for other in self._kept if other.partition("-")[0] == of_the_same_data]:
             del self._kept[other]
         return _InMemory(self._kept, name)
 
@@ -111,9 +116,15 @@ class _InMemory:
         self._kept[self._name] = ingredients, kept
         return kept
 
+    def abandon(self) -> None:
+        self._rows.clear()
+
 
 class Files:
-    """Features in files: a folder for each name, put in place when it is complete."""
+    """Features in files: a folder for each name, put in place when it is complete.
+
+    Processes and threads may share the folder: each writes in one of its own, and the first to be complete is taken.
+    """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         """Choose the folder, which is made when there is something to keep."""
@@ -128,6 +139,9 @@ class Files:
             said = json.loads((place / _DESCRIPTION).read_text())
             if said.pop("digest") != _digest(said):
                 raise ValueError("its description is not as it was written")
+            rows = sum(said["sizes"]) * int(said["ingredients"]["views"])
+            if not rows or not said["arrays"] or any(one["shape"][0] != rows for one in said["arrays"]):
+                raise ValueError(f"its arrays have not the {rows} rows of its batches")
             arrays = tuple(_opened(place / one["file"], one) for one in said["arrays"])
             return said["ingredients"], Kept(arrays, tuple(said["sizes"]), tuple(said["examples"]), said["shuffled"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -151,39 +165,51 @@ class Files:
     def write(self, name: str) -> Writer:
         """Return what takes in features to be kept under a name; what was kept under it goes when they are there."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        for left in self._folder.glob(f".{name}.*"):  # by a process that was stopped
-            *_, host, process = left.name.split(".")
-            if host == _HOST and process.isdigit() and not _is_alive(int(process)):
-                shutil.rmtree(left, ignore_errors=True)
-        return _InFiles(self._folder, name)
+        for left in self._folder.glob(f"{_WORKING}*"):  # by a process that was stopped, here or on another host
+            with contextlib.suppress(OSError):
+                touched = max(each.stat().st_mtime for each in (left, *left.iterdir()))
+                if time.time() - touched > ABANDONED_AFTER_S:
+                    shutil.rmtree(left, ignore_errors=True)
+        return _InFiles(self, self._folder, name)
 
 
 class _InFiles:
-    def __init__(self, folder: pathlib.Path, name: str) -> None:
-        self._place = folder / name
-        self._making = folder / f".{name}.{_HOST}.{os.getpid()}"
-        shutil.rmtree(self._making, ignore_errors=True)
-        self._making.mkdir()
+    """Features on their way into files, in a folder that is nobody else's until it is complete."""
+
+    def __init__(self, files: Files, folder: pathlib.Path, name: str) -> None:
+        self._files = files
+        self._folder = folder
+        self._name = name
+        self._making = pathlib.Path(tempfile.mkdtemp(prefix=_WORKING, dir=folder))
+        self._making.chmod(0o755)
         self._shapes: list[tuple[int, ...]] = []
         self._dtypes: list[str] = []
+        self._digests: list[Any] = []
         self._count = 0
 
     def add(self, rows: list[np.ndarray]) -> None:
         self._shapes = [row.shape[1:] for row in rows]
         self._dtypes = [tf.as_dtype(row.dtype).name for row in rows]
+        self._digests = self._digests or [digest.new() for _ in rows]
         self._count += len(rows[0])
-        for number, row in enumerate(rows):
+        for number, (row, digested) in enumerate(zip(rows, self._digests)):
+            content = row.tobytes()
+            digested.update(content)
             with open(self._making / f"{number}.bin", "ab") as file:
-                file.write(row.tobytes())
+                file.write(content)
+
+    def abandon(self) -> None:
+        shutil.rmtree(self._making, ignore_errors=True)
 
     def finish(self, ingredients: Ingredients, sizes: list[int], examples: list[str], shuffled: bool) -> Kept:
         arrays: list[dict[str, Any]] = []
-        for number, (shape, dtype) in enumerate(zip(self._shapes, self._dtypes)):
+        for number, (shape, dtype, digested) in enumerate(zip(self._shapes, self._dtypes, self._digests)):
             path = self._making / f"{number}.bin"
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())
-            digested = digest.of_file(str(path))
-            arrays.append({"file": path.name, "shape": [self._count, *shape], "dtype": dtype, "digest": digested})
+            arrays.append(
+                {"file": path.name, "shape": [self._count, *shape], "dtype": dtype, "digest": digested.hexdigest()}
+            )
         said: dict[str, Any] = {
             "ingredients": dict(ingredients),
             "arrays": arrays,
@@ -195,19 +221,36 @@ class _InFiles:
             json.dump({**said, "digest": _digest(said)}, file)
             file.flush()
             os.fsync(file.fileno())
-        for number in range(ATTEMPTS):  # another process may put its own there at the same time
-            try:
-                if self._place.exists():
-                    os.replace(self._place, self._making / f"{_OLD}{number}")
-                os.replace(self._making, self._place)
+        for _ in range(ATTEMPTS):
+            if self._put_in_place(ingredients):
                 break
-            except OSError:
-                if number == ATTEMPTS - 1:
-                    raise
-        for number in range(ATTEMPTS):
-            shutil.rmtree(self._place / f"{_OLD}{number}", ignore_errors=True)
-        opened = tuple(_opened(self._place / one["file"], one) for one in arrays)
-        return Kept(opened, tuple(sizes), tuple(examples), shuffled)
+        else:
+            raise CacheError(
+                f"The features could not be put at {self._folder / self._name}: others are put there all the time."
+            )
+        found = self._files.find(self._name)
+        if found is None or changed(found[0], ingredients):
+            raise CacheError(
+                f"The features at {self._folder / self._name} were replaced as soon as they were written, by another "
+                "process with other weights. Give each process a `feature_cache` of its own."
+            )
+        return found[1]
+
+    def _put_in_place(self, ingredients: Ingredients) -> bool:
+        """Move the folder to its place, unless another process has put the same there; False if it has put others."""
+        place = self._folder / self._name
+        with contextlib.suppress(OSError):
+            os.rename(self._making, place)
+            return True
+        found = self._files.find(self._name)
+        if found is not None and not changed(found[0], ingredients):
+            self.abandon()
+            return True
+        aside = pathlib.Path(tempfile.mkdtemp(prefix=_WORKING, dir=self._folder))
+        with contextlib.suppress(OSError):  # another process may have moved it
+            os.rename(place, aside / self._name)
+        shutil.rmtree(aside, ignore_errors=True)
+        return False
 
 
 def _opened(path: pathlib.Path, said: Mapping[str, Any]) -> Any:
@@ -238,16 +281,6 @@ def free_memory() -> int | None:
         return None
 
 
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
-
-
-def changed(one: Ingredients, other: Ingredients) -> Iterable[str]:
+def changed(one: Ingredients, other: Ingredients) -> list[str]:
     """Return the names of what went into one and not in the same way into another."""
     return [name for name in {**one, **other} if one.get(name) != other.get(name)]

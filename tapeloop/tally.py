@@ -12,6 +12,27 @@ ANY = np.iinfo(np.int64).max
 _STOPPED = "the step was not finite"
 
 
+class Clock:
+    """How far a run has come, in a variable that a compiled loop keeps: counts, then the step and epoch before them.
+
+    Attributes:
+        counts: `[batches, moved, bad, bad_in_a_row, step, epoch]`; the first four are those of a `Tally`.
+    """
+
+    def __init__(self) -> None:
+        with tf.device("CPU:0"):
+            self.counts = tf.Variable(tf.zeros(6, tf.int64), trainable=False, name="begun")
+
+    def step(self, *, trains: bool) -> tf.Tensor:
+        """Return how many steps were trained before the one that runs."""
+        counts = self.counts.read_value()
+        return counts[4] + counts[1] if trains else counts[4]
+
+    def epoch(self) -> tf.Tensor:
+        """Return how many epochs were trained before the step that runs."""
+        return self.counts.read_value()[5]
+
+
 class Ended(NamedTuple):
     """How a step ended that somebody watched.
 
@@ -43,22 +64,22 @@ class Tally:
     @classmethod
     def of(cls, counts: Any) -> Tally:
         """Return the tally that a tensor of counts holds."""
-        return cls(*map(int, counts.numpy()))
+        return cls(*map(int, counts.numpy()[:4]))
 
     def stopped(self) -> Tally:
         """Return the tally with one step more, at which `stop_unless` ended the run."""
         return Tally(self.batches + 1, self.moved, self.bad + 1, self.bad_in_a_row + 1)
 
-    def start(self) -> tf.Tensor:
-        """Return the counts with which the steps after these begin."""
+    def start(self, step: int = 0, epoch: int = 0) -> tf.Tensor:
+        """Return the counts with which the steps after these begin, and how far training has come before them."""
         with tf.device("CPU:0"):
-            return tf.constant([0, 0, 0, self.bad_in_a_row], tf.int64)
+            return tf.constant([0, 0, 0, self.bad_in_a_row, step, epoch], tf.int64)
 
 
 def limits(batches: int, bad_in_a_row: int) -> tf.Tensor:
     """Return up to which counts, these included, steps go on: after fewer batches, and with so many bad in a row."""
     with tf.device("CPU:0"):
-        return tf.constant([batches - 1, ANY, ANY, bad_in_a_row], tf.int64)
+        return tf.constant([batches - 1, ANY, ANY, bad_in_a_row, ANY, ANY], tf.int64)
 
 
 def counted(counts: tf.Tensor, ended: Ended | None) -> tf.Tensor:
@@ -68,14 +89,14 @@ def counted(counts: tf.Tensor, ended: Ended | None) -> tf.Tensor:
         counts: Those before it.
         ended: How it ended; None where nobody watched.
     """
-    row_again = counts * tf.constant([1, 1, 1, 0], tf.int64)
-    moved = row_again + tf.constant([1, 1, 0, 0], tf.int64)
+    row_again = counts * tf.constant([1, 1, 1, 0, 1, 1], tf.int64)
+    moved = row_again + tf.constant([1, 1, 0, 0, 0, 0], tf.int64)
     if ended is None:
         return moved
-    after = tf.where(ended.finite, moved, counts + tf.constant([1, 0, 1, 1], tf.int64))
+    after = tf.where(ended.finite, moved, counts + tf.constant([1, 0, 1, 1, 0, 0], tf.int64))
     if ended.overflowed is None:
         return after
-    return tf.where(ended.overflowed, row_again + tf.constant([1, 0, 0, 0], tf.int64), after)
+    return tf.where(ended.overflowed, row_again + tf.constant([1, 0, 0, 0, 0, 0], tf.int64), after)
 
 
 def stop_unless(finite: tf.Tensor) -> tf.Operation:

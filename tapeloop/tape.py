@@ -9,6 +9,7 @@ import tensorflow as tf
 from tapeloop.disconnected import disconnected
 from tapeloop.errors import DisconnectedError
 from tapeloop.tree import VariableInfo
+from tapeloop.untracked import op_count
 
 
 class GroupTape(tf.GradientTape):
@@ -18,6 +19,7 @@ class GroupTape(tf.GradientTape):
         variables: The variables that it watches.
         persistent: Whether gradients can be taken from it more than once.
         spent: Whether its one gradient was taken.
+        start: How many ops the traced graph had when it began to record.
     """
 
     def __init__(self, variables: Sequence[VariableInfo], persistent: bool = False) -> None:
@@ -25,9 +27,11 @@ class GroupTape(tf.GradientTape):
         self.variables = tuple(variables)
         self.persistent = persistent
         self.spent = False
+        self.start = 0
 
     def __enter__(self) -> GroupTape:
         super().__enter__()
+        self.start = op_count()
         for variable in self.variables:
             self.watch(variable.tensor)
         return self
@@ -66,4 +70,9 @@ def gradients_of(tape: GroupTape, loss: tf.Tensor, scale: tf.Tensor | None) -> l
     dense = [tf.convert_to_tensor(gradient) for gradient in gradients]
     for gradient, source in zip(dense, sources):
         gradient.set_shape(source.shape)  # which a custom gradient may not know
-    return dense if scale is None else [gradient / tf.cast(scale, gradient.dtype) for gradient in dense]
+    if scale is None:
+        return dense
+    return [
+        gradient if variable.is_overwritten else gradient / tf.cast(scale, gradient.dtype)
+        for gradient, variable in zip(dense, tape.variables)
+    ]

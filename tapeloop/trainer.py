@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from tapeloop.arrays import Orders
 from tapeloop.average import Averages
+from tapeloop.batch import as_tensors, examples_of, open_spec_of
 from tapeloop.body import OVERRIDABLE, Body
 from tapeloop.cache import FeatureCache
 from tapeloop.checks import whole_number
@@ -32,6 +33,7 @@ from tapeloop.selections import Due, Selections
 from tapeloop.step import Compilation
 from tapeloop.steps import Steps
 from tapeloop.store import Memory
+from tapeloop.suitable import check_one_device, check_own_step
 from tapeloop.tree import Model, Tree
 from tapeloop.updates import Updates
 from tapeloop.where import WhereLike
@@ -63,10 +65,11 @@ class Trainer(Readings):
         nonfinite: str = "raise",
         max_skipped: int = 10,
         ema: float | None = None,
-        remat: WhereLike | type | Sequence[WhereLike | type] | None = None,
+        remat: WhereLike | None = None,
         jit_compile: bool | str = "auto",
         run_eagerly: bool = False,
         steps_per_call: int | str = "auto",
+        ignore_model_step: bool = False,
         seed: int | None = None,
     ) -> None:
         """Make a trainer. Nothing is traced or allocated before the first fit.
@@ -94,13 +97,19 @@ class Trainer(Readings):
             jit_compile: Whether XLA compiles the steps; `"auto"`: on a GPU, where it can.
             run_eagerly: Whether steps are run op by op in Python, for breakpoints and prints.
             steps_per_call: How many steps the compiled loop runs before the host looks; `"auto"`: for about 0.2 s.
+            ignore_model_step: Whether a `train_step`, `test_step`, `compute_loss` or `compute_metrics` that the model
+                itself overrides for Keras' `fit` may be left aside.
             seed: The seed by which arrays are shuffled.
 
         Raises:
             TypeError: An argument is of the wrong type.
-            ValueError: An option has a value that it cannot have.
+            ValueError: An option has a value that it cannot have, the model has a step of its own, or it was made
+                under a distribution strategy.
         """
-        Tree.of(model)
+        overridden = {name for name in OVERRIDABLE if getattr(type(self), name) is not getattr(Body, name)}
+        check_one_device(Tree.of(model))
+        if not ignore_model_step:
+            check_own_step(model, overridden, type(self).__name__)
         self.model = model
         self.policy = TrainAll() if policy is None else policy
         self._seed = None if seed is None else whole_number("seed", seed, 0)
@@ -113,12 +122,32 @@ class Trainer(Readings):
         self._updates = Updates(Optimizers(optimizer), Clipping(clip_norm), pieces, Averages(ema), judge)
         bodies = {"train": self.train_step, "eval": self.eval_step, "predict": self._predict_step}
         # Python's `if` and `for` over tensors are the user's to write; converting our own code costs a second.
-        autograph = any(getattr(type(self), name) is not getattr(Body, name) for name in OVERRIDABLE)
-        how = Compilation(autograph, jit_compile, run_eagerly, steps_per_call)
-        self._steps = Steps(bodies, self._objective, self._updates, how, Remat(remat), self._kept, self._is_plain)
-        self._loop = Loop(self._steps, self._objective, judge)
+        how = Compilation(bool(overridden), jit_compile, run_eagerly, steps_per_call)
+        self._steps = Steps(
+            bodies,
+            self._objective,
+            self._updates,
+            how,
+            Remat(remat),
+            self._kept,
+            self._others,
+            self._is_plain,
+            self._attributes,
+        )
+        self._loop = Loop(self._steps, judge)
         self._selections = Selections(model, self._steps, self._updates)
         self._cached = Memory()
+
+    def __reduce__(self) -> Any:
+        """Refuse to be pickled or copied.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError(
+            f"A {type(self).__name__} cannot be pickled or copied: it holds compiled steps. Save the model, as by "
+            "`trainer.model.save(path)`, or make another trainer of it."
+        )
 
     def fit(
         self,
@@ -180,7 +209,7 @@ class Trainer(Readings):
         self._updates.microbatches.check(batches.fewest)
         cache = FeatureCache(self._cached, feature_cache, feature_cache_views)
         cache.check([given, judged], self._updates.microbatches, self._steps.run_eagerly)
-        self._steps.build(self.model, batches)
+        self._steps.build(self.model, batches.specs)
         self._selections.check(self.policy)
 
         def train(due: Due) -> Batches:
@@ -207,8 +236,35 @@ class Trainer(Readings):
         self._loop.check_idle()
         batches = as_batches(data, batch_size=batch_size, steps=("steps", steps))
         batches.lasts(1)
-        self._steps.build(self.model, batches)
+        self._steps.build(self.model, batches.specs)
         return self._loop.run(self._evaluation(), batches, Display(progress), "evaluation")
+
+    def train_on_batch(self, x: Any, y: Any = None, sample_weight: Any = None) -> dict[str, Any]:
+        """Train one step on one batch, for data that comes one batch at a time: online or reinforcement learning.
+
+        The step counts, the epoch does not: a policy that changes with epochs changes with those of `fit`. The model's
+        `trainable` flags are read at the first batch, and after each `fit`.
+
+        Args:
+            x: The inputs, with the batch as the first dimension; without `y`, a whole batch as `train_step` takes it.
+            y: The targets.
+            sample_weight: The weights of the examples.
+
+        Returns:
+            What the step logged, of this batch alone.
+
+        Raises:
+            PolicyError, DataError, DisconnectedError, NonFiniteError, RuntimeError: As `fit` does.
+        """
+        self._loop.check_idle()
+        self._updates.averages.check_may_train()
+        given = x if y is None and sample_weight is None else (x, y) if sample_weight is None else (x, y, sample_weight)
+        batch = as_tensors(given, "the batch")
+        if self._updates.microbatches.count > 1:
+            examples = examples_of(batch)
+            self._updates.microbatches.check(examples if isinstance(examples, int) else None)
+        self._steps.build(self.model, lambda: iter([open_spec_of(batch)]))
+        return self._loop.train_on_batch(batch, self.policy, self._due)
 
     def predict(self, data: Any, *, batch_size: int = 32, steps: int | None = None) -> Any:
         """Return the model's outputs on data as NumPy arrays, examples first.
@@ -224,7 +280,7 @@ class Trainer(Readings):
         """
         batches = as_batches(data, batch_size=batch_size, steps=("steps", steps))
         batches.lasts(1)
-        self._steps.build(self.model, batches)
-        step = self._steps.other("predict", self._select(trains=False))
+        self._steps.build(self.model, batches.specs, "predict")
+        step = self._steps.other("predict", self._held())
         outputs = [tf.nest.map_structure(lambda output: np.atleast_1d(output), step(b)) for b in batches.drawn()]
         return tf.nest.map_structure(lambda *arrays: np.concatenate(arrays), *outputs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,10 +10,11 @@ import keras
 import tensorflow as tf
 
 from tapeloop.batch import after, examples_of, spec_of
+from tapeloop.following import move
 from tapeloop.frontier import Cut
 from tapeloop.guard import Snapshot, is_finite
-from tapeloop.microbatch import averaged, check_alike, checked, piece_spec, plan, zeros_of
-from tapeloop.modes import noting_assignments, still
+from tapeloop.microbatch import Computed, averaged, check_alike, checked, piece_spec, plan, zeros_of
+from tapeloop.modes import still
 from tapeloop.objective import Means, Objective
 from tapeloop.selection import Selection
 from tapeloop.step import Compilation
@@ -27,6 +29,8 @@ class Transaction:
         selection: What trains.
         microbatches: In how many pieces a batch is cut.
         guard: What watches the steps, if anything does.
+        used: The identities of the handles of the variables that would get a gradient if they were watched.
+        functions: What the user computes, as it was last traced.
     """
 
     def __init__(
@@ -36,6 +40,7 @@ class Transaction:
         objective: Objective,
         body: Callable[[Any], Any],
         means: Means,
+        kept: Callable[[], list[tf.Variable]],
         others: Callable[[], list[tf.Variable]],
         compilation: Compilation,
         is_plain: Callable[[], bool],
@@ -48,7 +53,8 @@ class Transaction:
             objective: Whose metrics a step moves.
             body: What the user computes, on a batch or a piece of one.
             means: Takes in what it returns.
-            others: Gives the variables that the user keeps beside the model.
+            kept: Gives the variables that the trainer has among its own attributes.
+            others: Gives these and those of the models that it has there.
             compilation: How the step is compiled.
             is_plain: Tells whether the body has one update, which comes last.
         """
@@ -59,13 +65,17 @@ class Transaction:
         self._objective = objective
         self._body = body
         self._means = means
+        self._kept = kept
         self._others = others
         self._compilation = compilation
         self._is_plain = is_plain
         self._wholes: dict[int, Running] = {}
         self._written: set[Any] = set()
+        self.used: set[int] = set()
+        self.functions: list[Any] = []
         self._undoable: list[tf.Variable] = []
         self._last_update = 0
+        self._eager: Snapshot | None = None  # of the eager step that is running
 
     def run(self, batch: Any, cut: Cut | None = None) -> Ended | None:
         """Trace a step, or run it eagerly.
@@ -96,7 +106,15 @@ class Transaction:
 
     def own(self) -> list[tf.Variable]:
         """Return the variables that are the trainer's and not the model's."""
-        return [*self._updates.moved(self.selection.trained), *self._others()]
+        return [*self._updates.moved(self.selection.trained), *self._kept()]
+
+    def note(self, variable: tf.Variable) -> None:
+        """Take in that a variable of the model is about to be assigned to, which may have to be undone."""
+        running = self._updates.running
+        if running is None or not running.updating:
+            self._written.add(variable.ref())
+        if self._eager is not None:
+            self._eager.add(variable)
 
     def keep(self) -> Snapshot:
         """Return the values of all that the next step might change, what its last update moves aside."""
@@ -114,10 +132,12 @@ class Transaction:
     def _function(self, running: Running, spec: Any) -> Any:
         """Trace what the user computes as a function of its own: it tells all that it touches before it runs."""
 
-        def compute(part: Any) -> dict[str, Any]:
+        def compute(part: Any) -> Any:
             return self._compute(running, part)
 
-        return tf.function(compute, autograph=self._compilation.autograph).get_concrete_function(spec)
+        function = tf.function(compute, autograph=self._compilation.autograph).get_concrete_function(spec)
+        self.functions = [function]
+        return function
 
     def _trace(self, running: Running, batch: Any, cut: Cut | None) -> Ended | None:
         examples = examples_of(batch)
@@ -131,9 +151,11 @@ class Transaction:
             specs = {pieces.size: piece_spec(batch, pieces.size) if count > 1 else spec_of(batch) for pieces in cuts}
             functions = {size: self._function(running, spec) for size, spec in specs.items()}
             touched = [v for function in functions.values() for v in function.variables]
+            self._warn_if_nothing_updates(running)
         else:
             whole = self._wholes[id(cut.whole.function)]
-            running.calls, running.may_stop, running.waits = whole.calls, whole.may_stop, whole.waits
+            running.calls, running.follows = whole.calls, whole.follows
+            running.may_stop, running.waits = whole.may_stop, whole.waits
             functions, touched = {cuts[0].size: cut.rest_for(batch)}, cut.whole.function.variables
         self._undoable = self._exposed(running, touched)
         running.stops = running.may_stop and not self._undoable
@@ -149,13 +171,24 @@ class Transaction:
             seen = self._commit(running, result, batch)
         return self._settle(running, seen, kept.restore)
 
+    def _warn_if_nothing_updates(self, running: Running) -> None:
+        """Say once that a step updates nothing, which a missing call of `update` is the likely cause of."""
+        moves = any(variable.tensor.ref() in self._written for variable in self.selection.trained)
+        if not running.calls and not moves and not self._updates.was_warned:
+            self._updates.was_warned = True
+            warnings.warn(
+                "`train_step` calls neither `self.update(tape, loss)` nor `self.apply(gradients)`, so that nothing "
+                f"trains of the {len(self.selection.trained)} variables that the policy selects.",
+                stacklevel=2,
+            )
+
     def _run_eagerly(self, running: Running, batch: Any) -> Ended | None:
         examples = examples_of(batch)
         count = self._count(batch, examples)
         running.waits = count > 1
         self._undoable = self._unfrozen()
         metrics_are_new = not self._objective.variables
-        kept = self._begin(running)
+        kept = self._eager = self._begin(running)
 
         def undo() -> None:
             kept.restore()
@@ -169,9 +202,12 @@ class Transaction:
                 cuts = plan(examples, count)
                 result = averaged(lambda part, _: self._compute(running, part), batch, examples, cuts, None)
                 seen = self._commit(running, result, batch)
+            self._warn_if_nothing_updates(running)
         except Exception:
             undo()
             raise
+        finally:
+            self._eager = None
         return self._settle(running, seen, undo)
 
     def _may_stop(self) -> bool:
@@ -192,29 +228,39 @@ class Transaction:
             self.guard.begin()
         return Snapshot(self._undoable if self.guard is not None or tf.executing_eagerly() else [])
 
-    def _compute(self, running: Running, part: Any) -> dict[str, Any]:
+    def _compute(self, running: Running, part: Any) -> Any:
         """Run the user's step on a batch or a piece of one; what its updates need is returned where they wait."""
-        running.calls, running.sums = [], []
+        running.calls, running.follows, running.sums = [], [], []
         running.graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
 
-        def note(variable: tf.Variable) -> None:
-            if not running.updating:
-                self._written.add(variable.ref())
-
-        with noting_assignments([variable.tensor for variable in self.selection.trained], note):
-            logs = self._body(part)
+        logs = self._body(part)
+        self.used |= running.used
         if not running.waits:
             return {"seen": self._look(running, logs, part)}
         if not running.may_stop:
-            logs = {name: tf.cast(value, keras.config.floatx()) for name, value in logs.items()}
-        return {"logs": logs, "waiting": [call.waiting for call in running.calls]}
+            logs = {name: _floating(value) for name, value in logs.items()}
+        losses, gradients = [call.loss for call in running.calls], [call.gradients for call in running.calls]
+        decays = [follow.decay for follow in running.follows]
+        mean = {"logs": logs, "losses": losses, "gradients": gradients, "decays": decays}
+        return Computed(mean, [call.overwrites for call in running.calls])
 
-    def _commit(self, running: Running, computed: Mapping[str, Any], batch: Any) -> list[tf.Tensor]:
-        """Make the updates that waited, in their order; see `_look`."""
-        for number, (call, given) in enumerate(zip(running.calls, computed["waiting"]), 1):
-            loss = given["loss"][0] if given["loss"] else None
-            self._updates.commit(running, number, list(zip(given["gradients"], call.variables)), loss)
-        return self._look(running, computed["logs"], batch)
+    def _commit(self, running: Running, computed: Computed, batch: Any) -> list[tf.Tensor]:
+        """Make the updates that waited, in their order, and let others follow them; see `_look`."""
+
+        mean = computed.mean
+
+        def follow_after(number: int) -> None:
+            for follow, decay in zip(running.follows, mean["decays"]):
+                if follow.after == number:
+                    move(follow.pairs, decay)
+
+        follow_after(0)
+        given = zip(running.calls, mean["losses"], mean["gradients"], computed.largest)
+        for number, (call, loss, gradients, overwrites) in enumerate(given, 1):
+            pairs = call.paired(gradients, overwrites)
+            self._updates.commit(running, number, pairs, loss[0] if loss else None)
+            follow_after(number)
+        return self._look(running, mean["logs"], batch)
 
     @tf.autograph.experimental.do_not_convert
     def _look(self, running: Running, logs: Mapping[str, tf.Tensor], batch: Any) -> list[tf.Tensor]:
@@ -238,7 +284,9 @@ class Transaction:
             return None
 
         def undone() -> tf.Tensor:
+            running.updating = True
             undo()
+            running.updating = False
             return tf.constant(True)
 
         total, finite = seen
@@ -257,9 +305,11 @@ class Transaction:
         That one does not happen in a bad step, whereas an earlier one has happened when a later one turns out bad.
         """
         *earlier, last = running.calls or [Call([], nested=False)]
-        exposed = self._updates.moved([v for call in (*earlier, *[last] * last.nested) for v in call.variables])
-        aside = {variable.ref() for variable in self._updates.moved(self.selection.trained)} - self._written
+        exposed = [target.tensor for follow in running.follows for target, _ in follow.pairs]
+        exposed += self._updates.moved([v for call in (*earlier, *[last] * last.nested) for v in call.variables])
+        aside = {variable.ref() for variable in self._updates.moved(self.selection.trained)}
         aside |= {variable.tensor.ref() for variable in still(self.selection)}
+        aside -= self._written
         aside |= {variable.ref() for variable in self._updates.variables}
         aside |= {variable.ref() for variable in (() if self.guard is None else self.guard.variables)}
         if not self.microbatches.adapts:  # or a step may have to be repeated
@@ -277,3 +327,9 @@ class Transaction:
         model = [variable.tensor for variable in self.selection.tree.variables]
         everything = [*model, *self._updates.moved(self.selection.trained), *self._objective.variables, *self._others()]
         return list({variable.ref(): variable for variable in everything if variable.ref() not in sealed}.values())
+
+
+def _floating(value: Any) -> tf.Tensor:
+    """Return a log in the float type in which its means over pieces are taken."""
+    value = tf.convert_to_tensor(value)
+    return value if value.dtype == tf.float64 else tf.cast(value, keras.config.floatx())

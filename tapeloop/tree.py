@@ -85,6 +85,11 @@ class VariableInfo:
         return int(tf.TensorShape(self.shape).num_elements())
 
     @property
+    def is_overwritten(self) -> bool:
+        """Whether its "gradient" is its next value, as for the scales of Keras' float8."""
+        return bool(getattr(self.variable, "overwrite_with_gradient", False))
+
+    @property
     def tensor(self) -> tf.Variable:
         """The `tf.Variable` that holds the value: what a tape watches."""
         return raw(self.variable)
@@ -137,6 +142,12 @@ class Tree:
         return {submodel: tuple(variables) for submodel, variables in held.items()}
 
     @functools.cached_property
+    def places(self) -> Mapping[VariableInfo, tuple[frozenset[SubmodelInfo], ...]]:
+        """For each variable and each of its paths, the submodels that enclose it along that path."""
+        at = {path: submodel for submodel in self.submodels for path in submodel.paths}
+        return {v: tuple(frozenset(_enclosing(path, at)) for path in v.paths) for v in self.variables}
+
+    @functools.cached_property
     def parents(self) -> Mapping[SubmodelInfo, tuple[SubmodelInfo, ...]]:
         """The submodels directly around each submodel: several, where it is shared."""
         at = {path: submodel for submodel in self.submodels for path in submodel.paths}
@@ -174,8 +185,20 @@ def _above(path: str, at: Mapping[str, SubmodelInfo]) -> str:
     return ""
 
 
+def _enclosing(path: str, at: Mapping[str, SubmodelInfo]) -> Iterator[SubmodelInfo]:
+    """Yield the submodels above a path, the innermost first."""
+    while path:
+        path = path.rpartition("/")[0]
+        if path in at:
+            yield at[path]
+
+
 def _is_submodel(value: object) -> bool:
     return isinstance(value, (keras.Layer, tf.Module))
+
+
+def _is_plain_module(value: object) -> bool:
+    return isinstance(value, tf.Module) and not isinstance(value, keras.Layer)
 
 
 def _is_variable(value: object) -> bool:
@@ -206,7 +229,7 @@ class _Walk:
         self.found[key] = found
         self.above.setdefault(key, {}).update(dict.fromkeys(stack))
         if _is_variable(found):
-            if not isinstance(found, keras.Variable) and found.trainable:
+            if not isinstance(found, keras.Variable) and found.trainable and not self._is_flagged_off(stack):
                 self.trainable.add(key)
             return
         if isinstance(found, keras.Layer) and not any(isinstance(self.found[k], keras.Layer) for k in stack):
@@ -214,6 +237,11 @@ class _Walk:
             self.trainable.update(id(variable) for variable in found.trainable_variables)
         for segment, child in _children(found):
             self.enter(child, f"{path}/{segment}".lstrip("/"), (*stack, key))
+
+    def _is_flagged_off(self, stack: tuple[int, ...]) -> bool:
+        """Tell whether a layer around holds what is in it non-trainable, as Keras' flag does for its own variables."""
+        around = [self.found[key] for key in stack]
+        return any(isinstance(one, keras.Layer) and not one.trainable for one in around)
 
     def tree(self) -> Tree:
         apart = [(key, found) for key, found in self.found.items() if not _is_variable(found)]
@@ -262,8 +290,9 @@ def _layer_children(layer: keras.Layer) -> Iterator[tuple[str, Any]]:
     yielded = set(graph_ids)
     for segment, child in _attributes(layer):
         state = child.state if isinstance(child, keras.random.SeedGenerator) else child
-        is_state = _is_variable(child) and not child.trainable  # of a recurrent layer, say: Keras does not track it
-        if id(child) not in graph_ids and (id(state) in tracked or is_state):
+        # Of a recurrent layer, say, or a module: Keras tracks neither the state nor the module.
+        is_untracked = not child.trainable if _is_variable(child) else _is_plain_module(child)
+        if id(child) not in graph_ids and (id(state) in tracked or is_untracked):
             yielded.add(id(state))
             yield segment, child
     for child in sublayers:  # tracked through an attribute that is gone

@@ -10,13 +10,15 @@ import tensorflow as tf
 
 from tapeloop.average import Averages
 from tapeloop.clipping import Clipping
+from tapeloop.following import Follow, Pair, move
 from tapeloop.guard import Guard, Judge, LossScale, is_finite
 from tapeloop.microbatch import Microbatches
 from tapeloop.optim import Optimizers
 from tapeloop.selection import Selection
-from tapeloop.tally import stop_unless
+from tapeloop.tally import Clock, stop_unless
 from tapeloop.tape import GroupTape, gradients_of
 from tapeloop.tree import VariableInfo
+from tapeloop.untracked import handles_behind
 
 Gradients = Sequence[tuple[tf.Tensor, VariableInfo]]
 
@@ -28,12 +30,21 @@ class Call:
     Attributes:
         variables: What it updates.
         nested: Whether it stands in a branch or a loop of the traced step.
-        waiting: Its gradients and its loss, where they wait for those of the other micro-batches.
+        gradients: Its gradients, where they wait for those of the other micro-batches.
+        overwrites: Of these, what overwrites its variable.
+        loss: Its loss, where that is known, likewise.
     """
 
     variables: list[VariableInfo]
     nested: bool
-    waiting: dict[str, list[tf.Tensor]] = field(default_factory=dict)
+    gradients: list[tf.Tensor] = field(default_factory=list)
+    overwrites: list[tf.Tensor] = field(default_factory=list)
+    loss: list[tf.Tensor] = field(default_factory=list)
+
+    def paired(self, gradients: Sequence[tf.Tensor], overwrites: Sequence[tf.Tensor]) -> list[Any]:
+        """Pair what was averaged with the variables, in their order."""
+        kinds = {False: iter(gradients), True: iter(overwrites)}
+        return [(next(kinds[variable.is_overwritten]), variable) for variable in self.variables]
 
 
 @dataclass
@@ -46,7 +57,9 @@ class Running:
         waits: Whether updates wait for other micro-batches.
         graph: The graph into which the user's step is traced, or None where it runs eagerly.
         calls: The updates so far.
+        follows: What is to follow others once all micro-batches are done.
         sums: What the guard is to look at, of each update that is neither in a branch nor in a loop.
+        used: The identities of the handles of the variables that would get a gradient if they were watched.
         updating: Whether an update is being made at the moment.
         may_stop: Whether it waits for what the user computes to be traced, to tell whether there is anything to undo.
         stops: Whether a step that is not finite ends the run by failing, since nothing in it is to be undone.
@@ -57,10 +70,16 @@ class Running:
     waits: bool = False
     graph: Any = None
     calls: list[Call] = field(default_factory=list)
+    follows: list[Follow] = field(default_factory=list)
     sums: list[tf.Tensor] = field(default_factory=list)
+    used: set[int] = field(default_factory=set)
     updating: bool = False
     may_stop: bool = False
     stops: bool = False
+
+    def is_nested(self) -> bool:
+        """Tell whether what is traced now stands in a branch or a loop of the user's step."""
+        return self.graph is not None and tf.compat.v1.get_default_graph() is not self.graph
 
     @property
     def nests(self) -> bool:
@@ -84,6 +103,8 @@ class Updates:
         averages: The averages of what trains.
         loss_scale: By what losses are multiplied, where a layer computes in float16.
         running: The step that is being traced, or run eagerly, while one is.
+        clock: Where compiled loops keep how far they have come.
+        was_warned: Whether it was said that a step updates nothing.
     """
 
     def __init__(
@@ -96,6 +117,8 @@ class Updates:
         self.averages = averages
         self.loss_scale: LossScale | None = None
         self.running: Running | None = None
+        self.clock = Clock()
+        self.was_warned = False
         self._judge = judge
 
     def prepare(self, selection: Selection, step: int, *, changing: bool) -> None:
@@ -128,7 +151,10 @@ class Updates:
     def gradients(self, tape: GroupTape, loss: tf.Tensor) -> list[tuple[tf.Tensor, VariableInfo]]:
         """Return the gradient of a loss for each variable that `tape` watches."""
         scale = None if self.loss_scale is None else self.loss_scale.value
-        return list(zip(gradients_of(tape, loss, scale), tape.variables))
+        gradients = gradients_of(tape, loss, scale)
+        if self.running is not None:
+            self.running.used |= handles_behind(loss, tape.start)
+        return list(zip(gradients, tape.variables))
 
     def apply(self, gradients: Gradients, loss: tf.Tensor | None = None) -> None:
         """Update variables by their gradients: now, or, in a micro-batch, when all of them are done.
@@ -138,21 +164,31 @@ class Updates:
         """
         running = self.running
         assert running is not None
-        nested = running.graph is not None and tf.compat.v1.get_default_graph() is not running.graph
+        nested = running.is_nested()
         call = Call([variable for _, variable in gradients], nested)
         running.calls.append(call)
         if not running.waits:
             self.commit(running, len(running.calls), gradients, loss)
             return
         if nested:
-            raise RuntimeError(
-                "An `update` in a branch or a loop of the traced step cannot wait for the other micro-batches. Set "
-                "`microbatches=1`, or move it out of the `if`, the `while` or the `tf.cond`."
-            )
-        call.waiting = {
-            "gradients": [gradient for gradient, _ in gradients],
-            "loss": [] if loss is None else [tf.cast(loss, tf.float32)],
-        }
+            raise _cannot_wait("update")
+        call.gradients = [gradient for gradient, variable in gradients if not variable.is_overwritten]
+        call.overwrites = [gradient for gradient, variable in gradients if variable.is_overwritten]
+        call.loss = [] if loss is None else [tf.cast(loss, tf.float32)]
+
+    def follow(self, pairs: Sequence[Pair], decay: tf.Tensor) -> None:
+        """Move variables towards others: now, or, in a micro-batch, when all of them are done.
+
+        Raises:
+            RuntimeError: It would have to wait, but stands in a branch or a loop.
+        """
+        running = self.running
+        if running is None or not running.waits:
+            move(pairs, decay)
+        elif running.is_nested():
+            raise _cannot_wait("follow")
+        else:
+            running.follows.append(Follow(pairs, len(running.calls), decay))
 
     def commit(self, running: Running, number: int, gradients: Gradients, loss: tf.Tensor | None) -> None:
         """Update variables by their gradients on the whole batch, unless something in the step was not finite.
@@ -164,7 +200,7 @@ class Updates:
             loss: What they are gradients of, where that is known.
         """
 
-        def move() -> tf.Tensor:
+        def update() -> tf.Tensor:
             with tf.control_dependencies(self.microbatches.mark(number)):
                 self.optimizers.apply(running.selection, self.clipping.clip(running.selection, gradients))
             self.averages.update([variable for _, variable in gradients])
@@ -173,7 +209,7 @@ class Updates:
         running.updating = True
         try:
             if running.guard is None:
-                move()
+                update()
             else:
                 sums = running.guard.sums(loss, gradients)
                 if running.calls[number - 1].nested:
@@ -185,17 +221,25 @@ class Updates:
                     with tf.control_dependencies([running.guard.keep(total)]):
                         finite = stop_unless(is_finite(total))
                     with tf.control_dependencies([finite]):
-                        move()
+                        update()
                 else:
-                    tf.cond(is_finite(total), move, lambda: tf.constant(False))
+                    tf.cond(is_finite(total), update, lambda: tf.constant(False))
         finally:
             running.updating = False
 
     @property
     def variables(self) -> list[tf.Variable]:
         """What keeps count here, and is none of a step's to undo."""
-        return [*self.microbatches.variables, *([] if self.loss_scale is None else self.loss_scale.variables)]
+        counts = [self.clock.counts, *self.microbatches.variables]
+        return [*counts, *([] if self.loss_scale is None else self.loss_scale.variables)]
 
     def moved(self, variables: Sequence[VariableInfo]) -> list[tf.Variable]:
         """List what an update of these variables moves: them, their optimizers' state, their averages."""
         return [*(v.tensor for v in variables), *self.optimizers.state(variables), *self.averages.held(variables)]
+
+
+def _cannot_wait(verb: str) -> RuntimeError:
+    return RuntimeError(
+        f"`{verb}` in a branch or a loop of the traced step cannot wait for the other micro-batches. Set "
+        "`microbatches=1`, or move it out of the `if`, the `while` or the `tf.cond`."
+    )

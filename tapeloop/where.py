@@ -1,13 +1,14 @@
 """Wheres: frozen, hashable predicates on variables, combined with `&`, `|` and `~`.
 
-Wherever a where is taken, a string is a path glob and a submodel object means all under that very object.
+Wherever a where is taken, a string is a path glob, a submodel object means all under that very object, a class means
+every layer of it, and a list means any of its entries.
 """
 
 from __future__ import annotations
 
 import abc
 import fnmatch
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -16,7 +17,7 @@ import tensorflow as tf
 
 from tapeloop.tree import Model, SubmodelInfo, VariableInfo
 
-WhereLike: TypeAlias = "Where | str | Model"
+WhereLike: TypeAlias = "Where | str | Model | type | Sequence[WhereLike]"
 
 
 class Where(abc.ABC):
@@ -51,6 +52,10 @@ class Where(abc.ABC):
     def parts(self) -> tuple[Where, ...]:
         """The wheres in it that name something in particular, and so must mean something by themselves."""
         return ()
+
+    def __deepcopy__(self, memo: object) -> Where:
+        """Return the where itself: a copy would mean copies of layers, which are none of the model's."""
+        return self
 
 
 @dataclass(frozen=True)
@@ -164,6 +169,25 @@ class Joined(Where):
 
 
 @dataclass(frozen=True)
+class AnyOf(Where):
+    """All that one of several wheres means."""
+
+    wheres: tuple[Where, ...]
+
+    def __call__(self, variable: VariableInfo) -> bool:
+        return any(where(variable) for where in self.wheres)
+
+    def __repr__(self) -> str:
+        return repr(list(self.wheres))
+
+    def patterns(self) -> tuple[str, ...]:
+        return tuple(pattern for where in self.wheres for pattern in where.patterns())
+
+    def parts(self) -> tuple[Where, ...]:
+        return tuple(part for where in self.wheres for part in where.parts())
+
+
+@dataclass(frozen=True)
 class Not(Where):
     """All that a where does not mean."""
 
@@ -187,7 +211,8 @@ def glob(pattern: str) -> Where:
 
     Args:
         pattern: Segments joined by slashes. `*`, `?` and `[...]` match within a segment, `**` matches any
-            number of segments: `"backbone"` and `"backbone/**"` are all under the backbone, `"**/bias"` every bias.
+            number of segments: `"backbone"` and `"backbone/**"` are all under the backbone, `"**/bias"` every bias. A
+            segment that is the very name matches, brackets included.
 
     Raises:
         TypeError: `pattern` is no string.
@@ -253,7 +278,9 @@ def matching(function: Callable[[VariableInfo], bool]) -> Where:
 
 
 def as_where(value: WhereLike) -> Where:
-    """Turn what a user may write for a where into one: a string is a glob, a submodel all that is under it.
+    """Turn what a user may write for a where into one.
+
+    A string is a glob, a submodel all that is under it, a class every layer of it, a list any of its entries.
 
     Raises:
         TypeError: It is none of these.
@@ -264,14 +291,19 @@ def as_where(value: WhereLike) -> Where:
         return Glob(value)
     if isinstance(value, (keras.Layer, tf.Module)):
         return Under(value)
+    if isinstance(value, type) and issubclass(value, (keras.Layer, tf.Module)):
+        return Kind((value,))
+    if isinstance(value, (list, tuple)) and value:
+        return AnyOf(tuple(map(as_where, value)))
     hint = ""
-    if isinstance(value, type):
-        hint = f" For every {value.__name__}, write `kind({value.__name__})`."
+    if isinstance(value, (list, tuple)):
+        hint = " A list must hold one or more."
     elif callable(value):
         hint = " For a function of a variable, write `matching(function)`."
-    elif isinstance(value, (list, tuple, set)):
-        hint = " Pass several wheres as several arguments, or join them with `|`."
-    raise TypeError(f"A where must be a path glob, a submodel or a `Where`. Received: {value!r}.{hint}")
+    raise TypeError(
+        "A where must be a path glob, a submodel, a class of layers, a list of these, or a `Where`. "
+        f"Received: {value!r}.{hint}"
+    )
 
 
 def matches_whole(pattern: str, path: str) -> bool:
@@ -290,4 +322,6 @@ def _matches(pattern: tuple[str, ...], path: tuple[str, ...], whole: bool = Fals
         return not (whole and path)
     if pattern[0] == "**":
         return _matches(pattern[1:], path, whole) or (bool(path) and _matches(pattern, path[1:], whole))
-    return bool(path) and fnmatch.fnmatchcase(path[0], pattern[0]) and _matches(pattern[1:], path[1:], whole)
+    if not path or not (path[0] == pattern[0] or fnmatch.fnmatchcase(path[0], pattern[0])):
+        return False
+    return _matches(pattern[1:], path[1:], whole)

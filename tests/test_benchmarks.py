@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import __main__ as cli
-from benchmarks import runner, tables
+from benchmarks import measure, runner, tables
 from benchmarks.cases import Case, Group
 from benchmarks.compare import compare
 from benchmarks.measure import Measured
@@ -79,6 +79,8 @@ def measured(monkeypatch, tmp_path, name="results", fails=None, **planted):
     monkeypatch.setattr(FakeWorker, "planted", planted)
     monkeypatch.setattr(FakeWorker, "fails", fails or {})
     monkeypatch.setattr(runner, "prepare", lambda: None)
+    # The allocator is made up, so that there is no garbage to collect; after many traces that takes seconds each time.
+    monkeypatch.setattr(measure.gc, "collect", lambda: 0)
     results = Results(tmp_path / f"{name}.json", "a command")
     runner.run([(GROUP, [Case(GROUP, arm) for arm in SECONDS])], results, show=lambda line: None)
     return results
