@@ -9,11 +9,9 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 demo: $(READY)
 	$(BIN)/python examples/transfer_digits.py
 
-# In two processes, since most of it is tracing, which uses one core: the first part's output comes after the second's.
+# In a process for each core, since most of it is tracing, which uses one.
 test: $(READY)
-	@first=$$(mktemp); $(BIN)/python -m pytest -m "not slow" --part 1/2 > $$first 2>&1 & process=$$!; \
-	$(BIN)/python -m pytest -m "not slow" --part 2/2; second=$$?; \
-	wait $$process; status=$$?; cat $$first; rm $$first; exit $$((status + second))
+	$(BIN)/python -m pytest -m "not slow" -n auto
 
 test-all: $(READY)
 	$(BIN)/python -m pytest

@@ -68,8 +68,8 @@ class Guard:
             what.append(f"the gradients of {count} are not finite: {listed(paths)}")
         error = NonFiniteError(
             f"At step {step}, epoch {epoch}, {', and '.join(what)}. {also}The model and the optimizers are as before "
-            "it. Look at its batch, lower the learning rate or set `clip_norm`; `nonfinite='skip'` goes on without "
-            "such batches."
+            "it. Look at its batch (a label outside of the classes gives NaN on a GPU and under XLA), lower the "
+            "learning rate or set `clip_norm`; `nonfinite='skip'` goes on without such batches."
         )
         error.step, error.paths = step, paths
         return error

@@ -154,6 +154,7 @@ class Loop:
         self._judge.skipped_steps = 0
         look = functools.partial(self._steps.logs, kind, selections)
         before = asked = self.steps_done
+        drawn = 0
         shown.start(title, batches.per_epoch)
         self.runs = True
         try:
@@ -161,7 +162,8 @@ class Loop:
                 while feed.left != 0:
                     most = step.pace.steps if feed.left is None else min(step.pace.steps, feed.left)
                     if every_steps is not None and choose is not None:
-                        if self.steps_done != asked and self.steps_done % every_steps == 0:
+                        ends = drawn == batches.per_epoch  # the next epoch asks at its start
+                        if self.steps_done != asked and self.steps_done % every_steps == 0 and not ends:
                             asked = self.steps_done
                             due = choose(LazyLogs(lambda: look()[0]))
                             step, every_steps = due.step, due.every_steps
@@ -169,7 +171,9 @@ class Loop:
                             self._steps.warn_stale(step)
                         if every_steps is not None:
                             most = min(most, every_steps - self.steps_done % every_steps)
-                    shown.advance(self._call(step, feed, most, batches), look)
+                    ran = self._call(step, feed, most, batches)
+                    drawn += ran
+                    shown.advance(ran, look)
             final, examples = look()
             if isinstance(step, TrainStep):
                 if self.steps_done == before:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import functools
 import math
 from collections.abc import Iterator, Mapping
@@ -33,6 +34,9 @@ class Objective:
         weighted_metrics: Any,
         output_names: list[str] | None,
     ) -> None:
+        _check_names("loss", loss, keras.losses, ())
+        for option, asked in (("metrics", metrics), ("weighted_metrics", weighted_metrics)):
+            _check_names(option, asked, keras.metrics, ("accuracy", "acc", "crossentropy", "ce"))
         self.has_loss = loss is not None
         self.was_updated = False
         self._stand_in = keras.Model()
@@ -116,6 +120,24 @@ class Objective:
         tf.function(make, autograph=False).get_concrete_function(*specs)
         self._stand_in.built = True
         self._stand_in.reset_metrics()
+
+
+def _check_names(option: str, asked: Any, module: Any, special: tuple[str, ...]) -> None:
+    """Check that Keras knows the losses or metrics that are asked for by name.
+
+    Raises:
+        ValueError: It does not.
+    """
+    for name in tf.nest.flatten(asked):
+        if not isinstance(name, str) or name in special:
+            continue
+        try:
+            module.get(name)
+        except ValueError:
+            names = [*special, *(each for each in vars(module) if each[0] != "_")]
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"Did you mean {near[0]!r}?" if near else f"See `keras.{module.__name__.rpartition('.')[2]}`."
+            raise ValueError(f"`{option}` is {name!r}, and Keras has none of that name. {hint}") from None
 
 
 @contextlib.contextmanager

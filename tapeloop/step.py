@@ -158,13 +158,12 @@ class Step:
         counts, failure = before.start(*so_far), None
         try:
             if self.is_driven:
-                self._begun.assign(counts)
-                self._alone(self, batch, counts)
+                counts = self._alone(self, batch, counts)
             else:
-                self._traced(self._on_batch, batch, counts)
+                counts = self._traced(self._on_batch, batch, counts)
         except BaseException as error:
             failure = error
-        tally = Tally.of(self._begun)
+        tally = Tally.of(counts)
         if failure is not None and has_stopped(failure):
             tally, failure = tally.stopped(), None
         return tally, failure
@@ -269,7 +268,8 @@ class Step:
         data may turn slow in the middle of a call that was planned when it was fast.
         """
         with tf.device("CPU:0"):
-            deadline = tf.timestamp() + seconds
+            began = tf.timestamp()
+            deadline = began + seconds
 
         def goes_on(counts: tf.Tensor, now: tf.Tensor) -> tf.Tensor:
             with tf.device("CPU:0"):
@@ -288,17 +288,17 @@ class Step:
                 with tf.control_dependencies([counts]):
                     return counts, tf.timestamp()
 
-        counts, _ = tf.while_loop(goes_on, run, (counts, deadline - seconds))
+        counts, _ = tf.while_loop(goes_on, run, (counts, began))
         self._begun.assign(counts)
 
-    def _alone(self, step: Callable[[Any], Any], batch: Any, counts: tf.Tensor) -> None:
-        """Run one step and count it; it is noted before that none was run, for the case that it fails."""
+    def _alone(self, step: Callable[[Any], Any], batch: Any, counts: tf.Tensor) -> tf.Tensor:
+        """Run one step, and return the counts after it."""
         with tf.device("CPU:0"):
             noted = self._begun.assign(counts)
         with tf.control_dependencies([noted]):
             ended = step(batch)
         with tf.device("CPU:0"):
-            self._begun.assign(counted(counts, ended))
+            return counted(counts, ended)
 
     def _run(self, batch: Any) -> Any:
         with self._around(), frozen(self.selection, self._note) as calls:

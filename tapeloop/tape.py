@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import tensorflow as tf
 
@@ -20,6 +21,7 @@ class GroupTape(tf.GradientTape):
         persistent: Whether gradients can be taken from it more than once.
         spent: Whether its one gradient was taken.
         start: How many ops the traced graph had when it began to record.
+        stop: How many it had when it ended, once it has.
     """
 
     def __init__(self, variables: Sequence[VariableInfo], persistent: bool = False) -> None:
@@ -28,6 +30,7 @@ class GroupTape(tf.GradientTape):
         self.persistent = persistent
         self.spent = False
         self.start = 0
+        self.stop: int | None = None
 
     def __enter__(self) -> GroupTape:
         super().__enter__()
@@ -35,6 +38,16 @@ class GroupTape(tf.GradientTape):
         for variable in self.variables:
             self.watch(variable.tensor)
         return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.stop = op_count()
+        super().__exit__(*error)
+
+    def precedes(self, tensor: tf.Tensor) -> bool:
+        """Tell whether a tensor of a graph was computed when recording had ended."""
+        if self.stop is None or tf.executing_eagerly():
+            return False
+        return any(tensor.op is op for op in tensor.graph.get_operations()[self.stop :])
 
 
 def gradients_of(tape: GroupTape, loss: tf.Tensor, scale: tf.Tensor | None) -> list[tf.Tensor]:
@@ -64,6 +77,11 @@ def gradients_of(tape: GroupTape, loss: tf.Tensor, scale: tf.Tensor | None) -> l
     sources = [variable.tensor for variable in tape.variables]
     gradients = tape.gradient(loss, sources, None if scale is None else tf.cast(scale, loss.dtype))
     missing = [variable for gradient, variable in zip(gradients, tape.variables) if gradient is None]
+    if missing and tape.precedes(loss):
+        raise DisconnectedError(
+            f"{len(missing)} of the {len(tape.variables)} variables that should train get no gradient: the loss is "
+            "computed after the `with self.tape(...)` block: move it inside."
+        )
     if missing:
         raise DisconnectedError(disconnected(loss, missing, len(tape.variables)))
     # A row of an embedding that is read twice has two slices, which must be one sum before it is clipped or squared.

@@ -115,13 +115,12 @@ def _same(one: Any, other: Any) -> bool:
 
 def _checked(optimizer: Any) -> keras.optimizers.Optimizer:
     if isinstance(optimizer, str):
-        try:
-            optimizer = keras.optimizers.get(optimizer)
-        except ValueError:
-            names = sorted(n.lower() for n, kind in vars(keras.optimizers).items() if isinstance(kind, type))
-            near = difflib.get_close_matches(optimizer.lower(), names, n=1)
+        by_name = {n.lower(): kind for n, kind in vars(keras.optimizers).items() if isinstance(kind, type)}
+        if optimizer.lower() not in by_name:
+            near = difflib.get_close_matches(optimizer.lower(), by_name, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise TypeError(f"`optimizer` is {optimizer!r}, and Keras has none of that name.{hint}") from None
+            raise TypeError(f"`optimizer` is {optimizer!r}, and Keras has none of that name.{hint}")
+        optimizer = by_name[optimizer.lower()]()
     if not isinstance(optimizer, keras.optimizers.Optimizer):
         raise TypeError(
             "`optimizer` must be a Keras optimizer, its name, or a mapping from groups to such. "

@@ -129,3 +129,65 @@ def test_trainers_in_threads():
         thread.join()
     assert not failures
     assert len({trainer.model.get_layer("head").kernel.numpy().tobytes() for trainer in trainers}) == 1
+
+
+class Drifting(keras.utils.PyDataset):
+    """Draws other targets at the end of each epoch, but for the first few."""
+
+    def __init__(self, still):
+        super().__init__()
+        self.x, self.y = images()
+        self.still, self.begun, self.ended = still, 0, 0
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, number):
+        rows = slice(number * BATCH, (number + 1) * BATCH)
+        return self.x[rows], self.y[rows]
+
+    def on_epoch_begin(self):
+        self.begun += 1
+
+    def on_epoch_end(self):
+        self.ended += 1
+        if self.ended >= self.still:
+            self.y = self.y + 1.0
+
+
+@pytest.mark.parametrize("where", ["memory", "path"])
+def test_a_pydataset_that_changes_after_its_features_were_computed_is_noticed(where, tmp_path):
+    trainer = trainer_of(classifier, tl.Freeze("base"))
+    where = tmp_path if where == "path" else where
+    with pytest.raises(tl.CacheError, match=r"`data` has changed since its features were computed: batch \d has other"):
+        trainer.fit(Drifting(still=2), epochs=6, feature_cache=where, progress="none", shuffle=False)
+    assert trainer.epoch == 1
+    still = Drifting(still=99)
+    trainer_of(classifier, tl.Freeze("base")).fit(still, epochs=4, feature_cache="memory", progress="none")
+    assert still.begun == still.ended == 2 + 3  # two passes for the features, then one look an epoch
+
+
+def test_a_list_that_changes_after_its_features_were_computed_is_noticed():
+    x, y = images()
+    batches = [(x[start : start + BATCH], y[start : start + BATCH].copy()) for start in range(0, 16, BATCH)]
+
+    class Changes(tl.VariablePolicy):
+        def at(self, progress):
+            if progress.epoch == 2:
+                for _, targets in batches:
+                    targets += 1.0
+            return tl.Freeze("base")
+
+    trainer = trainer_of(classifier, Changes())
+    with pytest.raises(tl.CacheError, match="has changed since its features were computed"):
+        trainer.fit(batches, epochs=5, feature_cache="memory", progress="none")
+    assert trainer.epoch == 2
+
+
+def test_a_list_with_class_weights_is_looked_at_with_them():
+    x, _ = images(16)
+    batches = [(x[start : start + BATCH], np.arange(4) % 2) for start in range(0, 16, BATCH)]
+    make = {"loss": keras.losses.SparseCategoricalCrossentropy(from_logits=True), "metrics": None}
+    trainer = trainer_of(classifier, tl.Freeze("base"), **make)
+    trainer.fit(batches, epochs=3, class_weight={0: 2.0}, feature_cache="memory", progress="none")
+    assert trainer.epoch == 3

@@ -1,11 +1,13 @@
 """Layers that mix the examples of a batch, and code that nobody can look into, are not frozen."""
 
 import keras
+import numpy as np
 import pytest
 import tensorflow as tf
 
 import tapeloop as tl
 from tapeloop.frontier import Cut
+from tapeloop.rows import _is_alike
 from tests.test_frontier import N, classifier, cut_of, images
 
 layers = keras.layers
@@ -58,3 +60,29 @@ def test_python_code_is_not_frozen(stateful):
     found = cut_of(classifier(before=[layers.Lambda(call, name="code")]), tl.TrainOnly("head"), images())
     assert not isinstance(found, Cut)
     assert "PyFunc" in str(found[0])
+
+
+def test_a_large_column_does_not_hide_what_mixes_in_the_others():
+    def mix(x):
+        column = tf.concat([tf.ones_like(x[..., :1]) * 1e6, tf.zeros_like(x[..., 1:])], -1)
+        return column + 0.1 * (x - tf.reduce_mean(x, 0, keepdims=True) * tf.ones_like(x))
+
+    model = classifier(behind=[Wrapped(lambda x: by_the_largest(mix(x)) * 0 + mix(x), name="mixing")])
+    found = cut_of(model, tl.TrainOnly("head"), images())
+    assert not isinstance(found, Cut)
+
+
+@pytest.mark.parametrize(
+    ("expected", "found", "alike"),
+    [
+        ([[1e6, 1.0], [1e6, 2.0]], [[1e6, 1.0], [1e6, 2.01]], False),
+        ([[1e6, 1.0], [1e6, 2.0]], [[1e6 + 1, 1.0], [1e6, 2.0]], True),
+        ([[1.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, 0.0]], [[1.0, 1.0, 1.0, 1e-7], [1.0, 1.0, 1.0, 0.0]], True),
+        ([[1.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, 0.0]], [[1.0, 1.0, 1.0, 1e-3], [1.0, 1.0, 1.0, 0.0]], False),
+        ([[np.nan, 1.0], [np.inf, 1.0]], [[np.nan, 1.0], [np.inf, 1.0]], True),
+        ([[np.nan, 1.0], [np.inf, 1.0]], [[np.nan, 1.0], [-np.inf, 1.0]], False),
+        ([1.0, 2.0], [1.0, 2.1], False),
+    ],
+)
+def test_how_much_is_alike_is_told_by_columns(expected, found, alike):
+    assert _is_alike(np.array(expected, "float32"), np.array(found, "float32")) is alike

@@ -1,4 +1,7 @@
 import io
+import os
+import shutil
+import sys
 
 import pytest
 
@@ -78,3 +81,52 @@ def test_a_pass_that_raises_leaves_a_closed_bar():
 def test_other_styles_are_refused():
     with pytest.raises(ValueError, match=r"`progress` must be one of 'auto', 'bar', 'lines', 'none'. Received: 'loud'"):
         Display("loud")
+
+
+class WritesOnly:
+    """All that a display may ask of a stream."""
+
+    def __init__(self):
+        self.text = ""
+
+    def write(self, text):
+        self.text += text
+
+
+class Breaks(io.StringIO):
+    """A terminal that goes away."""
+
+    def isatty(self):
+        return True
+
+    def write(self, text):
+        raise BrokenPipeError("the other side has gone")
+
+
+def closed():
+    stream = io.StringIO()
+    stream.close()
+    return stream
+
+
+@pytest.mark.parametrize("style", ["auto", "bar", "lines"])
+@pytest.mark.parametrize("make", [WritesOnly, Breaks, closed, lambda: None], ids=["writes", "breaks", "closed", "none"])
+def test_training_never_fails_because_of_a_display(style, make, monkeypatch):
+    stream = make()
+    if stream is None:
+        monkeypatch.setattr(sys, "stderr", None)
+    run(style, stream)
+    if isinstance(stream, WritesOnly):
+        assert style == "bar" or "epoch 1/2" in stream.text
+
+
+def test_a_terminal_of_no_columns_shows_a_bar_all_the_same(monkeypatch):
+    monkeypatch.setattr(shutil, "get_terminal_size", lambda *args: os.terminal_size((0, 0)))
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    stream = Terminal()
+    run("auto", stream)
+    assert "epoch 1/2" in stream.getvalue()

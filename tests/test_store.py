@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import hypothesis
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 import tapeloop as tl
 from tapeloop import digest, store
+from tapeloop.frontier import Cut
 from tests.cached import BATCH, images, spy, trainer_of, weights
 from tests.test_frontier import classifier
 
@@ -97,7 +99,7 @@ def test_a_process_that_is_killed_while_it_writes_leaves_nothing_that_is_read(tm
     fit(trainer, tmp_path)
     plain.fit(images(), batch_size=BATCH, progress="none")
     assert computed == ["data"]
-    assert [path.name for path in tmp_path.iterdir()] == [entries(tmp_path)[0].name]
+    assert len(entries(tmp_path)) == 1
     for path, value in weights(plain).items():
         np.testing.assert_allclose(weights(trainer)[path], value, rtol=1e-5, atol=1e-6)
 
@@ -111,26 +113,83 @@ def test_a_path_is_that_of_a_folder(tmp_path, monkeypatch):
     assert len(entries(tmp_path / "features")) == 1
 
 
-def test_two_processes_that_finish_at_the_same_time(tmp_path, monkeypatch):
+INGREDIENTS = {"weights": "1", "views": "1"}
+
+
+def written_by(writer, value=1.0, ingredients=INGREDIENTS):
+    writer.add([np.full((2, 3), value, "float32")])
+    return writer.finish(ingredients, [2], [], False)
+
+
+def test_two_that_write_the_same_at_the_same_time_both_have_it(tmp_path):
     one, other = store.Files(tmp_path).write("data-x"), store.Files(tmp_path).write("data-x")
-    other._making = tmp_path / ".data-x.elsewhere.1"
-    other._making.mkdir()
-    (tmp_path / ".data-x.notes").write_text("left alone")
-    for writer in (one, other):
-        writer.add([np.ones((2, 3), "float32")])
-    replace = os.replace
+    kept = [written_by(one), written_by(other)]
+    for each in (*kept, store.Files(tmp_path).find("data-x")[1]):
+        np.testing.assert_array_equal(each.arrays[0], np.ones((2, 3)))
+    assert [path.name for path in tmp_path.iterdir()] == ["data-x"]
 
-    def late(source, target):
-        monkeypatch.setattr(os, "replace", replace)
-        other.finish({}, [2], [], False)  # between the look and the move
-        replace(source, target)
 
-    monkeypatch.setattr(os, "replace", late)
-    kept = one.finish({}, [2], [], False)
-    np.testing.assert_array_equal(kept.arrays[0], np.ones((2, 3)))
-    assert store.Files(tmp_path).find("data-x") is not None
-    assert [path.name for path in entries(tmp_path)] == ["data-x"]
-    store.Files(tmp_path).write("data-x")
+def test_what_went_out_of_date_is_replaced_though_another_has_put_something_there(tmp_path):
+    one, other = store.Files(tmp_path).write("data-x"), store.Files(tmp_path).write("data-x")
+    written_by(one, 1.0)
+    kept = written_by(other, 2.0, {**INGREDIENTS, "weights": "2"})
+    np.testing.assert_array_equal(kept.arrays[0], np.full((2, 3), 2.0))
+    assert [path.name for path in tmp_path.iterdir()] == ["data-x"]
+
+
+def test_a_partial_folder_is_removed_when_filling_it_fails(tmp_path, monkeypatch):
+    def fails(self):
+        raise OSError("the disk is on fire")
+
+    monkeypatch.setattr(Cut, "compute_several", property(fails))
+    with pytest.raises(OSError, match="on fire"):
+        fit(trainer_of(classifier, tl.Freeze("base")), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_threads_share_a_folder(tmp_path):
+    def run():
+        trainer = trainer_of(classifier, tl.Freeze("base"))
+        for _ in range(2):
+            fit(trainer, tmp_path)
+
+    failures = []
+
+    def caught():
+        try:
+            run()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=caught) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_folds_do_not_take_each_others_place(tmp_path, monkeypatch):
+    computed, (x, y) = spy(monkeypatch), images()
+    trainer = trainer_of(classifier, tl.Freeze("base"))
+    for _ in range(2):
+        for fold in (slice(0, 12), slice(6, 18)):
+            fit(trainer, tmp_path, (x[fold], y[fold]))
+    assert computed == ["data"] * 2
+    assert len(entries(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("change", [{"sizes": [4]}, {"arrays": []}, {"sizes": []}])
+def test_a_description_that_does_not_add_up_is_damage(change, tmp_path, caplog):
+    written_by(store.Files(tmp_path).write("data-x"))
+    path = tmp_path / "data-x" / "description.json"
+    said = {**json.loads(path.read_text()), **change}
+    del said["digest"]
+    path.write_text(json.dumps({**said, "digest": store._digest(said)}))
+    with caplog.at_level(logging.WARNING, "tapeloop"):
+        assert store.Files(tmp_path).find("data-x") is None
+    assert "is damaged" in caplog.text
 
 
 def test_large_features_stay_in_their_files(tmp_path, monkeypatch):
@@ -284,15 +343,12 @@ def test_free_memory_is_what_the_system_says():
     assert free is None or 0 < free < 2**50
 
 
-def test_a_folder_of_a_process_that_lives_is_left_alone(tmp_path):
-    mine = tmp_path / f".data-x.{store._HOST}.{os.getppid()}"
-    mine.mkdir()
-    store.Files(tmp_path).write("data-x")
-    assert mine.is_dir()
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    left = tmp_path / f".data-x.{store._HOST}.{gone.pid}"
-    left.mkdir()
-    time.sleep(0.01)
-    store.Files(tmp_path).write("data-x")
-    assert not left.exists()
+def test_a_folder_that_is_written_to_is_left_alone_whoever_writes(tmp_path):
+    for name, age in (("now", 0), ("long ago", 2 * store.ABANDONED_AFTER_S)):
+        folder = tmp_path / f"{store._WORKING}{name}"
+        folder.mkdir()
+        (folder / "0.bin").write_text("")
+        for path in (folder / "0.bin", folder):
+            os.utime(path, (time.time() - age, time.time() - age))
+    store.Files(tmp_path).write("data-x").abandon()
+    assert [path.name for path in tmp_path.iterdir()] == [f"{store._WORKING}now"]

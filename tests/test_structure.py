@@ -5,23 +5,26 @@ import pathlib
 
 import pytest
 
-from tests.parts import part
-
 PACKAGE = pathlib.Path(__file__).parent.parent / "tapeloop"
 FLOORS = {
-    "errors": 0, "checks": 0, "_compat": 0, "tree": 0, "mincut": 0, "digest": 0,
-    "where": 1, "selection": 1, "rates": 1, "batch": 1, "disconnected": 1, "tally": 1, "pace": 1,
-    "graph": 1,
-    "ordinal": 2, "policy": 2, "modes": 2, "objective": 2, "tape": 2, "average": 2, "microbatch": 2, "feed": 2,
-    "marks": 2, "rows": 2, "obstacles": 3,
-    "schedule": 3, "layerwise": 3, "select": 3, "calling": 3, "stream": 3, "arrays": 3,
-    "progress": 3, "report": 3, "history": 3,
-    "optim": 3, "clipping": 3, "guard": 3, "remat": 3, "frontier": 4, "step": 5,
-    "data": 5, "updates": 4, "transaction": 6, "steps": 7, "selections": 8, "body": 8, "loop": 9, "readings": 10,
-    "given": 6, "saving": 5, "passes": 7, "store": 3, "cache": 8, "trainer": 11, "__init__": 12,
+    "_compat": 0, "checks": 0, "digest": 0, "errors": 0, "interrupts": 0, "mincut": 0, "progress": 0, "tally": 0,
+    "batch": 1, "graph": 1, "pace": 1, "rates": 1, "store": 1, "tree": 1,
+    "calling": 2, "disconnected": 2, "feed": 2, "following": 2, "microbatch": 2, "rows": 2, "selection": 2,
+    "suitable": 2, "template": 2, "untracked": 2, "where": 2,
+    "arrays": 3, "average": 3, "clipping": 3, "guard": 3, "marks": 3, "modes": 3, "objective": 3, "ordinal": 3,
+    "policy": 3, "stream": 3, "tape": 3,
+    "data": 4, "history": 4, "layerwise": 4, "logged": 4, "obstacles": 4, "optim": 4, "remat": 4, "report": 4,
+    "schedule": 4, "select": 4,
+    "frontier": 5, "given": 5, "updates": 5,
+    "passes": 6, "saving": 6, "step": 6,
+    "cache": 7, "transaction": 7,
+    "steps": 8,
+    "body": 9, "selections": 9,
+    "loop": 10,
+    "readings": 11,
+    "trainer": 12,
+    "__init__": 13,
 }  # fmt: skip
-# On the ground floor, what a file of it may build on.
-BELOW = {"tree": {"_compat"}}
 
 
 def imports(name):
@@ -43,7 +46,7 @@ def test_every_file_has_a_floor():
 @pytest.mark.parametrize("name", FLOORS)
 def test_a_file_imports_from_lower_floors_only(name):
     for imported in imports(name):
-        assert FLOORS[imported] < FLOORS[name] or imported in BELOW.get(name, ()), f"{name} imports {imported}"
+        assert FLOORS[imported] < FLOORS[name], f"{name} imports {imported}"
 
 
 @pytest.mark.parametrize("name", FLOORS)
@@ -54,8 +57,8 @@ def test_imports_stand_at_the_top(name):
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.parent.glob("[a-z]*/*.py")), ids=lambda path: path.name)
-def test_no_file_is_longer_than_300_lines(path):
-    assert len(path.read_text().splitlines()) <= 300
+def test_no_file_is_longer_than_500_lines(path):
+    assert len(path.read_text().splitlines()) <= 500
 
 
 @pytest.mark.parametrize("name", sorted(set(FLOORS) - {"_compat"}))
@@ -80,7 +83,9 @@ TESTED_IN = {
     "clipping": "updates", "transaction": "guard", "layerwise": "schedule", "ordinal": "where", "rates": "optim",
     "batch": "data", "history": "phases", "selections": "phases", "tally": "guard", "feed": "stream",
     "__init__": "readme", "digest": "store", "graph": "frontier", "marks": "frontier", "rows": "frontier",
-    "readings": "trainer", "given": "cache", "saving": "cache", "passes": "cache", "obstacles": "frontier",
+    "untracked": "phases", "following": "follow", "logged": "metrics", "interrupts": "interrupt",
+    "template": "optimizer_state", "suitable": "inside_a_step", "readings": "trainer", "given": "cache",
+    "saving": "cache", "passes": "cache", "obstacles": "frontier",
 }  # fmt: skip
 
 
@@ -88,13 +93,3 @@ TESTED_IN = {
 def test_every_file_has_its_tests(name):
     assert (PACKAGE.parent / "tests" / f"test_{TESTED_IN.get(name, name)}.py").exists()
     assert name not in TESTED_IN or not (PACKAGE.parent / "tests" / f"test_{name}.py").exists()
-
-
-def test_the_parts_of_the_tests_are_all_of_them():
-    files = [path.name for path in (PACKAGE.parent / "tests").glob("test_*.py")]
-    first, second = part(files, "1/2"), part(files, "2/2")
-    assert first | second == set(files)
-    assert not first & second
-    for wrong in ("0/2", "3/2", "1", "a/b"):
-        with pytest.raises(ValueError, match="`--part` must be such as 1/2"):
-            part(files, wrong)

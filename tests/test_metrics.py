@@ -1,0 +1,158 @@
+"""Metrics in steps: returned, held by the trainer or by layers, and those that the trainer was made with."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import tapeloop as tl
+
+layers = keras.layers
+X = np.random.default_rng(0).normal(size=(12, 4)).astype("float32")
+Y = np.arange(12, dtype="float32").reshape(12, 1)
+BATCHES = [(X[:4], Y[:4]), (X[4:8], Y[4:8]), (X[8:], Y[8:])]
+
+
+def mlp():
+    return keras.Sequential([keras.Input((4,)), layers.Dense(1, name="head")])
+
+
+class Custom(tl.Trainer):
+    """A step of its own that takes the mean of the targets into a metric: 5.5 over an epoch."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.seen = keras.metrics.Mean(name="seen")
+
+    def train_step(self, batch):
+        with self.tape() as tape:
+            loss = tf.reduce_mean((self.model(batch[0], training=True) - batch[1]) ** 2)
+        self.update(tape, loss)
+        self.seen.update_state(batch[1])
+        return {"loss": loss, **self.more()}
+
+    def more(self):
+        return {}
+
+
+HOW = [{}, {"run_eagerly": True}, {"microbatches": 2}]
+
+
+@pytest.mark.parametrize("how", HOW, ids=str)
+def test_a_metric_that_is_returned_logs_its_result_and_starts_anew_each_epoch(how):
+    class Returns(Custom):
+        def more(self):
+            return {"targets": self.seen}
+
+    trainer = Returns(mlp(), optimizer="sgd", **how)
+    assert trainer.fit(BATCHES, epochs=2, progress="none").history["targets"] == [5.5, 5.5]
+    assert trainer.fit(BATCHES[:1], progress="none").history["targets"] == [1.5]
+
+
+@pytest.mark.parametrize("how", HOW, ids=str)
+def test_a_metric_that_is_held_and_updated_is_logged_under_its_own_name(how):
+    history = Custom(mlp(), optimizer="sgd", **how).fit(BATCHES, epochs=2, progress="none").history
+    assert history["seen"] == [5.5, 5.5]
+
+
+def test_metrics_in_lists_and_mappings_are_held_too_and_those_not_updated_are_not_logged():
+    class Several(Custom):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            self.several = [keras.metrics.Mean(name="listed")]
+            self.named = {"of": [keras.metrics.Mean(name="idle")]}
+
+        def more(self):
+            self.several[0].update_state(7.0)
+            return {}
+
+    history = Several(mlp(), optimizer="sgd").fit(BATCHES, epochs=2, progress="none").history
+    assert history["listed"] == [7.0, 7.0]
+    assert "idle" not in history
+
+
+@pytest.mark.parametrize("how", HOW, ids=str)
+def test_a_metric_that_a_layer_holds_is_logged_and_reset(how):
+    class Measures(layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.largest = keras.metrics.Mean(name="largest")
+
+        def call(self, x):
+            self.largest.update_state(tf.reduce_max(x))
+            return x
+
+    model = keras.Sequential([keras.Input((4,)), Measures(), layers.Dense(1)])
+    trainer = tl.Trainer(model, loss="mse", optimizer="sgd", **how)
+    history = trainer.fit(BATCHES, epochs=2, validation_data=BATCHES[:1], progress="none").history
+    pieces = how.get("microbatches", 1)
+    parts = [part for x, _ in BATCHES for part in np.split(x, pieces)]
+    np.testing.assert_allclose(history["largest"], [np.mean([part.max() for part in parts])] * 2, rtol=1e-5)
+    np.testing.assert_allclose(history["val_largest"], [X[:4].max()] * 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize("eagerly", [False, True])
+@pytest.mark.parametrize("computed", [False, True])
+def test_what_is_read_of_a_metric_is_refused(eagerly, computed):
+    class Reads(Custom):
+        def more(self):
+            result = self.seen.result()
+            return {"targets": result * 2.0 if computed and not eagerly else result}
+
+    trainer = Reads(mlp(), optimizer="sgd", run_eagerly=eagerly)
+    text = r"`train_step` returned for 'targets' what it read of a metric.*`\{\"targets\": metric\}`"
+    with pytest.raises(TypeError, match=text):
+        trainer.fit(BATCHES, progress="none")
+
+
+def test_metrics_of_the_trainer_are_logged_where_they_are_updated_alone():
+    trainer = Custom(mlp(), loss="mse", metrics=["mae"], optimizer="sgd")
+    history = trainer.fit(BATCHES, epochs=2, validation_data=BATCHES, progress="none").history
+    assert "mae" not in history
+    assert min(history["val_mae"]) > 0
+    plain = tl.Trainer(mlp(), loss="mse", metrics=["mae"], optimizer="sgd")
+    assert set(plain.fit(BATCHES, validation_data=BATCHES, progress="none").history) == {
+        "loss",
+        "mae",
+        "val_loss",
+        "val_mae",
+    }
+
+
+def test_a_metric_that_builds_itself_on_its_first_batch_serves_too():
+    class Scores(Custom):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            self.f1 = keras.metrics.F1Score(threshold=0.5)
+
+        def more(self):
+            self.f1.update_state(tf.ones((4, 1)), tf.ones((4, 1)))
+            return {"f1": self.f1}
+
+    history = Scores(mlp(), optimizer="sgd").fit(BATCHES, epochs=2, progress="none").history
+    assert [value.tolist() for value in history["f1"]] == [[1.0], [1.0]]
+
+
+@pytest.mark.parametrize(
+    ("returned", "text"),
+    [
+        ({"name": "abc"}, r"Received for 'name': 'abc'. Leave it out, or give its number"),
+        ({"name": None}, r"Received for 'name': None. Leave it out"),
+        ({"name": {"inner": 1.0}}, r"Received for 'name': \{'inner': 1.0\}. Flatten it"),
+        ({"name": [1.0, 2.0]}, r"Received for 'name': \[1.0, 2.0\]. Flatten it"),
+        ({"name": tf.ones(3)}, r"Received for 'name': .*Reduce it, such as by `tf.reduce_mean`"),
+        ({3: 1.0}, r"names as strings. Received: 3"),
+        (None, r"must return a mapping .*Received: None"),
+    ],
+)
+def test_what_a_step_may_not_return(returned, text):
+    class Returns(Custom):
+        def train_step(self, batch):
+            super().train_step(batch)
+            return returned
+
+    model = mlp()
+    before = model.get_weights()
+    with pytest.raises(TypeError, match=text):
+        Returns(model, optimizer="sgd").fit(BATCHES, progress="none")
+    np.testing.assert_array_equal(model.get_weights()[0], before[0])
