@@ -87,7 +87,8 @@ def main() -> None:
         print(f"{name:<42}{row['tapeloop_ms']:>12.2f}{row['keras_ms']:>10.2f}{row['ratio']:>7.2f}")
     if args.out is not None:
         machine = {"tensorflow": tf.__version__, "keras": keras.__version__, "cores": os.cpu_count()}
-        args.out.write_text(json.dumps({"command": "python -m benchmarks.on_batch", **machine, "cases": found}, indent=1) + "\n")
+        content = {"command": "python -m benchmarks.on_batch", **machine, "cases": found}
+        args.out.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -67,28 +67,29 @@ class Body:
             raise ValueError(self._no_loss())
         return tf.add_n(added) if added else tf.zeros(())
 
-    def train_step(self, batch: Any) -> Mapping[str, tf.Tensor]:
+    def train_step(self, batch: Any) -> Mapping[str, Any]:
         """Train on one batch. Override it with `with self.tape(...) as tape:` and `self.update(tape, loss)`.
 
         Args:
             batch: One batch of the data.
 
         Returns:
-            Scalars to log, averaged over the epoch.
+            What to log: scalars, averaged over the epoch by examples, and `keras.metrics.Metric` objects, which log
+            their result and start anew each epoch.
         """
         with self.tape() as tape:
             loss, logs = _with_logs(self.compute_loss(batch, training=True))
         self.update(tape, loss)
         return {"loss": loss, **logs}
 
-    def eval_step(self, batch: Any) -> Mapping[str, tf.Tensor]:
+    def eval_step(self, batch: Any) -> Mapping[str, Any]:
         """Evaluate one batch.
 
         Args:
             batch: One batch of the data.
 
         Returns:
-            Scalars to log, averaged over the data.
+            What to log, as for `train_step`.
         """
         loss, logs = _with_logs(self.compute_loss(batch, training=False))
         return {"loss": loss, **logs}

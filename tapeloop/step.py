@@ -157,10 +157,8 @@ class Step:
         """Run one step on a batch in tensors; see `run`."""
         counts, failure = before.start(*so_far), None
         try:
-            if self.is_driven:
-                counts = self._alone(self, batch, counts)
-            else:
-                counts = self._traced(self._on_batch, batch, counts)
+            arguments = batch, counts
+            counts = self._alone(self, *arguments) if self.is_driven else self._traced(self._on_batch, *arguments)
         except BaseException as error:
             failure = error
         tally = Tally.of(counts)

@@ -79,7 +79,8 @@ class Trainer(Readings):
             policy: What trains; by default all that can.
             loss: A loss as `keras.Model.compile` takes it. Not needed where `compute_loss` or `train_step` is
                 overridden, or where layers add losses.
-            optimizer: A Keras optimizer or its name, cloned for each group, or a mapping with one for each group.
+            optimizer: A Keras optimizer or its name, or a mapping with one for each group. It is used as it is, and
+                cloned for variables that train in another group or begin at another time.
             metrics: Metrics as `keras.Model.compile` takes them.
             weighted_metrics: Metrics to which sample weights apply, likewise.
             loss_weights: Weights of the losses of several outputs, likewise.

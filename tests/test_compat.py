@@ -132,12 +132,12 @@ def test_a_cloned_optimizer_keeps_what_its_config_does_not_say():
 
     for learning_rate in (Warmup(), lambda: 0.5):
         template = keras.optimizers.SGD(learning_rate, momentum=0.5)
-        clone = _compat.clone_optimizer(template)
+        clone = _compat.clone_optimizer(template, _compat.optimizer_config(template, learning_rate))
         assert clone.momentum == 0.5
         assert float(clone.learning_rate) == float(template.learning_rate) == 0.5
     template = keras.optimizers.AdamW(0.25, weight_decay=0.5)
     template.exclude_from_weight_decay(var_names=["bias"])
-    clone = _compat.clone_optimizer(template)
+    clone = _compat.clone_optimizer(template, _compat.optimizer_config(template, None))
     variable, bias = keras.Variable([1.0], name="kernel"), keras.Variable([1.0], name="bias")
     clone.build([variable, bias])
     clone.apply([tf.zeros(1), tf.zeros(1)])
@@ -189,3 +189,42 @@ def test_types_of_ops_are_told_apart_by_whether_they_are_stateful():
     assert not _compat.is_stateful("StatelessRandomUniformV2")
     assert _compat.is_stateful("RandomUniform")
     assert _compat.is_stateful("AssignVariableOp")
+
+
+def test_a_layers_own_metrics_are_neither_its_childrens_nor_those_of_compile():
+    inner = keras.layers.Dense(1)
+    inner.one = keras.metrics.Mean(name="one")
+    model = keras.Sequential([keras.Input((1,)), inner])
+    model.other = keras.metrics.Mean(name="other")
+    model.compile("sgd", "mse", metrics=["mae"])
+    model.fit(tf.zeros((1, 1)), tf.zeros((1, 1)), verbose=0)
+    assert _compat.own_metrics(model) == [model.other]
+    assert _compat.own_metrics(inner) == [inner.one]
+
+
+def test_a_class_has_another_attribute_for_a_while():
+    class Base:
+        def __call__(self):
+            return "base"
+
+    class Inherits(Base):
+        pass
+
+    for kind in (Base, Inherits):
+        with _compat.class_attribute(kind, "__call__", lambda self: "other"):
+            assert kind()() == "other"
+        assert kind()() == "base"
+    assert "__call__" not in vars(Inherits)
+
+
+def test_the_rate_of_an_optimizer_is_a_variable_unless_it_follows_a_schedule():
+    rate = _compat.learning_rate_variable(keras.optimizers.SGD(0.5))
+    assert float(rate) == 0.5
+    rate.assign(0.25)
+    assert _compat.learning_rate_variable(keras.optimizers.SGD(lambda: 0.5)) is None
+
+
+def test_the_bookkeeping_of_an_optimizer_is_none_of_its_settings():
+    names = _compat.optimizer_bookkeeping()
+    assert {"_variables", "_iterations", "built", "name"} <= names
+    assert not {"momentum", "beta_1", "weight_decay", "clipnorm", "global_clipnorm"} & names

@@ -110,8 +110,8 @@ def calls_of(trainer, data, monkeypatch, **options):
     """How many steps each call of the loop may run, and did."""
     seen, run = [], Step.run
 
-    def noting(self, feed, most, before, patience):
-        tally, failure = run(self, feed, most, before, patience)
+    def noting(self, feed, most, before, *more):
+        tally, failure = run(self, feed, most, before, *more)
         seen.append(tally.batches)
         return tally, failure
 

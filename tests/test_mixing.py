@@ -64,10 +64,9 @@ def test_python_code_is_not_frozen(stateful):
 
 def test_a_large_column_does_not_hide_what_mixes_in_the_others():
     def mix(x):
-        column = tf.concat([tf.ones_like(x[..., :1]) * 1e6, tf.zeros_like(x[..., 1:])], -1)
-        return column + 0.1 * (x - tf.reduce_mean(x, 0, keepdims=True) * tf.ones_like(x))
+        return tf.concat([tf.ones_like(x[:, :1]) * 1e6, by_the_largest(x)[:, 1:]], 1)
 
-    model = classifier(behind=[Wrapped(lambda x: by_the_largest(mix(x)) * 0 + mix(x), name="mixing")])
+    model = classifier(behind=[Wrapped(mix, name="mixing")])
     found = cut_of(model, tl.TrainOnly("head"), images())
     assert not isinstance(found, Cut)
 

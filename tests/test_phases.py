@@ -177,7 +177,7 @@ def test_variables_that_the_model_does_not_track_are_named_in_a_warning():
 
     model = keras.Sequential([keras.Input((3,)), Hides()])
     x = np.ones((4, 3), "float32")
-    with pytest.warns(UserWarning, match=r"reads 1 variables that the model does not track, such as `hidden_scale:0`"):
+    with pytest.warns(UserWarning, match=r"uses 1 variables that the model does not track, such as `hidden_scale:0`"):
         tl.Trainer(model, loss="mse").fit([(x, x[:, :1])], progress="none")
 
 
@@ -207,7 +207,7 @@ def test_groups_that_come_later_may_have_their_optimizers_from_the_start():
     policy = tl.Phases({0: tl.Groups({"h": "head"}), 1: tl.Groups({"h": "head", "b": "base"})})
     trainer = trainer_of(policy=policy, optimizer={"h": "sgd", "b": "adam"})
     trainer.fit(models.images(8), epochs=2, progress="none")
-    assert [cohort.group for cohort in trainer._updates.optimizers.cohorts] == ["h", "b"]
+    assert [cohort.template for cohort in trainer._updates.optimizers.cohorts] == ["h", "b"]
 
 
 def test_a_layer_in_a_plain_object_is_named_too():
@@ -225,7 +225,7 @@ def test_a_layer_in_a_plain_object_is_named_too():
 
     net = Net()
     net(np.ones((2, 3), "float32"))
-    with pytest.warns(UserWarning, match=r"reads 2 variables that the model does not track"):
+    with pytest.warns(UserWarning, match=r"uses 2 variables that the model does not track"):
         tl.Trainer(net, loss="mse").fit([(np.ones((4, 3), "float32"), np.ones((4, 1), "float32"))], progress="none")
 
 

@@ -19,7 +19,7 @@ def test_every_public_name_is_there():
 
 def test_the_snippets_run_one_after_the_other():
     namespace, snippets = {}, re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(snippets) == 7
+    assert len(snippets) == 8
     for number, snippet in enumerate(snippets):
         exec(compile(snippet, f"README.md snippet {number + 1}", "exec"), namespace)
         if number == 0:
@@ -27,6 +27,8 @@ def test_the_snippets_run_one_after_the_other():
             assert len([line for line in snippet.splitlines() if line.strip()]) <= 20
     assert namespace["trainer"].step == 1
     assert namespace["cached"].step == 6
+    assert namespace["teaching"].step == 5
+    assert namespace["logs"]["distance"] < 0.5
 
 
 def run(name, *arguments):
