@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import threading
 from collections.abc import Callable, Iterator
@@ -16,6 +17,15 @@ import tensorflow as tf
 from keras.src.backend.common import global_state
 from keras.src.layers.layer import CallContext
 from tensorflow.python.framework import op_def_registry
+from tensorflow.python.ops.resource_variable_ops import ResourceVariable
+
+# What the names of the methods that assign to a `tf.Variable` begin with; `variable[0].assign(...)` calls the last.
+ASSIGNING = ("assign", "scatter_", "batch_scatter_", "_strided_slice_assign")
+
+
+def variable_class() -> type:
+    """Return the class of the objects that `tf.Variable(...)` makes, which TensorFlow does not export."""
+    return ResourceVariable
 
 
 def sublayers(layer: keras.Layer) -> list[keras.Layer]:
@@ -149,9 +159,9 @@ def clone_optimizer(optimizer: keras.optimizers.Optimizer, config: dict[str, Any
     A config leaves out what `exclude_from_weight_decay` was told.
     """
     clone = type(optimizer).from_config(dict(config))
-    for name in ("_exclude_from_weight_decay", "_exclude_from_weight_decay_pattern"):
-        if hasattr(optimizer, name):
-            object.__setattr__(clone, name, getattr(optimizer, name))
+    for name, told in vars(optimizer).items():
+        if name.startswith("_exclude_from_weight_decay"):
+            object.__setattr__(clone, name, copy.copy(told))
     return clone
 
 

@@ -32,7 +32,9 @@ class Follow:
 
 
 def paired(tree: Tree, target: Model | str, source: Model | str) -> list[Pair]:
-    """Pair the variables of two submodels of one structure: weights and statistics, in the order of construction.
+    """Pair the variables of two submodels of one structure: weights and statistics, by path.
+
+    If layers have other names in one than in the other, they are paired in the order of construction.
 
     Seeds and whole numbers are left out.
 
@@ -46,6 +48,9 @@ def paired(tree: Tree, target: Model | str, source: Model | str) -> list[Pair]:
         ValueError: A path is not one of a submodel, or the two are not of one structure.
     """
     targets, sources = _variables(tree, "target", target), _variables(tree, "source", source)
+    by_path = {variable.path: variable for variable in sources}
+    if by_path.keys() == {variable.path for variable in targets}:
+        sources = [by_path[variable.path] for variable in targets]
     shapes = [variable.shape for variable in targets], [variable.shape for variable in sources]
     if not targets or shapes[0] != shapes[1]:
         unlike = [

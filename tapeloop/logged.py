@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import numbers
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import keras
@@ -22,11 +22,13 @@ class StepMetrics:
     Attributes:
         by_name: Those that it returned, under the names that it gave, and those that it updated, under their own.
         uses_compiled: Whether it updates the metrics that the trainer was made with.
+        returned: The names that it returned.
     """
 
     def __init__(self) -> None:
         self.by_name: dict[str, keras.metrics.Metric] = {}
         self.uses_compiled = False
+        self.returned: frozenset[str] = frozenset()
 
     @contextlib.contextmanager
     def watching(self, held: Iterable[keras.metrics.Metric]) -> Iterator[Watch]:
@@ -38,13 +40,14 @@ class StepMetrics:
                 shadows.enter_context(shadowed(metric, "result", watch.reading(metric)))
             yield watch
 
-    def scalars(self, kind: str, returned: Any, watch: Watch) -> dict[str, Any]:
+    def scalars(self, kind: str, returned: Any, watch: Watch, compiled: Iterable[str]) -> dict[str, Any]:
         """Return the scalars of what a step returned, having noted its metrics.
 
         Args:
             kind: `"train"` or `"eval"`.
             returned: What the step returned.
             watch: What was noted while it ran.
+            compiled: The names of the metrics that the trainer was made with.
 
         Raises:
             TypeError: It is no mapping from names to scalars and metrics, or one of the scalars is read of a metric.
@@ -56,8 +59,14 @@ class StepMetrics:
         for name, value in scalars.items():
             _check_scalar(kind, name, value)
         _check_not_read(kind, scalars, [*watch.held, *metrics.values()], watch)
-        own = {metric.name: metric for metric in watch.updated if metric not in metrics.values()}
-        self.by_name |= {name: metric for name, metric in own.items() if name not in returned} | metrics
+        self.returned = frozenset(returned)
+        self.by_name = {**metrics}
+        taken = {*returned, *(compiled if self.uses_compiled else ())}
+        for metric in watch.updated:
+            if metric not in self.by_name.values():
+                name = _free(metric.name, taken)
+                self.by_name[name] = metric
+                taken.add(name)
         return scalars
 
 
@@ -97,6 +106,20 @@ class Watch:
             return result
 
         return shadow
+
+
+def _free(name: str, taken: Collection[str]) -> str:
+    """Return a name that nothing else is logged under: `act`, `act_1`, `act_2`."""
+    candidates = (name, *(f"{name}_{number}" for number in range(1, 2 + len(taken))))
+    return next(candidate for candidate in candidates if candidate not in taken)
+
+
+def renamed(logs: Mapping[str, Any], taken: Collection[str]) -> dict[str, Any]:
+    """Return logs, those under a name that is taken under a free one."""
+    found: dict[str, Any] = {}
+    for name, value in logs.items():
+        found[_free(name, {*taken, *found})] = value
+    return found
 
 
 def metrics_in(value: Any) -> list[keras.metrics.Metric]:

@@ -81,6 +81,26 @@ def noting_assignments(variables: Sequence[tf.Variable], note: Note) -> Iterator
 
 
 @contextlib.contextmanager
+def noting_all_assignments(note: Note) -> Iterator[None]:
+    """Call `note` with any variable that this thread assigns to inside this context, when it does: for eager steps."""
+    kind, thread = _compat.variable_class(), threading.get_ident()
+
+    def noting(assign: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(assign)
+        def shadow(self: tf.Variable, *args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() == thread:
+                note(self)
+            return assign(self, *args, **kwargs)
+
+        return shadow
+
+    with contextlib.ExitStack() as shadows:
+        for name in _assigning(kind):
+            shadows.enter_context(_compat.class_attribute(kind, name, noting(getattr(kind, name))))
+        yield
+
+
+@contextlib.contextmanager
 def read_once(variable: tf.Variable) -> Iterator[None]:
     """Have whatever reads the variable inside this context share one read, until somebody assigns to it.
 
@@ -274,7 +294,7 @@ def still(selection: Selection) -> list[VariableInfo]:
 @functools.cache
 def _assigning(kind: Hashable) -> tuple[str, ...]:
     """Name the methods that assign to a variable of this class."""
-    return tuple(name for name in dir(kind) if name.startswith(("assign", "scatter_", "batch_scatter_")))
+    return tuple(name for name in dir(kind) if name.startswith(_compat.ASSIGNING))
 
 
 def _noting(variable: tf.Variable, assign: Callable[..., Any], note: Note) -> Callable[..., Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -189,8 +188,17 @@ class Optimizers:
             groups = self._groups(cohort, selection)
             if groups:
                 cohort.regroup(groups)
+        self._refresh()
         for group in selection.groups:
             self._set_rates(selection, group)
+
+    def _refresh(self) -> None:
+        """Take in the learning rates that the user has assigned to optimizers: they hold over what was set before."""
+        for key, template in self._templates.items():
+            mine = [cohort for cohort in self.cohorts if cohort.optimizer is template.optimizer]
+            given = [float(share.rate) for cohort in mine for share in cohort.shares.values()]
+            if template.refresh(given):
+                self._set = {group: rate for group, rate in self._set.items() if self._key(group) != key}
 
     def learning_rate(self, selection: Selection, group: str) -> float:
         """Return the learning rate of a group now: where cohorts differ, that of the one that began first."""
@@ -284,6 +292,8 @@ class Optimizers:
             groups = self._groups(cohort, selection)
             if groups == (group,):
                 cohort.rate.set(multiplier, rate)
+                if cohort.optimizer is self._templates[self._key(group)].optimizer:
+                    self._templates[self._key(group)].saw()
             elif group in groups:
                 cohort.shares[group].rate.assign(cohort.rate.setting(multiplier, rate))
 
@@ -295,8 +305,7 @@ class Optimizers:
             cohort.rate.take(share.rate)
             for count, own in zip(counts, share.counts):
                 count.assign(own)
-        steps = optimizer.iterations
-        with read_once(raw(steps)) if isinstance(steps, keras.Variable) else contextlib.nullcontext():
+        with read_once(raw(optimizer.iterations)):
             optimizer.apply(*zip(*((gradient, variable.variable) for gradient, variable in gradients)))
         if share is not None:
             for count, own in zip(counts, share.counts):
@@ -306,7 +315,7 @@ class Optimizers:
 def _new_cohort(key: str, template: Template, variables: list[VariableInfo]) -> Cohort:
     optimizer = template.optimizer_for_a_cohort()
     slots: dict[int, list[keras.Variable]] = {id(variable.variable): [] for variable in variables}
-    rate = Rate(optimizer)
+    rate = Rate(optimizer, lambda: template.rate)
     optimizer.build(_NotingSlots([variable.variable for variable in variables], optimizer, slots))
     return Cohort(key, optimizer, rate, {key: tuple(slot) for key, slot in slots.items()})
 

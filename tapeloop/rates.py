@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -13,10 +14,16 @@ from tapeloop import _compat
 class Rate:
     """The learning rate of one optimizer: its template's number or schedule, times a multiplier that may change."""
 
-    def __init__(self, optimizer: keras.optimizers.Optimizer) -> None:
+    def __init__(self, optimizer: keras.optimizers.Optimizer, base: Callable[[], float]) -> None:
+        """Keep an optimizer.
+
+        Args:
+            optimizer: Whose learning rate it is.
+            base: Gives the number of its template.
+        """
         self._optimizer = optimizer
+        self._base = base
         schedule = _compat.schedule_of(optimizer)
-        self._base = 0.0 if schedule is not None else float(optimizer.learning_rate)
         self._schedule = None if schedule is None else Multiplied(schedule)
         if self._schedule is not None:
             optimizer.learning_rate = self._schedule
@@ -38,7 +45,7 @@ class Rate:
         """Return what `take` is to be given to the same end: the rate, or what the schedule is multiplied by."""
         if self._schedule is not None:
             return multiplier
-        return self._base * multiplier if rate is None else rate
+        return self._base() * multiplier if rate is None else rate
 
     def take(self, setting: tf.Variable) -> None:
         """Set the rate inside a step that is traced; see `setting`."""

@@ -14,7 +14,7 @@ import tensorflow as tf
 from tapeloop import _compat
 from tapeloop.batch import examples_of
 from tapeloop.frontier import Features
-from tapeloop.logged import StepMetrics, layer_metrics, metrics_in
+from tapeloop.logged import StepMetrics, layer_metrics, metrics_in, renamed
 from tapeloop.modes import inlined_functions
 from tapeloop.objective import Means, Objective
 from tapeloop.remat import Remat
@@ -205,7 +205,9 @@ class Steps:
         finally:
             self.tracing = None
         logged.uses_compiled = self._objective.was_updated
-        return result if kind == "predict" else logged.scalars(kind, result, watch)
+        if kind == "predict":
+            return result
+        return logged.scalars(kind, result, watch, self._objective.results() if logged.uses_compiled else ())
 
     def _held_metrics(self, tree: Tree) -> list[Any]:
         """Return the metrics that the trainer has among its attributes, or a layer of the model has."""
@@ -225,7 +227,7 @@ class Steps:
         logs, examples = self.means[kind].results()
         found = [self._metrics[kind, selection] for selection in selections if (kind, selection) in self._metrics]
         if any(logged.uses_compiled for logged in found):
-            logs |= self._objective.results()
+            logs |= renamed(self._objective.results(), {name for logged in found for name in logged.returned})
         for logged in found:
             for name, metric in logged.by_name.items():
                 result = metric.result()

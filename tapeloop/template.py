@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Collection
 from typing import Any
 
 import keras
@@ -36,14 +37,31 @@ class Template:
         self._rate = (
             None if schedule is not None else not_negative("learning_rate", float(self.optimizer.learning_rate))
         )
+        self._seen = self._rate
         self._config = None if self.optimizer.built else _compat.optimizer_config(self.optimizer, self.schedule)
         self._said = _settings(self.optimizer)
         self._is_free = not self.optimizer.built  # what is built elsewhere holds the state of other variables
 
     @property
     def rate(self) -> float:
-        """Its learning rate when it was passed, or what its schedule says now."""
+        """Its learning rate as the user last set it, or what its schedule says now."""
         return float(self.optimizer.learning_rate) if self._rate is None else self._rate
+
+    def refresh(self, given: Collection[float] = ()) -> bool:
+        """Take in whether the user has assigned another learning rate to the optimizer, and tell so.
+
+        Args:
+            given: The rates that the trainer may have given it since.
+        """
+        now = float(self.optimizer.learning_rate)
+        if self._rate is None or now == self._seen or now in given:
+            return False
+        self._rate = self._seen = not_negative("learning_rate", now)
+        return True
+
+    def saw(self) -> None:
+        """Note that the trainer has given the optimizer a learning rate."""
+        self._seen = float(self.optimizer.learning_rate)
 
     def optimizer_for_a_cohort(self) -> keras.optimizers.Optimizer:
         """Return an optimizer that is not built: the user's own the first time, clones after.

@@ -14,7 +14,7 @@ from tapeloop.following import move
 from tapeloop.frontier import Cut
 from tapeloop.guard import Snapshot, is_finite
 from tapeloop.microbatch import Computed, averaged, check_alike, checked, piece_spec, plan, zeros_of
-from tapeloop.modes import still
+from tapeloop.modes import noting_all_assignments, still
 from tapeloop.objective import Means, Objective
 from tapeloop.selection import Selection
 from tapeloop.step import Compilation
@@ -75,7 +75,6 @@ class Transaction:
         self.functions: list[Any] = []
         self._undoable: list[tf.Variable] = []
         self._last_update = 0
-        self._eager: Snapshot | None = None  # of the eager step that is running
 
     def run(self, batch: Any, cut: Cut | None = None) -> Ended | None:
         """Trace a step, or run it eagerly.
@@ -113,8 +112,6 @@ class Transaction:
         running = self._updates.running
         if running is None or not running.updating:
             self._written.add(variable.ref())
-        if self._eager is not None:
-            self._eager.add(variable)
 
     def keep(self) -> Snapshot:
         """Return the values of all that the next step might change, what its last update moves aside."""
@@ -186,29 +183,26 @@ class Transaction:
         examples = examples_of(batch)
         count = self._count(batch, examples)
         running.waits = count > 1
-        self._undoable = self._unfrozen()
-        metrics_are_new = not self._objective.variables
-        kept = self._eager = self._begin(running)
+        kept, aside = self._begin(running), {variable.ref() for variable in self._bookkeeping()}
 
-        def undo() -> None:
-            kept.restore()
-            if metrics_are_new:
-                self._objective.reset()
+        def note(variable: tf.Variable) -> None:
+            if variable.ref() not in aside:
+                kept.add(variable)
 
+        self._undoable = []
         try:
-            if count == 1:
-                seen = self._compute(running, batch)["seen"]
-            else:
-                cuts = plan(examples, count)
-                result = averaged(lambda part, _: self._compute(running, part), batch, examples, cuts, None)
-                seen = self._commit(running, result, batch)
+            with noting_all_assignments(note):
+                if count == 1:
+                    seen = self._compute(running, batch)["seen"]
+                else:
+                    cuts = plan(examples, count)
+                    result = averaged(lambda part, _: self._compute(running, part), batch, examples, cuts, None)
+                    seen = self._commit(running, result, batch)
             self._warn_if_nothing_updates(running)
         except Exception:
-            undo()
+            kept.restore()
             raise
-        finally:
-            self._eager = None
-        return self._settle(running, seen, undo)
+        return self._settle(running, seen, kept.restore)
 
     def _may_stop(self) -> bool:
         """Tell whether a step may fail where it is not finite, if there turns out to be nothing to undo."""
@@ -226,7 +220,7 @@ class Transaction:
         self._last_update = len(running.calls)
         if self.guard is not None and running.nests:
             self.guard.begin()
-        return Snapshot(self._undoable if self.guard is not None or tf.executing_eagerly() else [])
+        return Snapshot(self._undoable if self.guard is not None else [])
 
     def _compute(self, running: Running, part: Any) -> Any:
         """Run the user's step on a batch or a piece of one; what its updates need is returned where they wait."""
@@ -290,7 +284,7 @@ class Transaction:
             return tf.constant(True)
 
         total, finite = seen
-        if self._undoable:
+        if self._undoable or tf.executing_eagerly():
             tf.cond(finite, lambda: tf.constant(False), undone)
         scale = self._updates.loss_scale
         if scale is None:
@@ -310,23 +304,18 @@ class Transaction:
         aside = {variable.ref() for variable in self._updates.moved(self.selection.trained)}
         aside |= {variable.tensor.ref() for variable in still(self.selection)}
         aside -= self._written
-        aside |= {variable.ref() for variable in self._updates.variables}
-        aside |= {variable.ref() for variable in (() if self.guard is None else self.guard.variables)}
-        if not self.microbatches.adapts:  # or a step may have to be repeated
-            aside |= {variable.ref() for variable in self._means.variables}
-            if self._updates.ends_at_bad:  # before anybody could look at the metrics
-                aside |= {variable.ref() for variable in self._objective.variables}
+        aside |= {variable.ref() for variable in self._bookkeeping()}
+        if self._updates.ends_at_bad and not self.microbatches.adapts:  # before anybody could look at the metrics
+            aside |= {variable.ref() for variable in self._objective.variables}
         # An assignment that does not read is missing from a function's variables.
         touched = [*touched, *(variable.tensor for variable in self.selection.tree.variables), *self._others()]
         found = {variable.ref(): variable for variable in touched if variable.ref() not in aside}
         return list({**found, **{variable.ref(): variable for variable in exposed}}.values())
 
-    def _unfrozen(self) -> list[tf.Variable]:
-        """List what a step may move, where no trace tells."""
-        sealed = {variable.tensor.ref() for variable in still(self.selection)}
-        model = [variable.tensor for variable in self.selection.tree.variables]
-        everything = [*model, *self._updates.moved(self.selection.trained), *self._objective.variables, *self._others()]
-        return list({variable.ref(): variable for variable in everything if variable.ref() not in sealed}.values())
+    def _bookkeeping(self) -> list[tf.Variable]:
+        """List what keeps count of steps, bad ones among them, and is never undone."""
+        counts = [*self._updates.variables, *(() if self.guard is None else self.guard.variables)]
+        return counts if self.microbatches.adapts else [*counts, *self._means.variables]
 
 
 def _floating(value: Any) -> tf.Tensor:

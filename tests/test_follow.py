@@ -268,3 +268,76 @@ def test_with_micro_batches_it_cannot_stand_in_a_branch():
 
     with pytest.raises(RuntimeError, match=r"`follow` in a branch or a loop .* cannot wait"):
         Branches(twins(), tl.Freeze("target"), optimizer="sgd", microbatches=2).fit([(X, Y)], progress="none")
+
+
+class Sliced(layers.Layer):
+    """Assigns to a part of its own weight whenever it is called."""
+
+    def build(self, shape):
+        self.w = self.add_weight(shape=(4,), initializer="ones")
+
+    def call(self, x):
+        self.w.value[0].assign(self.w.value[0] + 1.0)
+        return x * self.w
+
+
+@pytest.mark.parametrize("eagerly", [False, True])
+def test_an_assignment_to_a_part_of_a_variable_is_one(eagerly):
+    model = keras.Sequential([keras.Input((4,)), Sliced(name="sliced"), layers.Dense(3)])
+    trainer = tl.Trainer(model, tl.Freeze("sliced"), loss="mse", run_eagerly=eagerly, nonfinite="skip")
+    before = model.get_layer("sliced").w.numpy()
+    trainer.fit([(X, Y)] * 2, progress="none")
+    np.testing.assert_array_equal(model.get_layer("sliced").w, before)
+    trainer.policy = tl.TrainAll()
+    before = [value.copy() for value in model.get_weights()]
+    trainer.fit([(np.full_like(X, np.nan), Y)] * 2, progress="none")
+    for mine, theirs in zip(model.get_weights(), before):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+def test_the_same_paths_are_paired_whatever_the_order_of_construction():
+    class Two(layers.Layer):
+        def __init__(self, names):
+            super().__init__()
+            for name in names:
+                setattr(self, name, layers.Dense(4))
+
+        def build(self, shape):
+            self.p.build(shape)
+            self.q.build(shape)
+
+        def call(self, x):
+            return self.q(self.p(x))
+
+    one, other = Two("pq"), Two("qp")
+    for layer in (one, other):
+        layer(X)
+
+    class Copies(tl.Trainer):
+        def train_step(self, batch):
+            logs = super().train_step(batch)
+            self.follow(other, self.model, decay=0.0)
+            return logs
+
+    trainer = Copies(one, loss="mse", optimizer="sgd")
+    trainer.fit([(X, X)], progress="none")
+    np.testing.assert_array_equal(other.p.kernel, one.p.kernel)
+    np.testing.assert_array_equal(other.q.kernel, one.q.kernel)
+
+
+def test_run_eagerly_a_bad_step_is_undone_wherever_its_variables_are_kept():
+    target, count = network("target"), tf.Variable(0.0)
+
+    class Closure(tl.Trainer):
+        def train_step(self, batch):
+            logs = super().train_step(batch)
+            self.follow(target, self.model, decay=0.5)
+            count.assign_add(1.0)
+            return logs
+
+    trainer = Closure(network("online"), loss="mse", run_eagerly=True, nonfinite="skip")
+    before = target.get_weights()
+    trainer.fit([(np.full_like(X, np.nan), Y)], progress="none")
+    assert float(count) == 0.0
+    for mine, theirs in zip(target.get_weights(), before):
+        np.testing.assert_array_equal(mine, theirs)

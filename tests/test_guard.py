@@ -175,7 +175,7 @@ def test_an_update_in_a_branch_is_guarded_like_any_other():
 
 def test_an_update_in_a_branch_cannot_wait_for_other_microbatches():
     good = (np.ones((4, 3), "float32"), np.ones(4, "float32"))
-    with pytest.raises(RuntimeError, match=r"An `update` in a branch or a loop .* `microbatches=1`, or move it out"):
+    with pytest.raises(RuntimeError, match=r"`update` in a branch or a loop .* `microbatches=1`, or move it out"):
         sometimes(microbatches=2).fit([good], progress="none")
 
 

@@ -156,3 +156,52 @@ def test_what_a_step_may_not_return(returned, text):
     with pytest.raises(TypeError, match=text):
         Returns(model, optimizer="sgd").fit(BATCHES, progress="none")
     np.testing.assert_array_equal(model.get_weights()[0], before[0])
+
+
+class Holding(layers.Layer):
+    def __init__(self, value, name):
+        super().__init__()
+        self.value, self.held = value, keras.metrics.Mean(name=name)
+
+    def call(self, x):
+        self.held.update_state(self.value)
+        return x
+
+
+def test_metrics_of_one_name_are_all_logged():
+    holding = [Holding(1.0, "act"), Holding(3.0, "act"), Holding(5.0, "loss")]
+    model = keras.Sequential([keras.Input((4,)), *holding, layers.Dense(1)])
+    trainer = tl.Trainer(model, loss="mse", metrics=["mae"], optimizer="sgd")
+    trainer.mae = keras.metrics.Mean(name="mae")
+    history = trainer.fit(BATCHES, progress="none").history
+    assert set(history) == {"loss", "mae", "act", "act_1", "loss_1"}
+    assert (history["act"], history["act_1"], history["loss_1"]) == ([1.0], [3.0], [5.0])
+    assert history["loss"] != [5.0]
+
+
+def test_what_is_returned_has_its_name_before_the_metrics_of_the_trainer():
+    class Returns(tl.Trainer):
+        def train_step(self, batch):
+            return {**super().train_step(batch), "mae": tf.constant(50.0)}
+
+    history = Returns(mlp(), loss="mse", metrics=["mae"], optimizer="sgd").fit(BATCHES, progress="none").history
+    assert history["mae"] == [50.0]
+    assert 0 < history["mae_1"][0] < 50
+
+
+@pytest.mark.parametrize("eagerly", [False, True])
+def test_a_bad_step_leaves_no_mark_on_any_metric(eagerly):
+    class Returns(Custom):
+        def more(self):
+            elsewhere.update_state(self.model(BATCHES[0][0]) * self.scale)
+            return {"elsewhere": elsewhere}
+
+    elsewhere = keras.metrics.Mean()
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(1), Holding(1.0, "act")])
+    trainer = Returns(model, optimizer="sgd", nonfinite="skip", run_eagerly=eagerly)
+    trainer.scale = 1.0
+    bad = (np.full((4, 4), np.nan, "float32"), np.full((4, 1), np.nan, "float32"))
+    history = trainer.fit([BATCHES[0], bad, BATCHES[1]], progress="none").history
+    assert history["skipped_steps"] == [1.0]
+    assert np.isfinite([history[name][0] for name in ("loss", "seen", "act", "elsewhere")]).all()
+    assert history["seen"] == [3.5]

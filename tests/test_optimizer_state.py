@@ -341,3 +341,42 @@ def test_a_float64_model_in_micro_batches_is_averaged_in_float64():
             keras.config.set_floatx("float32")
         results.append(model.get_weights()[0])
     np.testing.assert_allclose(results[0], results[1], rtol=0, atol=1e-14)
+
+
+def test_a_rate_that_the_user_assigns_to_the_optimizer_holds_for_all_of_its_variables():
+    optimizer = keras.optimizers.SGD(0.1)
+    trainer = tl.Trainer(mlp(), tl.GradualUnfreeze(["head", "mid"]), loss="mse", optimizer=optimizer)
+    optimizer.learning_rate = 0.05
+    trainer.fit([(X, Y)], epochs=2, progress="none")
+    assert dict(trainer.learning_rates) == pytest.approx({"default": 0.05})
+    trainer.learning_rates["default"] = 0.02
+    trainer.fit([(X, Y)], progress="none")
+    optimizer.learning_rate = 0.0
+    before = trainer.model.get_weights()
+    trainer.fit([(X, Y)], progress="none")
+    for old, new in zip(before, trainer.model.get_weights()):
+        np.testing.assert_array_equal(old, new)
+    assert dict(trainer.learning_rates) == {"default": 0.0}
+
+
+def test_rates_that_the_trainer_sets_are_not_taken_for_the_users():
+    model = mlp()
+    optimizer = keras.optimizers.SGD(0.1)
+    groups = tl.Groups({"m": "mid", "h": "head"}, multipliers={"m": 0.5})
+    policy = tl.Cycle([tl.TrainAll(), groups], every=1, unit="epoch")
+    trainer = tl.Trainer(model, policy, loss="mse", optimizer=optimizer)
+    trainer.fit([(X, Y)], epochs=5, progress="none")
+    assert dict(trainer.learning_rates) == pytest.approx({"m": 0.05, "h": 0.1})
+
+
+@pytest.mark.parametrize(
+    "policy", [tl.Groups({"m": "mid", "h": "head"}), tl.GradualUnfreeze(["head", "mid"])], ids=repr
+)
+def test_what_is_excluded_from_weight_decay_is_so_in_clones_too(policy):
+    optimizer = keras.optimizers.AdamW(0.0001, weight_decay=100.0)
+    optimizer.exclude_from_weight_decay(var_names=["kernel"])
+    model = mlp()
+    before = [layer.kernel.numpy() for layer in model.layers]
+    tl.Trainer(model, policy, loss="mse", optimizer=optimizer).fit([(X, Y)] * 3, epochs=2, progress="none")
+    for layer, old in zip(model.layers, before):
+        np.testing.assert_allclose(layer.kernel, old, atol=2e-3)
