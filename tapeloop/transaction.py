@@ -75,6 +75,7 @@ class Transaction:
         self.functions: list[Any] = []
         self._undoable: list[tf.Variable] = []
         self._last_update = 0
+        self._keep_eagerly: Callable[[tf.Variable], None] | None = None  # while an eager step runs
 
     def run(self, batch: Any, cut: Cut | None = None) -> Ended | None:
         """Trace a step, or run it eagerly.
@@ -112,6 +113,8 @@ class Transaction:
         running = self._updates.running
         if running is None or not running.updating:
             self._written.add(variable.ref())
+        if self._keep_eagerly is not None:
+            self._keep_eagerly(variable)
 
     def keep(self) -> Snapshot:
         """Return the values of all that the next step might change, what its last update moves aside."""
@@ -189,7 +192,7 @@ class Transaction:
             if variable.ref() not in aside:
                 kept.add(variable)
 
-        self._undoable = []
+        self._undoable, self._keep_eagerly = [], note
         try:
             with noting_all_assignments(note):
                 if count == 1:
@@ -202,6 +205,8 @@ class Transaction:
         except Exception:
             kept.restore()
             raise
+        finally:
+            self._keep_eagerly = None
         return self._settle(running, seen, kept.restore)
 
     def _may_stop(self) -> bool:
