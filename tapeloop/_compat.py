@@ -17,15 +17,15 @@ import tensorflow as tf
 from keras.src.backend.common import global_state
 from keras.src.layers.layer import CallContext
 from tensorflow.python.framework import op_def_registry
-from tensorflow.python.ops.resource_variable_ops import ResourceVariable
+from tensorflow.python.ops.resource_variable_ops import BaseResourceVariable
 
 # What the names of the methods that assign to a `tf.Variable` begin with; `variable[0].assign(...)` calls the last.
 ASSIGNING = ("assign", "scatter_", "batch_scatter_", "_strided_slice_assign")
 
 
 def variable_class() -> type:
-    """Return the class of the objects that `tf.Variable(...)` makes, which TensorFlow does not export."""
-    return ResourceVariable
+    """Return the class under all that `tf.Variable(...)` makes, in a trace or outside: TensorFlow does not export it."""
+    return BaseResourceVariable
 
 
 def sublayers(layer: keras.Layer) -> list[keras.Layer]:

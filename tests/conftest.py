@@ -1,3 +1,4 @@
+import gc
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -10,3 +11,9 @@ import pytest
 def _seeded():
     keras.utils.set_random_seed(0)
     keras.backend.clear_session(free_memory=False)  # collecting garbage takes seconds, once many graphs were traced
+
+
+@pytest.fixture(autouse=True)
+def _garbage():
+    yield
+    gc.freeze()  # what is left of traces is not looked through again: each collection would take seconds
