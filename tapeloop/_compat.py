@@ -23,9 +23,15 @@ from tensorflow.python.ops.resource_variable_ops import BaseResourceVariable
 ASSIGNING = ("assign", "scatter_", "batch_scatter_", "_strided_slice_assign")
 
 
-def variable_class() -> type:
-    """Return the class under all that `tf.Variable(...)` makes, in a trace or outside: TensorFlow does not export it."""
-    return BaseResourceVariable
+def assigning_methods() -> list[tuple[type, str]]:
+    """Return the methods that assign to a `tf.Variable`, each with the class that defines it.
+
+    TensorFlow does not export the classes; variables made in a trace are of another one than those made outside.
+    """
+    classes = [BaseResourceVariable]
+    for kind in classes:
+        classes += [below for below in kind.__subclasses__() if below not in classes]
+    return [(kind, name) for kind in classes for name in vars(kind) if name.startswith(ASSIGNING)]
 
 
 def sublayers(layer: keras.Layer) -> list[keras.Layer]:

@@ -83,7 +83,7 @@ def noting_assignments(variables: Sequence[tf.Variable], note: Note) -> Iterator
 @contextlib.contextmanager
 def noting_all_assignments(note: Note) -> Iterator[None]:
     """Call `note` with any variable that this thread assigns to inside this context, when it does: for eager steps."""
-    kind, thread = _compat.variable_class(), threading.get_ident()
+    thread = threading.get_ident()
 
     def noting(assign: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(assign)
@@ -95,7 +95,7 @@ def noting_all_assignments(note: Note) -> Iterator[None]:
         return shadow
 
     with contextlib.ExitStack() as shadows:
-        for name in _assigning(kind):
+        for kind, name in _compat.assigning_methods():
             shadows.enter_context(_compat.class_attribute(kind, name, noting(getattr(kind, name))))
         yield
 

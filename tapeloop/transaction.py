@@ -186,7 +186,8 @@ class Transaction:
         examples = examples_of(batch)
         count = self._count(batch, examples)
         running.waits = count > 1
-        kept, aside = self._begin(running), {variable.ref() for variable in self._bookkeeping()}
+        self._begin(running)
+        kept, aside = Snapshot(self._others()), {variable.ref() for variable in self._bookkeeping()}
 
         def note(variable: tf.Variable) -> None:
             if variable.ref() not in aside:
