@@ -1,18 +1,21 @@
 """Train part of a TensorFlow/Keras 3 model, and pay only for that part."""
 
+from __future__ import annotations
+
 from tapeloop.errors import CacheError, DataError, DisconnectedError, NonFiniteError, PolicyError, TapeloopError
-from tapeloop.history import History, Phase
-from tapeloop.layerwise import LayerwiseDecay
-from tapeloop.ordinal import first, last
-from tapeloop.policy import Freeze, Groups, Progress, TrainAll, TrainOnly, VariablePolicy
-from tapeloop.report import paths
-from tapeloop.saving import Frontier
-from tapeloop.schedule import Cycle, GradualUnfreeze, Phases, RandomSubset
-from tapeloop.selection import Selection
-from tapeloop.tape import GroupTape
+from tapeloop.feature_cache.report import Frontier
+from tapeloop.loop.history import History, Phase
+from tapeloop.model.filters import Where, glob, kind, matching, named, under
+from tapeloop.model.ordinal import first, last
+from tapeloop.model.selection import Selection
+from tapeloop.model.summary import paths
+from tapeloop.model.tree import SubmodelInfo, VariableInfo
+from tapeloop.optimization.tape import GroupTape
+from tapeloop.policies.base import Progress, VariablePolicy
+from tapeloop.policies.layerwise import LayerwiseDecay
+from tapeloop.policies.scheduled import Cycle, GradualUnfreeze, Phases, RandomSubset
+from tapeloop.policies.static import Freeze, Groups, TrainAll, TrainOnly
 from tapeloop.trainer import Trainer
-from tapeloop.tree import SubmodelInfo, VariableInfo
-from tapeloop.where import Where, glob, kind, matching, named, under
 
 __all__ = [
     "CacheError",

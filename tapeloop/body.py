@@ -9,17 +9,17 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tapeloop.calling import call_model
 from tapeloop.errors import PolicyError
-from tapeloop.following import checked_decay, paired
-from tapeloop.logged import metrics_in
-from tapeloop.objective import Objective, added_losses
-from tapeloop.policy import VariablePolicy
-from tapeloop.selection import Selection
-from tapeloop.steps import Steps
-from tapeloop.tape import GroupTape
-from tapeloop.tree import Model, Tree, VariableInfo, raw
-from tapeloop.updates import Updates
+from tapeloop.loop.step_cache import Steps
+from tapeloop.model.selection import Selection
+from tapeloop.model.tree import Model, Tree, VariableInfo, raw
+from tapeloop.optimization.following import checked_decay, paired
+from tapeloop.optimization.tape import GroupTape
+from tapeloop.optimization.updates import Updates
+from tapeloop.policies.base import VariablePolicy
+from tapeloop.step.forward import call_model
+from tapeloop.step.metrics import metrics_in
+from tapeloop.step.objective import Objective, added_losses
 
 OVERRIDABLE = ("forward", "compute_loss", "train_step", "eval_step")
 

@@ -3,6 +3,8 @@
 Every message names what was asked, what was found and what to do about it.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 

@@ -6,19 +6,22 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from tapeloop import report, saving
-from tapeloop.batch import examples_of
 from tapeloop.body import Body
-from tapeloop.given import Given
-from tapeloop.history import History
-from tapeloop.loop import Loop
-from tapeloop.optim import LearningRates
-from tapeloop.passes import open_spec
-from tapeloop.policy import Progress, VariablePolicy
-from tapeloop.saving import Frontier
-from tapeloop.selection import Selection
-from tapeloop.selections import Due, Selections
-from tapeloop.step import Step
+from tapeloop.data.batch import examples_of
+from tapeloop.data.given import Given
+from tapeloop.feature_cache import report
+from tapeloop.feature_cache.fill import open_spec
+from tapeloop.feature_cache.report import Frontier
+from tapeloop.feature_cache.splitting import split
+from tapeloop.loop.compiled_step import Step
+from tapeloop.loop.epochs import Loop
+from tapeloop.loop.history import History
+from tapeloop.loop.phases import Due, Selections
+from tapeloop.model import summary
+from tapeloop.model.selection import Selection
+from tapeloop.optimization.optimizers import LearningRates
+from tapeloop.policies.base import Progress, VariablePolicy
+from tapeloop.step.clock import Clock
 
 
 class Readings(Body):
@@ -26,6 +29,7 @@ class Readings(Body):
 
     _loop: Loop
     _selections: Selections
+    _clock: Clock
 
     @property
     def policy(self) -> VariablePolicy:
@@ -80,14 +84,14 @@ class Readings(Body):
         """How many steps were trained, over all fits: a number, and inside a step a tensor of `tf.int64`."""
         if self._steps.building or self._steps.tracing:
             trains = self._steps.tracing is not None and self._steps.tracing[0] == "train"
-            return self._updates.clock.step(trains=trains)
+            return self._clock.step(trains=trains)
         return self._loop.steps_done
 
     @property
     def epoch(self) -> Any:
         """How many epochs were trained, over all fits: a number, and inside a step a tensor of `tf.int64`."""
         if self._steps.building or self._steps.tracing:
-            return self._updates.clock.epoch()
+            return self._clock.epoch()
         return self._loop.epochs_done
 
     @property
@@ -108,7 +112,7 @@ class Readings(Body):
         """
         selection = self.selection
         self._updates.optimizers.prepare(selection, changing=True)
-        return report.explain(selection, self._updates.optimizers.state_bytes, depth)
+        return summary.explain(selection, self._updates.optimizers.state_bytes, depth)
 
     def frontier(self, data: Any, *, batch_size: int = 32) -> Frontier:
         """Return which part of a training step is frozen and the same for an example whenever it comes.
@@ -131,8 +135,9 @@ class Readings(Body):
         size = int(examples_of(batch))
         last = size if batches.fewest is None else batches.fewest
         examples = None if batches.per_epoch is None else (batches.per_epoch - 1) * size + last
-        found = self._due(self._loop.last_logs, True).step.cut(spec, batch, random=False)
-        return saving.frontier(found, batch, examples)
+        step = self._due(self._loop.last_logs, True).step
+        found = split(step, spec, batch, random=False)
+        return report.frontier(found, batch, examples)
 
     def _held(self) -> Selection:
         progress = Progress(self._loop.steps_done, self._loop.epochs_done, self._loop.last_logs)

@@ -10,33 +10,37 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tapeloop.arrays import Orders
-from tapeloop.average import Averages
-from tapeloop.batch import as_tensors, examples_of, open_spec_of
+from tapeloop._validation import whole_number
 from tapeloop.body import OVERRIDABLE, Body
-from tapeloop.cache import FeatureCache
-from tapeloop.checks import whole_number
-from tapeloop.clipping import Clipping
-from tapeloop.data import Batches, as_batches
-from tapeloop.given import Given
-from tapeloop.guard import Judge
-from tapeloop.history import History
-from tapeloop.loop import Loop
-from tapeloop.microbatch import Microbatches
-from tapeloop.objective import Objective
-from tapeloop.optim import Optimizers
-from tapeloop.policy import TrainAll, VariablePolicy
-from tapeloop.progress import Display
+from tapeloop.data.batch import as_tensors, examples_of, open_spec_of
+from tapeloop.data.given import Given
+from tapeloop.data.loader import Batches, as_batches
+from tapeloop.data.sampler import Orders
+from tapeloop.feature_cache.cache import FeatureCache
+from tapeloop.feature_cache.storage import Memory
+from tapeloop.loop.epochs import Loop
+from tapeloop.loop.history import History
+from tapeloop.loop.nonfinite import Judge
+from tapeloop.loop.pace import Pace
+from tapeloop.loop.phases import Due, Selections
+from tapeloop.loop.progress import Display
+from tapeloop.loop.step_cache import Steps
+from tapeloop.model.filters import WhereLike
+from tapeloop.model.suitability import check_one_device, check_own_step
+from tapeloop.model.tree import Model, Tree
+from tapeloop.optimization.clipping import Clipping
+from tapeloop.optimization.ema import Averages
+from tapeloop.optimization.microbatches import Microbatches
+from tapeloop.optimization.optimizers import Optimizers
+from tapeloop.optimization.updates import Updates
+from tapeloop.policies.base import VariablePolicy
+from tapeloop.policies.static import TrainAll
 from tapeloop.readings import Readings
-from tapeloop.remat import Remat
-from tapeloop.selections import Due, Selections
-from tapeloop.step import Compilation
-from tapeloop.steps import Steps
-from tapeloop.store import Memory
-from tapeloop.suitable import check_one_device, check_own_step
-from tapeloop.tree import Model, Tree
-from tapeloop.updates import Updates
-from tapeloop.where import WhereLike
+from tapeloop.step.accumulation import check_pieces
+from tapeloop.step.clock import Clock
+from tapeloop.step.compilation import Compilation
+from tapeloop.step.objective import Objective
+from tapeloop.step.remat import Remat
 
 
 class Trainer(Readings):
@@ -120,14 +124,18 @@ class Trainer(Readings):
         if pieces.adapts or pieces.count > 1:
             self._objective.check_averages()
         judge = Judge(nonfinite, max_skipped)
-        self._updates = Updates(Optimizers(optimizer), Clipping(clip_norm), pieces, Averages(ema), judge)
+        parts = Optimizers(optimizer), Clipping(clip_norm), pieces, Averages(ema)
+        self._updates = Updates(*parts, looks=judge.looks, ends_at_bad=judge.patience == 0)
         bodies = {"train": self.train_step, "eval": self.eval_step, "predict": self._predict_step}
         # Python's `if` and `for` over tensors are the user's to write; converting our own code costs a second.
         how = Compilation(bool(overridden), jit_compile, run_eagerly, steps_per_call)
+        self._clock = Clock()
+        Pace(steps_per_call)  # which raises what is wrong with it
         self._steps = Steps(
             bodies,
             self._objective,
             self._updates,
+            self._clock,
             how,
             Remat(remat),
             self._kept,
@@ -207,7 +215,7 @@ class Trainer(Readings):
             validation.lasts(epochs)
             validation.check()
         batches.lasts(epochs)
-        self._updates.microbatches.check(batches.fewest)
+        check_pieces(self._updates.microbatches, batches.fewest)
         cache = FeatureCache(self._cached, feature_cache, feature_cache_views)
         cache.check([given, judged], self._updates.microbatches, self._steps.run_eagerly)
         self._steps.build(self.model, batches.specs)
@@ -263,7 +271,7 @@ class Trainer(Readings):
         batch = as_tensors(given, "the batch")
         if self._updates.microbatches.count > 1:
             examples = examples_of(batch)
-            self._updates.microbatches.check(examples if isinstance(examples, int) else None)
+            check_pieces(self._updates.microbatches, examples if isinstance(examples, int) else None)
         self._steps.build(self.model, lambda: iter([open_spec_of(batch)]))
         return self._loop.train_on_batch(batch, self.policy, self._due)
 

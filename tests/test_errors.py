@@ -5,8 +5,8 @@ import pytest
 import tensorflow as tf
 
 import tapeloop as tl
-from tests import models
-from tests.models import trainer_of
+from tests.support import models
+from tests.support.models import trainer_of
 
 
 class TwoHeads(keras.Model):

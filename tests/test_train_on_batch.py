@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import tapeloop as tl
-from tests import models
+from tests.support import models
 
 layers = keras.layers
 X = np.random.default_rng(0).normal(size=(8, 4)).astype("float32")

@@ -4,8 +4,8 @@ import pytest
 import tensorflow as tf
 
 import tapeloop as tl
-from tests import models
-from tests.models import trainer_of
+from tests.support import models
+from tests.support.models import trainer_of
 
 
 def test_fit_returns_the_logs_of_each_epoch_and_counts_on():

@@ -1,0 +1,86 @@
+"""Every private name of TensorFlow and Keras, every patch, and every match on the text of an error.
+
+`tests/backend/` fails when one of them changes its meaning.
+"""
+
+from tapeloop._backend.assertions import (
+    DRAWING,
+    came_up_drawing,
+    can_stop,
+    has_stopped,
+    refusal,
+    require,
+    stop_unless,
+    xla_refusal,
+)
+from tapeloop._backend.keras_internals import (
+    added_losses,
+    call_methods,
+    clone_optimizer,
+    copy_mask,
+    forget_added_losses,
+    inherit_training,
+    inherited_training,
+    learning_rate_variable,
+    optimizer_bookkeeping,
+    optimizer_config,
+    own_metrics,
+    schedule_of,
+    sublayers,
+    within_call,
+)
+from tapeloop._backend.patching import (
+    ASSIGNING,
+    Note,
+    assigning_methods,
+    assigning_names,
+    class_attribute,
+    inlined_functions,
+    noting_all_assignments,
+    noting_assignments,
+    read_once,
+    shadowed,
+)
+from tapeloop._backend.traced_graph import Part, Traced
+from tapeloop._backend.tracing import captures, effects, is_stateful, outside_of_trace
+
+__all__ = [
+    "ASSIGNING",
+    "DRAWING",
+    "Note",
+    "Part",
+    "Traced",
+    "added_losses",
+    "assigning_methods",
+    "assigning_names",
+    "call_methods",
+    "came_up_drawing",
+    "can_stop",
+    "captures",
+    "class_attribute",
+    "clone_optimizer",
+    "copy_mask",
+    "effects",
+    "forget_added_losses",
+    "has_stopped",
+    "inherit_training",
+    "inherited_training",
+    "inlined_functions",
+    "is_stateful",
+    "learning_rate_variable",
+    "noting_all_assignments",
+    "noting_assignments",
+    "optimizer_bookkeeping",
+    "optimizer_config",
+    "outside_of_trace",
+    "own_metrics",
+    "read_once",
+    "refusal",
+    "require",
+    "schedule_of",
+    "shadowed",
+    "stop_unless",
+    "sublayers",
+    "within_call",
+    "xla_refusal",
+]

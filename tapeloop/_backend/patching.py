@@ -1,0 +1,132 @@
+"""Replacing methods of objects and classes for as long as a step is traced or runs eagerly."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any
+
+import tensorflow as tf
+from tensorflow.python.ops.resource_variable_ops import BaseResourceVariable
+
+# What the names of the methods that assign to a `tf.Variable` begin with; `variable[0].assign(...)` calls the last.
+ASSIGNING = ("assign", "scatter_", "batch_scatter_", "_strided_slice_assign")
+
+
+def assigning_methods() -> list[tuple[type, str]]:
+    """Return the methods that assign to a `tf.Variable`, each with the class that defines it.
+
+    TensorFlow does not export the classes; variables made in a trace are of another one than those made outside.
+    """
+    classes = [BaseResourceVariable]
+    for kind in classes:
+        classes += [below for below in kind.__subclasses__() if below not in classes]
+    return [(kind, name) for kind in classes for name in vars(kind) if name.startswith(ASSIGNING)]
+
+
+@contextlib.contextmanager
+def class_attribute(owner: type, name: str, value: Any) -> Iterator[None]:
+    """Let a class have another attribute inside this context.
+
+    Python looks up `__call__` on the class, so that it cannot be replaced on one object.
+    """
+    inherited = name not in vars(owner)
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        delattr(owner, name) if inherited else setattr(owner, name, before)
+
+
+Note = Callable[[tf.Variable], None]
+_inlining = threading.RLock()
+
+
+@contextlib.contextmanager
+def noting_assignments(variables: Sequence[tf.Variable], note: Note) -> Iterator[None]:
+    """Call `note` with each of the variables that is assigned to inside this context, when it is."""
+    with contextlib.ExitStack() as shadows:
+        for variable in variables:
+            for name in assigning_names(variable.__class__):
+                shadows.enter_context(shadowed(variable, name, _noting(variable, getattr(variable, name), note)))
+        yield
+
+
+@contextlib.contextmanager
+def noting_all_assignments(note: Note) -> Iterator[None]:
+    """Call `note` with any variable that this thread assigns to inside this context, when it does: for eager steps."""
+    thread = threading.get_ident()
+
+    def noting(assign: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(assign)
+        def shadow(self: tf.Variable, *args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() == thread:
+                note(self)
+            return assign(self, *args, **kwargs)
+
+        return shadow
+
+    with contextlib.ExitStack() as shadows:
+        for kind, name in assigning_methods():
+            shadows.enter_context(class_attribute(kind, name, noting(getattr(kind, name))))
+        yield
+
+
+@contextlib.contextmanager
+def read_once(variable: tf.Variable) -> Iterator[None]:
+    """Have whatever reads the variable inside this context share one read, until somebody assigns to it.
+
+    What is computed of it several times in a graph can then be computed once.
+    """
+    shared, read = [variable.read_value()], variable.value
+
+    def value() -> tf.Tensor:
+        return shared[0] if shared else read()
+
+    with noting_assignments([variable], lambda _: shared.clear()), shadowed(variable, "value", value):
+        yield
+
+
+@contextlib.contextmanager
+def shadowed(target: Any, name: str, shadow: Any) -> Iterator[None]:
+    """Let `target` find `shadow` under `name`, without the bookkeeping that Keras does when an attribute is set."""
+    missing = object()
+    own = vars(target).get(name, missing)  # such as a method that the user has replaced on this very object
+    object.__setattr__(target, name, shadow)
+    try:
+        yield
+    finally:
+        object.__delattr__(target, name) if own is missing else object.__setattr__(target, name, own)
+
+
+@contextlib.contextmanager
+def inlined_functions() -> Iterator[None]:
+    """Trace what the user has decorated with `tf.function` as part of the step, not from a trace it may have kept.
+
+    A kept trace knows nothing of this step's mode, and one made now would keep it beyond the step. The setting is that
+    of the process, so threads take turns.
+    """
+    with _inlining:
+        before = tf.config.functions_run_eagerly()
+        tf.config.run_functions_eagerly(True)
+        try:
+            yield
+        finally:
+            tf.config.run_functions_eagerly(before)
+
+
+@functools.cache
+def assigning_names(kind: Hashable) -> tuple[str, ...]:
+    """Name the methods that assign to a variable of this class."""
+    return tuple(name for name in dir(kind) if name.startswith(ASSIGNING))
+
+
+def _noting(variable: tf.Variable, assign: Callable[..., Any], note: Note) -> Callable[..., Any]:
+    def shadow(*args: Any, **kwargs: Any) -> Any:
+        note(variable)
+        return assign(*args, **kwargs)
+
+    return shadow

@@ -1,0 +1,1 @@
+"""Anything that holds data -> batches."""

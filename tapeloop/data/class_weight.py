@@ -1,0 +1,68 @@
+"""Weights of examples by the class of their target."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+
+from tapeloop.data.batch import shapes
+from tapeloop.errors import DataError
+
+
+class ClassWeights(NamedTuple):
+    """Weights of examples by the class of their target.
+
+    Attributes:
+        classes: The classes, `[n]`.
+        weights: The weight of each, `[n]`; an example of another class has the weight 1.
+    """
+
+    classes: tf.Tensor
+    weights: tf.Tensor
+
+    def applied(self, batch: Any) -> Any:
+        """Return a batch `(inputs, targets)` with the weights of its examples.
+
+        Raises:
+            DataError: It has weights already, or its targets are not one class for each example.
+        """
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
+        if sample_weight is not None:
+            raise DataError("`class_weight` was given, and the data has sample weights already: leave one of them out.")
+        if not isinstance(y, tf.Tensor) or y.shape.rank not in (1, 2):
+            raise DataError(
+                "`class_weight` needs one target for each example: its class, of the shape `[examples]` or "
+                f"`[examples, 1]`, or its one-hot vector. The targets are {shapes(y)}."
+            )
+        if y.shape.rank == 2:
+            y = tf.squeeze(y, 1) if y.shape[1] == 1 else tf.argmax(y, 1)
+        label = tf.cast(tf.round(y) if y.dtype.is_floating else y, tf.int64)
+        matches = tf.equal(label[:, tf.newaxis], self.classes)
+        known = tf.reduce_any(matches, 1)
+        weight = tf.where(known, tf.gather(self.weights, tf.argmax(tf.cast(matches, tf.int32), 1)), 1.0)
+        return x, batch[1], weight
+
+
+def _weighted(batch: Any, class_weights: ClassWeights | None) -> Any:
+    return batch if class_weights is None else class_weights.applied(batch)
+
+
+def class_weights_of(weights: Mapping[int, float]) -> ClassWeights:
+    """Check and keep the weights of classes.
+
+    Raises:
+        TypeError: They are no mapping from whole numbers to numbers.
+        ValueError: There are none.
+    """
+    if not isinstance(weights, Mapping) or not all(
+        isinstance(label, numbers.Integral) and isinstance(weight, numbers.Real) for label, weight in weights.items()
+    ):
+        raise TypeError(f"`class_weight` must be a mapping from classes to weights. Received: {weights!r}.")
+    if not weights:
+        raise ValueError("`class_weight` is empty. Name a class with its weight, or leave it out.")
+    classes, values = zip(*weights.items())
+    return ClassWeights(tf.constant(classes, tf.int64), tf.constant(values, keras.config.floatx()))

@@ -1,0 +1,61 @@
+"""Splitting a step at its frontier, and having it run on features from there."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+from tapeloop._backend import Traced
+from tapeloop.feature_cache.frontier import Cut, find
+from tapeloop.feature_cache.obstacles import Obstacle
+from tapeloop.loop.compiled_step import Step
+
+
+@dataclass
+class _Known:
+    """What is known of a step.
+
+    Attributes:
+        moves: The identities of the variables that it assigns to.
+        cuts: Its cuts, by the signature of batches, whether randomness may come before, and what another step moves.
+    """
+
+    moves: frozenset[int] = frozenset()
+    cuts: dict[tuple[str, bool, frozenset[int]], Cut] = field(default_factory=dict)
+
+
+_known: weakref.WeakKeyDictionary[Step, _Known] = weakref.WeakKeyDictionary()
+
+
+def split(
+    step: Step, spec: Any, batch: Any, *, random: bool, moving: frozenset[int] = frozenset()
+) -> Cut | list[Obstacle]:
+    """Find the frontier of a step, on whose features it then runs where it is fed them.
+
+    Args:
+        step: The step.
+        spec: The signature of batches.
+        batch: One of them.
+        random: Whether what is random may come before it.
+        moving: The identities of variables that another step moves.
+
+    Returns:
+        Where the step is cut, or what stands in the way.
+    """
+    known, key = _known.setdefault(step, _Known()), (str(spec), random, moving)
+    if key not in known.cuts:
+        whole = Traced(step.whole(spec), step.variables())
+        known.moves = frozenset(id(whole.variables[name]) for name in whole.written() if name in whole.variables)
+        found = find(whole, step.selection, batch, random=random, moving=moving)
+        if not isinstance(found, Cut):
+            return found
+        known.cuts[key] = found
+    step.split_at(known.cuts[key])
+    return known.cuts[key]
+
+
+def moves_of(step: Step) -> frozenset[int]:
+    """Return the identities of the variables that a step assigns to, once its frontier was looked for."""
+    known = _known.get(step)
+    return frozenset() if known is None else known.moves

@@ -1,0 +1,1 @@
+"""Compiled steps, the loop in the graph, phases and epochs."""

@@ -1,0 +1,74 @@
+"""What training records: logs, phases, how far it has come."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tapeloop.model.selection import Selection
+from tapeloop.policies.base import VariablePolicy
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training during which one selection held.
+
+    Attributes:
+        step: The step at which it began, counted over all fits.
+        epoch: The epoch in which it began, likewise.
+        policy: The policy that held.
+        selection: What trained.
+    """
+
+    step: int
+    epoch: int
+    policy: VariablePolicy
+    selection: Selection = field(repr=False)
+
+
+@dataclass
+class History:
+    """What a fit recorded.
+
+    Attributes:
+        history: For each log, its value at the end of each epoch: a float, or an array for a metric that has several;
+            NaN for an epoch without it.
+        epoch: The number of each epoch, counted over all fits of the trainer.
+        phases: What trained from which step on.
+    """
+
+    history: dict[str, list[Any]] = field(default_factory=dict)
+    epoch: list[int] = field(default_factory=list)
+    phases: list[Phase] = field(default_factory=list)
+
+    def add_phase(self, phase: Phase) -> None:
+        """Take in what trains from now on, unless it trains already."""
+        if not self.phases or self.phases[-1].selection != phase.selection:
+            self.phases.append(phase)
+
+    def add_epoch(self, number: int, logs: Mapping[str, Any]) -> None:
+        """Take in the logs of an epoch; where an epoch logged nothing under a name, its value there is NaN."""
+        for name in [name for name in logs if name not in self.history]:
+            self.history[name] = [math.nan] * len(self.epoch)
+        self.epoch.append(number)
+        for name, values in self.history.items():
+            values.append(logs.get(name, math.nan))
+
+
+class LazyLogs(Mapping[str, Any]):
+    """Logs that are fetched when somebody looks."""
+
+    def __init__(self, fetch: Callable[[], Mapping[str, Any]]) -> None:
+        self._fetch = functools.cache(fetch)
+
+    def __getitem__(self, name: str) -> Any:
+        return self._fetch()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._fetch())
+
+    def __len__(self) -> int:
+        return len(self._fetch())

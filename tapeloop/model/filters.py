@@ -1,0 +1,327 @@
+"""Wheres: frozen, hashable predicates on variables, combined with `&`, `|` and `~`.
+
+Wherever a where is taken, a string is a path glob, a submodel object means all under that very object, a class means
+every layer of it, and a list means any of its entries.
+"""
+
+from __future__ import annotations
+
+import abc
+import fnmatch
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import keras
+import tensorflow as tf
+
+from tapeloop.model.tree import Model, SubmodelInfo, VariableInfo
+
+WhereLike: TypeAlias = "Where | str | Model | type | Sequence[WhereLike]"
+
+
+class Where(abc.ABC):
+    """A predicate on variables. True means that the variable is meant."""
+
+    @abc.abstractmethod
+    def __call__(self, variable: VariableInfo) -> bool:
+        """Tell whether `variable` is meant."""
+
+    def __and__(self, other: WhereLike) -> Where:
+        return Joined("&", self, as_where(other))
+
+    def __or__(self, other: WhereLike) -> Where:
+        return Joined("|", self, as_where(other))
+
+    def __rand__(self, other: WhereLike) -> Where:
+        return Joined("&", as_where(other), self)
+
+    def __ror__(self, other: WhereLike) -> Where:
+        return Joined("|", as_where(other), self)
+
+    def __invert__(self) -> Where:
+        return Not(self)
+
+    def __bool__(self) -> bool:
+        raise TypeError(f"A where has no truth value: combine wheres with `&`, `|` and `~`. Received: {self!r}.")
+
+    def patterns(self) -> tuple[str, ...]:
+        """The path globs in it, for errors that suggest what stands nearby."""
+        return ()
+
+    def parts(self) -> tuple[Where, ...]:
+        """The wheres in it that name something in particular, and so must mean something by themselves."""
+        return ()
+
+    def __deepcopy__(self, memo: object) -> Where:
+        """Return the where itself: a copy would mean copies of layers, which are none of the model's."""
+        return self
+
+
+@dataclass(frozen=True)
+class Glob(Where):
+    """See `glob`."""
+
+    pattern: str
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.pattern, str):
+            raise TypeError(f"`pattern` must be a string. Received: {self.pattern!r}.")
+        if not all(self.pattern.split("/")):
+            raise ValueError(
+                f"`pattern` must be segments joined by single slashes, as in 'backbone/**'. Received: {self.pattern!r}."
+            )
+
+    def __call__(self, variable: VariableInfo) -> bool:
+        pattern = tuple(self.pattern.split("/"))
+        return any(_matches(pattern, tuple(path.split("/"))) for path in variable.paths)
+
+    def __repr__(self) -> str:
+        return f"glob({self.pattern!r})"
+
+    def patterns(self) -> tuple[str, ...]:
+        return (self.pattern,)
+
+    def parts(self) -> tuple[Where, ...]:
+        return (self,)
+
+
+@dataclass(frozen=True)
+class Kind(Where):
+    """See `kind`."""
+
+    types: tuple[type, ...]
+
+    def __call__(self, variable: VariableInfo) -> bool:
+        return any(isinstance(submodel.object, self.types) for submodel in variable.submodels)
+
+    def __repr__(self) -> str:
+        return f"kind({', '.join(kind.__name__ for kind in self.types)})"
+
+
+@dataclass(frozen=True)
+class Named(Where):
+    """See `named`."""
+
+    names: tuple[str, ...]
+
+    def __call__(self, variable: VariableInfo) -> bool:
+        return any(path.rpartition("/")[2] in self.names for path in variable.paths)
+
+    def __repr__(self) -> str:
+        return f"named({', '.join(map(repr, self.names))})"
+
+    def patterns(self) -> tuple[str, ...]:
+        return self.names
+
+
+@dataclass(frozen=True)
+class Under(Where):
+    """See `under`."""
+
+    submodel: Model
+
+    def __call__(self, variable: VariableInfo) -> bool:
+        return any(submodel.object is self.submodel for submodel in variable.submodels)
+
+    def __repr__(self) -> str:
+        name = getattr(self.submodel, "name", None)
+        return f"under(<{type(self.submodel).__name__}{f' {name}' if name else ''}>)"
+
+    def parts(self) -> tuple[Where, ...]:
+        return (self,)
+
+
+@dataclass(frozen=True)
+class Matching(Where):
+    """See `matching`."""
+
+    function: Callable[[VariableInfo], bool]
+
+    def __call__(self, variable: VariableInfo) -> bool:
+        return bool(self.function(variable))
+
+    def __repr__(self) -> str:
+        return f"matching({getattr(self.function, '__qualname__', repr(self.function))})"
+
+
+@dataclass(frozen=True)
+class Joined(Where):
+    """Two wheres joined by `&` or `|`."""
+
+    sign: str
+    left: Where
+    right: Where
+
+    def __call__(self, variable: VariableInfo) -> bool:
+        if self.sign == "&":
+            return self.left(variable) and self.right(variable)
+        return self.left(variable) or self.right(variable)
+
+    def __repr__(self) -> str:
+        return f"({self.left!r} {self.sign} {self.right!r})"
+
+    def patterns(self) -> tuple[str, ...]:
+        return (*self.left.patterns(), *self.right.patterns())
+
+    def parts(self) -> tuple[Where, ...]:
+        return (*self.left.parts(), *self.right.parts())
+
+
+@dataclass(frozen=True)
+class AnyOf(Where):
+    """All that one of several wheres means."""
+
+    wheres: tuple[Where, ...]
+
+    def __call__(self, variable: VariableInfo) -> bool:
+        return any(where(variable) for where in self.wheres)
+
+    def __repr__(self) -> str:
+        return repr(list(self.wheres))
+
+    def patterns(self) -> tuple[str, ...]:
+        return tuple(pattern for where in self.wheres for pattern in where.patterns())
+
+    def parts(self) -> tuple[Where, ...]:
+        return tuple(part for where in self.wheres for part in where.parts())
+
+
+@dataclass(frozen=True)
+class Not(Where):
+    """All that a where does not mean."""
+
+    where: Where
+
+    def __call__(self, variable: VariableInfo) -> bool:
+        return not self.where(variable)
+
+    def __repr__(self) -> str:
+        return f"~{self.where!r}"
+
+    def patterns(self) -> tuple[str, ...]:
+        return self.where.patterns()
+
+    def parts(self) -> tuple[Where, ...]:
+        return self.where.parts()
+
+
+def glob(pattern: str) -> Where:
+    """Mean the variables at the paths that `pattern` matches, and all under the submodels that it matches.
+
+    Args:
+        pattern: Segments joined by slashes. `*`, `?` and `[...]` match within a segment, `**` matches any
+            number of segments: `"backbone"` and `"backbone/**"` are all under the backbone, `"**/bias"` every bias. A
+            segment that is the very name matches, brackets included.
+
+    Raises:
+        TypeError: `pattern` is no string.
+        ValueError: A segment of it is empty.
+    """
+    return Glob(pattern)
+
+
+def kind(*types: type) -> Where:
+    """Mean the variables in submodels of these classes, at any depth: `kind(keras.layers.BatchNormalization)`.
+
+    Args:
+        *types: Classes of layers, models or modules; subclasses are meant too.
+
+    Raises:
+        TypeError: There is none, or one of them is no class.
+    """
+    if not types or not all(isinstance(kind, type) for kind in types):
+        raise TypeError(f"`kind` takes one or more classes of layers. Received: {types!r}.")
+    return Kind(types)
+
+
+def named(*names: str) -> Where:
+    """Mean the variables whose last path segment is one of `names`: `named("bias")`.
+
+    Args:
+        *names: Names of variables, as they end a path.
+
+    Raises:
+        TypeError: There is none, or one of them is no string.
+    """
+    if not names or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"`named` takes one or more names of variables. Received: {names!r}.")
+    return Named(names)
+
+
+def under(submodel: Model) -> Where:
+    """Mean the variables under this very submodel, wherever it stands.
+
+    Args:
+        submodel: A layer, model or module of the model.
+
+    Raises:
+        TypeError: It is none of these.
+    """
+    if not isinstance(submodel, (keras.Layer, tf.Module)):
+        raise TypeError(f"`submodel` must be a Keras model or layer, or a `tf.Module`. Received: {submodel!r}.")
+    return Under(submodel)
+
+
+def matching(function: Callable[[VariableInfo], bool]) -> Where:
+    """Mean the variables for which `function` returns True: `matching(lambda v: v.parameters > 10_000)`.
+
+    Args:
+        function: Takes a `VariableInfo` and returns a bool. It is asked about variables that cannot train too.
+
+    Raises:
+        TypeError: It cannot be called.
+    """
+    if not callable(function):
+        raise TypeError(f"`function` must take a `VariableInfo` and return a bool. Received: {function!r}.")
+    return Matching(function)
+
+
+def as_where(value: WhereLike) -> Where:
+    """Turn what a user may write for a where into one.
+
+    A string is a glob, a submodel all that is under it, a class every layer of it, a list any of its entries.
+
+    Raises:
+        TypeError: It is none of these.
+    """
+    if isinstance(value, Where):
+        return value
+    if isinstance(value, str):
+        return Glob(value)
+    if isinstance(value, (keras.Layer, tf.Module)):
+        return Under(value)
+    if isinstance(value, type) and issubclass(value, (keras.Layer, tf.Module)):
+        return Kind((value,))
+    if isinstance(value, (list, tuple)) and value:
+        return AnyOf(tuple(map(as_where, value)))
+    hint = ""
+    if isinstance(value, (list, tuple)):
+        hint = " A list must hold one or more."
+    elif callable(value):
+        hint = " For a function of a variable, write `matching(function)`."
+    raise TypeError(
+        "A where must be a path glob, a submodel, a class of layers, a list of these, or a `Where`. "
+        f"Received: {value!r}.{hint}"
+    )
+
+
+def matches_whole(pattern: str, path: str) -> bool:
+    """Tell whether a glob matches a path to its end, and not only the first segments of it."""
+    return _matches(tuple(pattern.split("/")), tuple(path.split("/")), whole=True)
+
+
+def is_inside(inner: SubmodelInfo, outer: SubmodelInfo) -> bool:
+    """Tell whether a submodel stands in another, at any of its paths."""
+    return any(path.startswith(f"{above}/") for path in inner.paths for above in outer.paths)
+
+
+def _matches(pattern: tuple[str, ...], path: tuple[str, ...], whole: bool = False) -> bool:
+    """Tell whether a glob's segments match the path or, unless `whole`, the first segments of it."""
+    if not pattern:
+        return not (whole and path)
+    if pattern[0] == "**":
+        return _matches(pattern[1:], path, whole) or (bool(path) and _matches(pattern, path[1:], whole))
+    if not path or not (path[0] == pattern[0] or fnmatch.fnmatchcase(path[0], pattern[0])):
+        return False
+    return _matches(pattern[1:], path[1:], whole)

@@ -1,0 +1,79 @@
+"""A policy's answer for one model: which variables train in which group, and which submodels run in inference mode."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from tapeloop.model.tree import SubmodelInfo, Tree, VariableInfo
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """The resolved, immutable answer of a policy for one model.
+
+    Two selections are equal when the same variables train in the same groups and the same submodels run in
+    inference mode, however their policies were written. Every variable of the model stands in exactly one of
+    `groups`, `frozen` and `non_trainable`.
+
+    Attributes:
+        tree: The model.
+        groups: The variables that train, by group, in the model's order.
+        frozen: The variables that could train and are in no group.
+        non_trainable: The variables that Keras itself never trains: batch statistics, seed states, and what its
+            `trainable` flags exclude.
+        inference: The submodels that run in inference mode, whatever mode their parent is called in.
+        rules: For every variable, the rule that put it where it is.
+        multipliers: By how much each group's learning rate is multiplied.
+    """
+
+    tree: Tree
+    groups: Mapping[str, tuple[VariableInfo, ...]]
+    frozen: tuple[VariableInfo, ...]
+    non_trainable: tuple[VariableInfo, ...]
+    inference: tuple[SubmodelInfo, ...]
+    rules: Mapping[VariableInfo, str] = field(repr=False)
+    multipliers: Mapping[str, float] = field(default_factory=dict)
+
+    @functools.cached_property
+    def trained(self) -> tuple[VariableInfo, ...]:
+        """The variables of all groups, group by group."""
+        return tuple(variable for variables in self.groups.values() for variable in variables)
+
+    @functools.cached_property
+    def group_of(self) -> Mapping[VariableInfo, str]:
+        """The group of each variable that trains."""
+        return {variable: group for group, variables in self.groups.items() for variable in variables}
+
+    @functools.cached_property
+    def idle(self) -> frozenset[SubmodelInfo]:
+        """The submodels in inference mode of which nothing trains: what they assign in their `call` is dropped."""
+        held, trains = self.tree.held, self.group_of.keys()
+        return frozenset(submodel for submodel in self.inference if trains.isdisjoint(held[submodel]))
+
+    @functools.cached_property
+    def _key(self) -> tuple[object, ...]:
+        groups = frozenset(
+            (group, frozenset(id(variable.variable) for variable in variables))
+            for group, variables in self.groups.items()
+        )
+        return groups, frozenset(id(submodel.object) for submodel in self.inference)
+
+    def __eq__(self, other: object) -> bool:
+        return self._key == other._key if isinstance(other, Selection) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __repr__(self) -> str:
+        return f"<Selection: {self.describe()}>"
+
+    def describe(self) -> str:
+        """Say in one line how much trains: `head: 2 variables, 650 parameters; frozen: 12 variables, ...`."""
+        parts = {**self.groups, "frozen": self.frozen, "non-trainable": self.non_trainable}
+        return "; ".join(
+            f"{name}: {len(variables)} variables, {sum(v.parameters for v in variables):,} parameters"
+            for name, variables in parts.items()
+            if variables
+        )

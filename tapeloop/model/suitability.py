@@ -1,0 +1,60 @@
+"""Whether a model is one that a trainer can train as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tapeloop.model.tree import Tree
+
+# What a Keras model may override for its own `fit`, and which methods of a trainer replace it.
+REPLACED_BY = {
+    "train_step": ("train_step", "compute_loss"),
+    "compute_loss": ("train_step", "compute_loss"),
+    "compute_metrics": ("train_step", "compute_loss"),
+    "test_step": ("eval_step", "compute_loss"),
+}
+
+
+def check_own_step(model: Any, overridden: Collection[str], trainer: str) -> None:
+    """Check that a Keras model has no step of its own, which the trainer would not run.
+
+    Args:
+        model: The model.
+        overridden: The methods of the trainer that a subclass overrides.
+        trainer: The name of the trainer's class.
+
+    Raises:
+        ValueError: It has one, and the trainer has none in its stead.
+    """
+    if not isinstance(model, keras.Model):
+        return
+    for name, replacing in REPLACED_BY.items():
+        is_own = getattr(type(model), name) is not getattr(keras.Model, name) or name in vars(model)
+        if is_own and not set(replacing) & set(overridden):
+            methods = " or ".join(f"`{method}`" for method in replacing)
+            raise ValueError(
+                f"The model {type(model).__name__} has a `{name}` of its own, which `{trainer}` would not call: a "
+                f"trainer has its own step. Subclass `Trainer` and write it as {methods} there, or pass "
+                "`ignore_model_step=True` to train with the trainer's step and loss all the same."
+            )
+
+
+def check_one_device(tree: Tree) -> None:
+    """Check that a model is not one of a distribution strategy.
+
+    Raises:
+        ValueError: It is.
+    """
+    strategy = tf.distribute.get_strategy() if tf.distribute.has_strategy() else None
+    for variable in tree.variables:
+        if isinstance(variable.tensor, tf.distribute.DistributedValues):
+            strategy = variable.tensor.distribute_strategy
+    if strategy is not None and not isinstance(strategy, tf.distribute.OneDeviceStrategy):
+        raise ValueError(
+            f"The model was made under {type(strategy).__name__}, or the trainer is made within its scope. A trainer "
+            "trains on one device: make both outside of `strategy.scope()`."
+        )

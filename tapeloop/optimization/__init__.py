@@ -1,0 +1,1 @@
+"""A loss -> gradients -> new values."""

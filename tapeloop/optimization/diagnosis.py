@@ -1,0 +1,103 @@
+"""Why a variable gets no gradient, as far as the traced graph tells."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from tapeloop import _backend
+from tapeloop.errors import listed
+from tapeloop.model.tree import VariableInfo
+
+
+def disconnected(loss: tf.Tensor, missing: Sequence[VariableInfo], total: int) -> str:
+    """Say which variables get no gradient, the likely cause for each, and what to do.
+
+    Args:
+        loss: What was differentiated.
+        missing: The variables without a gradient.
+        total: How many should have one.
+    """
+    causes: dict[str, list[str]] = {}
+    for variable in missing:
+        causes.setdefault(_cause(loss, variable), []).append(variable.path)
+    return (
+        f"{len(missing)} of the {total} variables that should train get no gradient. "
+        + " ".join(f"{listed(paths)}: {cause}." for cause, paths in causes.items())
+        + " Let the loss depend on them, or freeze them: `Freeze(...)` with these paths."
+    )
+
+
+def _cause(loss: tf.Tensor, variable: VariableInfo) -> str:
+    if not tf.as_dtype(variable.dtype).is_floating:
+        return f"integers ({variable.dtype}) have no gradient"
+    if tf.executing_eagerly():
+        return "the loss does not depend on it, or through a `stop_gradient`, an integer or NumPy"
+    handle = variable.tensor.handle
+    read = next((inside for outside, inside in _backend.captures(loss.graph) if outside is handle), None)
+    if read is None:
+        return "not read where the loss is computed, its layer is not called there"
+    route = _route(read, loss)
+    if route is None:
+        return "what is computed from it does not reach the loss"
+    if _is_differentiable(loss, read):
+        return "read outside of `with self.tape(...):`"
+    return f"on the way to the loss is {_what(_block(loss, route))}"
+
+
+def _route(start: tf.Tensor, end: tf.Tensor) -> list[Any] | None:
+    """Return the ops on a shortest way from one tensor of a graph to another, or None where there is no way."""
+    came_from: dict[Any, Any] = {}
+    waiting = deque((op, None) for op in start.consumers())
+    while waiting:
+        op, before = waiting.popleft()
+        if op in came_from:
+            continue
+        came_from[op] = before
+        if op is end.op:
+            route = []
+            while op is not None:
+                route.append(op)
+                op = came_from[op]
+            return route[::-1]
+        waiting.extend((following, op) for output in op.outputs for following in output.consumers())
+    return None
+
+
+def _is_differentiable(loss: tf.Tensor, tensor: tf.Tensor) -> bool:
+    """Tell whether the graph, without regard to tapes, has a gradient of the loss for a tensor of it."""
+    try:
+        return tf.gradients(loss, tensor)[0] is not None
+    except LookupError:  # an op that has none, and was not declared to have none
+        return False
+
+
+def _block(loss: tf.Tensor, route: Sequence[Any]) -> Any:
+    """Return the op of the route that lets no gradient through: those after it have one, those before it none."""
+    low, high = 0, len(route) - 1
+    while low < high:
+        middle = (low + high) // 2
+        if any(_is_differentiable(loss, output) for output in route[middle].outputs):
+            high = middle
+        else:
+            low = middle + 1
+    return route[low]
+
+
+def _what(op: Any) -> str:
+    """Say what an op is."""
+    if op.type in ("StopGradient", "PreventGradient"):
+        return "a `stop_gradient`"
+    if op.type in ("PyFunc", "PyFuncStateless", "EagerPyFunc"):
+        return "a `py_function` or `numpy_function`"
+    if op.type == "IdentityN":
+        return "a custom gradient (or `remat`, for which a layer's arguments are all that it depends on)"
+    if op.type in ("If", "StatelessIf", "Case", "StatelessCase", "While", "StatelessWhile"):
+        return f"something in a branch or a loop (`{op.type}`)"
+    integers = [tensor.dtype.name for tensor in op.inputs if tensor.dtype.is_integer]
+    return (
+        f"`{op.type}` of {integers[0]}, and integers have no gradient" if integers else f"`{op.type}`, without gradient"
+    )

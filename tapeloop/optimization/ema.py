@@ -1,0 +1,135 @@
+"""Exponential moving averages of what trains."""
+
+from __future__ import annotations
+
+import contextlib
+import numbers
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import tensorflow as tf
+
+from tapeloop.model.selection import Selection
+from tapeloop.model.tree import VariableInfo
+
+
+@dataclass
+class _Average:
+    """The average of one variable.
+
+    Attributes:
+        variable: What is averaged.
+        value: Its average.
+        left_at: The step after which it was frozen, or None while it trains.
+    """
+
+    variable: tf.Variable
+    value: tf.Variable
+    left_at: int | None = None
+
+    def at(self, step: int, decay: float) -> tf.Tensor:
+        """Return the average at a step: that of a frozen variable goes on towards the value at which it was frozen."""
+        if self.left_at is None:
+            return self.value.read_value()
+        kept = tf.cast(decay ** (step - self.left_at), self.value.dtype)
+        return self.variable + kept * (self.value - self.variable)
+
+
+class Averages:
+    """An average for each variable from when it first trains: `average += (1 - decay) * (value - average)`.
+
+    It is that of the variable's whole way since then: where one is frozen for a while, what the updates would have made
+    of its average is made good when it is next needed. A variable that never trains never gets one.
+
+    Source: Polyak and Juditsky, Acceleration of stochastic approximation by averaging, 1992; without a correction of
+    the start, for each average starts at its variable's value.
+    """
+
+    def __init__(self, decay: float | None) -> None:
+        """Check and keep the decay.
+
+        Args:
+            decay: How much of an average is kept at each step, or None where nothing is averaged.
+
+        Raises:
+            ValueError: `decay` is not between 0 and 1.
+        """
+        if decay is not None and (isinstance(decay, bool) or not isinstance(decay, numbers.Real) or not 0 < decay < 1):
+            raise ValueError(f"`ema` must be above 0 and below 1, such as 0.999. Received: {decay!r}.")
+        self._swapped = False
+        self._decay = None if decay is None else float(decay)
+        self._averages: dict[int, _Average] = {}
+
+    def prepare(self, selection: Selection, step: int) -> None:
+        """Start the averages of what trains and has none, take up those of what trains again, leave the others.
+
+        Args:
+            selection: What trains from now on.
+            step: How many steps were trained.
+        """
+        if self._decay is None:
+            return
+        trained = {id(v.variable): v.tensor for v in selection.trained if not v.is_overwritten}
+        for key, average in self._averages.items():
+            if key not in trained:
+                average.left_at = step if average.left_at is None else average.left_at
+            elif average.left_at is not None:
+                average.value.assign(average.at(step, self._decay))
+                average.left_at = None
+        for key, tensor in trained.items():
+            if key not in self._averages:
+                value = tf.Variable(tensor.read_value(), trainable=False, name="average")
+                self._averages[key] = _Average(tensor, value)
+
+    def check_may_train(self) -> None:
+        """Check that the variables have their own values.
+
+        Raises:
+            RuntimeError: They have those of their averages.
+        """
+        if self._swapped:
+            raise RuntimeError(
+                "`fit` was called inside `ema_weights()`, which would undo it at its end. Call it outside."
+            )
+
+    def update(self, variables: Iterable[VariableInfo]) -> None:
+        """Take the variables' new values into their averages."""
+        if self._decay is None:
+            return
+        for variable in variables:
+            if variable.is_overwritten:
+                continue
+            average = self._averages[id(variable.variable)].value
+            average.assign_sub(tf.cast(1 - self._decay, average.dtype) * (average - variable.tensor))
+
+    def held(self, variables: Iterable[VariableInfo]) -> list[tf.Variable]:
+        """Return the averages of these variables."""
+        keys = [id(variable.variable) for variable in variables]
+        return [self._averages[key].value for key in keys if key in self._averages]
+
+    @contextlib.contextmanager
+    def swap(self, step: int) -> Iterator[None]:
+        """Give what has trained the values of its averages inside this context, and its own back after.
+
+        Args:
+            step: How many steps were trained.
+
+        Raises:
+            RuntimeError: There are no averages, or not yet.
+        """
+        if self._decay is None or not self._averages:
+            when = "the trainer was made without `ema`" if self._decay is None else "nothing was trained yet"
+            raise RuntimeError(
+                f"There are no averages to evaluate with: {when}. Pass `ema=0.999`, say, and `fit` first."
+            )
+        outer, self._swapped = self._swapped, True
+        own = [(average.variable, average.variable.numpy()) for average in self._averages.values()]
+        averaged = [average.at(step, self._decay) for average in self._averages.values()]
+        try:
+            for (variable, _), value in zip(own, averaged if not outer else []):
+                variable.assign(value)
+            yield
+        finally:
+            for variable, value in own:
+                variable.assign(value)
+            self._swapped = outer

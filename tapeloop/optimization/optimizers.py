@@ -1,0 +1,362 @@
+"""Optimizers: state that belongs to variables, kept while groups are renamed, split and joined."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import keras
+import tensorflow as tf
+
+from tapeloop import _backend
+from tapeloop._backend import read_once, shadowed
+from tapeloop._validation import not_negative
+from tapeloop.errors import PolicyError
+from tapeloop.model.selection import Selection
+from tapeloop.model.tree import VariableInfo, raw
+from tapeloop.optimization.clipping import clip_by_global_norm
+from tapeloop.optimization.learning_rate import Rate
+from tapeloop.optimization.template import Template
+
+OptimizerLike: TypeAlias = Any  # keras.optimizers.Optimizer | str | Mapping[str, either]
+Gradients: TypeAlias = Sequence[tuple[tf.Tensor, VariableInfo]]
+
+
+class LearningRates(Mapping[str, float]):
+    """The learning rates by group, to be read and set: `trainer.learning_rates["head"] = 1e-4`."""
+
+    def __init__(self, optimizers: Optimizers, selection: Selection) -> None:
+        self._optimizers = optimizers
+        self._selection = selection
+
+    def __getitem__(self, group: str) -> float:
+        return self._optimizers.learning_rate(self._selection, self._known(group))
+
+    def __setitem__(self, group: str, value: float) -> None:
+        self._optimizers.set_learning_rate(self._selection, self._known(group), value)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._selection.groups)
+
+    def __len__(self) -> int:
+        return len(self._selection.groups)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+    def _known(self, group: str) -> str:
+        if group not in self._selection.groups:
+            raise PolicyError(f"There is no group {group!r}: the groups are {sorted(self._selection.groups)}.")
+        return group
+
+
+@dataclass(frozen=True, eq=False)
+class Share:
+    """What one of several groups has of a cohort that a policy spreads over them.
+
+    Attributes:
+        rate: The group's learning rate, or what its schedule is multiplied by.
+        counts: The group's own values of what the optimizer keeps for all its variables: its step count, say.
+    """
+
+    rate: tf.Variable
+    counts: tuple[tf.Variable, ...]
+
+
+@dataclass(eq=False)
+class Cohort:
+    """Variables that began to train together, and the optimizer that holds their state and step count.
+
+    Attributes:
+        template: The name of the template of its optimizer.
+        optimizer: The Keras optimizer, built for these variables alone.
+        rate: What sets its learning rate.
+        slots: For each variable, by identity, the optimizer's variables that belong to it.
+        groups: The groups in which its variables train now.
+        shares: What each group has of it that it was ever spread over.
+    """
+
+    template: str
+    optimizer: keras.optimizers.Optimizer
+    rate: Rate
+    slots: Mapping[int, tuple[keras.Variable, ...]]
+    groups: tuple[str, ...] = ()
+    shares: dict[str, Share] = field(default_factory=dict)
+
+    @property
+    def counts(self) -> tuple[tf.Variable, ...]:
+        """What the optimizer keeps for all its variables together, but for its learning rate."""
+        slots = {id(slot) for slots in self.slots.values() for slot in slots}
+        rate = _backend.learning_rate_variable(self.optimizer)
+        return tuple(raw(v) for v in self.optimizer.variables if id(v) not in slots and v is not rate)
+
+    def regroup(self, groups: tuple[str, ...]) -> None:
+        """Have its variables train in these groups from now on, each going on from the highest step count there is."""
+        if groups == self.groups:
+            return
+        self.groups = groups
+        if len(groups) > 1:
+            for group in groups:
+                if group not in self.shares:
+                    copies = tuple(tf.Variable(count, trainable=False, name="count") for count in self.counts)
+                    self.shares[group] = Share(tf.Variable(0.0, trainable=False, name="rate"), copies)
+        if self.shares:
+            held = [self.counts, *(share.counts for share in self.shares.values())]
+            furthest = max(held, key=lambda counts: int(counts[0]))  # the first is `iterations`
+            values = [count.numpy() for count in furthest]
+            for counts in held:
+                for count, value in zip(counts, values):
+                    count.assign(value)
+
+
+class Optimizers:
+    """The optimizers of all groups.
+
+    A variable's state starts when it first trains, in a cohort of those that begin with it, and stays with it: while
+    it is frozen, and under whatever name its group goes. What never trains never gets any.
+    """
+
+    def __init__(self, template: OptimizerLike) -> None:
+        """Check and keep the user's optimizers.
+
+        Args:
+            template: A Keras optimizer or its name, for every group; or a mapping with one for each group. The first
+                cohort has the very object, others have clones.
+
+        Raises:
+            TypeError: One of them is no Keras optimizer, or decides something for its own variables alone.
+            ValueError: A learning rate is below 0, or not finite.
+        """
+        self._by_group = isinstance(template, Mapping)
+        named = template.items() if isinstance(template, Mapping) else [("", template)]
+        known: dict[int, Template] = {}  # one object may serve several groups
+        self._templates = {name: known.setdefault(id(one), Template(one)) for name, one in named}
+        self._set: dict[str, float] = {}
+        self._home: dict[tuple[int, str], Cohort] = {}  # of a variable, by identity, under a template
+        self._latest: dict[int, Cohort] = {}  # in which a variable trained last
+        self.cohorts: list[Cohort] = []
+
+    @property
+    def are_keras(self) -> bool:
+        """Whether all of them update as Keras' own do, of gradients and their state alone."""
+        kinds = {type(template.optimizer) for template in self._templates.values()}
+        methods = [getattr(kind, name) for kind in kinds for name in ("apply", "update_step")]
+        return all(method.__module__.startswith("keras.") for method in methods)
+
+    def check(self, selections: Sequence[Selection], *, changing: bool = False) -> None:
+        """Check that there is an optimizer for each group, and, unless the policy is changing, a group for each.
+
+        Args:
+            selections: What trains, one after the other.
+            changing: Whether the policy changes as training goes, so that other groups may come later.
+
+        Raises:
+            PolicyError: There is not, or one would have to be cloned for a second cohort and cannot be.
+        """
+        names = set(self._templates)
+        for selection in selections:
+            groups = set(selection.groups)
+            if self._by_group and not (groups <= names if changing else groups == names):
+                raise PolicyError(
+                    f"`optimizer` must have one entry for each group of the policy. "
+                    f"The groups are {sorted(groups)}, the optimizers are for {sorted(names)}."
+                )
+        known, cohorts = set(self._home), dict.fromkeys(self._templates.values(), 0)
+        for selection in selections:
+            for group, variables in selection.groups.items():
+                joining = {(id(variable.variable), self._key(group)) for variable in variables} - known
+                cohorts[self._templates[self._key(group)]] += bool(joining)
+                known |= joining
+        for template, count in cohorts.items():
+            template.check(count)
+
+    def prepare(self, selection: Selection, *, changing: bool = False) -> None:
+        """Make the state of every variable that trains and has none, and set the groups' learning rates.
+
+        Args:
+            selection: What trains.
+            changing: Whether the policy changes as training goes, so that other groups may come later.
+
+        Raises:
+            PolicyError: As `check` does.
+        """
+        self.check([selection], changing=changing)
+        for group, variables in selection.groups.items():
+            self._welcome(group, variables)
+        for cohort in self.cohorts:
+            groups = self._groups(cohort, selection)
+            if groups:
+                cohort.regroup(groups)
+        self._refresh()
+        for group in selection.groups:
+            self._set_rates(selection, group)
+
+    def _refresh(self) -> None:
+        """Take in the learning rates that the user has assigned to optimizers: they hold over what was set before."""
+        for key, template in self._templates.items():
+            mine = [cohort for cohort in self.cohorts if cohort.optimizer is template.optimizer]
+            given = [float(share.rate) for cohort in mine for share in cohort.shares.values()]
+            if template.refresh(given):
+                self._set = {group: rate for group, rate in self._set.items() if self._key(group) != key}
+
+    def learning_rate(self, selection: Selection, group: str) -> float:
+        """Return the learning rate of a group now: where cohorts differ, that of the one that began first."""
+        multiplier, rate = selection.multipliers[group], self._set.get(group)
+        for cohort in self.cohorts:
+            if group in self._groups(cohort, selection):
+                return cohort.rate.get(multiplier, rate)
+        return multiplier * float(self._templates[self._key(group)].rate) if rate is None else rate
+
+    def set_learning_rate(self, selection: Selection, group: str, value: float) -> None:
+        """Set the learning rate of a group, from now on and without a new trace.
+
+        Raises:
+            TypeError: The group's optimizer follows a schedule.
+            ValueError: The rate is no number of 0 or more, or not finite.
+        """
+        rate = not_negative("learning_rates", value)
+        if self._templates[self._key(group)].schedule is not None:
+            raise TypeError(
+                f"The learning rate of the group {group!r} follows a schedule, and cannot be set to {value!r}. "
+                "Give the group's optimizer a number, or end the schedule there."
+            )
+        self._set[group] = rate
+        self._set_rates(selection, group)
+
+    def apply(self, selection: Selection, gradients: Gradients) -> None:
+        """Update the variables by their gradients, each by the optimizer of its group and cohort."""
+        mine: dict[tuple[Cohort, str], list[tuple[tf.Tensor, VariableInfo]]] = {}
+        for gradient, variable in gradients:
+            group = selection.group_of[variable]
+            cohort = self._home[id(variable.variable), self._key(group)]
+            mine.setdefault((cohort, group), []).append((gradient, variable))
+        order = [(cohort, group) for cohort in self.cohorts for group in selection.groups if (cohort, group) in mine]
+        for key in dict.fromkeys(cohort.template for cohort, _ in order):
+            parts = [part for part in order if part[0].template == key]
+            norm = self._templates[key].optimizer.global_clipnorm
+            if norm and len(parts) > 1:  # which the optimizer of each part would take over its own variables alone
+                together = clip_by_global_norm([pair for part in parts for pair in mine[part]], norm)
+                clipped = iter(together)
+                mine |= {part: [next(clipped) for _ in mine[part]] for part in parts}
+            for cohort, group in parts:
+                with shadowed(cohort.optimizer, "global_clipnorm", None if len(parts) > 1 else norm):
+                    self._apply(cohort, group, mine[cohort, group], spread=len(self._groups(cohort, selection)) > 1)
+
+    def state(self, variables: Iterable[VariableInfo]) -> list[tf.Variable]:
+        """Return what the optimizers of these variables keep, step counts included."""
+        keys = {id(variable.variable) for variable in variables}
+        mine = [cohort for cohort in self.cohorts if not keys.isdisjoint(cohort.slots)]
+        shared = [count for cohort in mine for share in cohort.shares.values() for count in share.counts]
+        return [*(raw(variable) for cohort in mine for variable in cohort.optimizer.variables), *shared]
+
+    def state_bytes(self, variable: VariableInfo) -> int:
+        """Return how many bytes of optimizer state are held for one variable, in all groups that it trained in."""
+        slots = [slot for cohort in self.cohorts for slot in cohort.slots.get(id(variable.variable), ())]
+        return sum(_bytes(slot) for slot in slots)
+
+    def _key(self, group: str) -> str:
+        """Name the template of a group's optimizer."""
+        return group if self._by_group else ""
+
+    def _groups(self, cohort: Cohort, selection: Selection) -> tuple[str, ...]:
+        """Name the groups of a selection in which a cohort's variables train."""
+        return tuple(
+            group
+            for group, variables in selection.groups.items()
+            if any(self._home.get((id(v.variable), self._key(group))) is cohort for v in variables)
+        )
+
+    def _welcome(self, group: str, variables: Sequence[VariableInfo]) -> None:
+        """Give every variable of a group a cohort under the group's template, with the state that it has already."""
+        key = self._key(group)
+        joining: dict[Cohort | None, list[VariableInfo]] = {}
+        for variable in variables:
+            home, latest = (self._home.get((id(variable.variable), key)), self._latest.get(id(variable.variable)))
+            if home is None:
+                joining.setdefault(latest, []).append(variable)
+            elif latest is not home:
+                _carry_over(latest, home, [variable])
+            if home is not None:
+                self._latest[id(variable.variable)] = home
+        for latest, together in joining.items():
+            cohort = _new_cohort(key, self._templates[key], together)
+            _carry_over(latest, cohort, together)
+            self.cohorts.append(cohort)
+            for variable in together:
+                self._home[id(variable.variable), key] = self._latest[id(variable.variable)] = cohort
+
+    def _set_rates(self, selection: Selection, group: str) -> None:
+        multiplier, rate = selection.multipliers.get(group, 1.0), self._set.get(group)
+        for cohort in self.cohorts:
+            groups = self._groups(cohort, selection)
+            if groups == (group,):
+                cohort.rate.set(multiplier, rate)
+                if cohort.optimizer is self._templates[self._key(group)].optimizer:
+                    self._templates[self._key(group)].saw()
+            elif group in groups:
+                cohort.shares[group].rate.assign(cohort.rate.setting(multiplier, rate))
+
+    def _apply(self, cohort: Cohort, group: str, gradients: Gradients, *, spread: bool) -> None:
+        """Update variables of one cohort and group; if the cohort is spread, with the group's own rate and counts."""
+        optimizer, counts = cohort.optimizer, cohort.counts
+        share = cohort.shares[group] if spread else None
+        if share is not None:
+            cohort.rate.take(share.rate)
+            for count, own in zip(counts, share.counts):
+                count.assign(own)
+        with read_once(raw(optimizer.iterations)):
+            optimizer.apply(*zip(*((gradient, variable.variable) for gradient, variable in gradients)))
+        if share is not None:
+            for count, own in zip(counts, share.counts):
+                own.assign(count)
+
+
+def _new_cohort(key: str, template: Template, variables: list[VariableInfo]) -> Cohort:
+    optimizer = template.optimizer_for_a_cohort()
+    slots: dict[int, list[keras.Variable]] = {id(variable.variable): [] for variable in variables}
+    rate = Rate(optimizer, lambda: template.rate)
+    optimizer.build(_NotingSlots([variable.variable for variable in variables], optimizer, slots))
+    return Cohort(key, optimizer, rate, {key: tuple(slot) for key, slot in slots.items()})
+
+
+def _carry_over(source: Cohort | None, target: Cohort, variables: Sequence[VariableInfo]) -> None:
+    """Give variables that go from one optimizer to another of its kind the state that they have, and its step count."""
+    if source is None or type(source.optimizer) is not type(target.optimizer):
+        return
+    for variable in variables:
+        own, other = source.slots[id(variable.variable)], target.slots[id(variable.variable)]
+        if [slot.shape for slot in own] == [slot.shape for slot in other]:
+            for before, after in zip(own, other):
+                after.assign(before)
+    if len(source.counts) == len(target.counts) and int(source.counts[0]) > int(target.counts[0]):
+        for before, after in zip(source.counts, target.counts):
+            after.assign(before)
+
+
+class _NotingSlots(list[Any]):
+    """The variables that an optimizer is built for, noting what it makes for each.
+
+    Keras' optimizers make their state variable by variable and keep it by position, under names that need not be
+    unique; whose it is can be told only while they go through the list.
+    """
+
+    def __init__(
+        self,
+        variables: Iterable[Any],
+        optimizer: keras.optimizers.Optimizer,
+        slots: Mapping[int, list[keras.Variable]],
+    ) -> None:
+        super().__init__(variables)
+        self._optimizer = optimizer
+        self._slots = slots
+
+    def __iter__(self) -> Iterator[Any]:
+        for variable in super().__iter__():
+            made = len(self._optimizer.variables)
+            yield variable
+            self._slots[id(variable)].extend(self._optimizer.variables[made:])
+
+
+def _bytes(variable: keras.Variable) -> int:
+    return int(tf.TensorShape(variable.shape).num_elements()) * tf.as_dtype(variable.dtype).size

@@ -1,0 +1,166 @@
+"""An optimizer as the user passed it: used as it is, and cloned only where a second one is needed."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tapeloop import _backend
+from tapeloop._validation import not_negative
+from tapeloop.errors import PolicyError
+from tapeloop.optimization.learning_rate import Multiplied
+
+
+class Template:
+    """A user's optimizer, and what it said of itself when it was passed.
+
+    Attributes:
+        optimizer: The very object.
+        schedule: The schedule or function that its learning rate follows, or None.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        """Check and keep the optimizer.
+
+        Raises:
+            TypeError: It is no Keras optimizer, or decides something for its own variables alone.
+            ValueError: Its learning rate is below 0, or not finite.
+        """
+        self.optimizer = _checked(optimizer)
+        schedule = _backend.schedule_of(self.optimizer)
+        self.schedule = schedule.schedule if isinstance(schedule, Multiplied) else schedule
+        self._rate = (
+            None if schedule is not None else not_negative("learning_rate", float(self.optimizer.learning_rate))
+        )
+        self._seen = self._rate
+        self._config = None if self.optimizer.built else _backend.optimizer_config(self.optimizer, self.schedule)
+        self._said = _settings(self.optimizer)
+        self._is_free = not self.optimizer.built  # what is built elsewhere holds the state of other variables
+
+    @property
+    def rate(self) -> float:
+        """Its learning rate as the user last set it, or what its schedule says now."""
+        return float(self.optimizer.learning_rate) if self._rate is None else self._rate
+
+    def refresh(self, given: Collection[float] = ()) -> bool:
+        """Take in whether the user has assigned another learning rate to the optimizer, and tell so.
+
+        Args:
+            given: The rates that the trainer may have given it since.
+        """
+        now = float(self.optimizer.learning_rate)
+        if self._rate is None or now == self._seen or now in given:
+            return False
+        self._rate = self._seen = not_negative("learning_rate", now)
+        return True
+
+    def saw(self) -> None:
+        """Note that the trainer has given the optimizer a learning rate."""
+        self._seen = float(self.optimizer.learning_rate)
+
+    def optimizer_for_a_cohort(self) -> keras.optimizers.Optimizer:
+        """Return an optimizer that is not built: the user's own the first time, clones after.
+
+        Raises:
+            PolicyError: A clone would not be what the user passed.
+        """
+        if self._is_free:
+            self._is_free = False
+            return self.optimizer
+        return self._clone()
+
+    def check(self, cohorts: int) -> None:
+        """Check that there can be so many optimizers more.
+
+        Raises:
+            PolicyError: There cannot.
+        """
+        if cohorts > self._is_free:
+            self._clone()
+
+    def _clone(self) -> keras.optimizers.Optimizer:
+        config = self._config or _backend.optimizer_config(self.optimizer, self.schedule)
+        kind = type(self.optimizer)
+        try:
+            clone = _backend.clone_optimizer(self.optimizer, config)
+        except Exception as error:
+            raise PolicyError(
+                f"A second {kind.__name__} is needed, for variables that train in another group or begin at another "
+                f"time, and `from_config(get_config())` raises {type(error).__name__}: {error}. Have `get_config` list "
+                "what `__init__` takes, or pass one optimizer for each group."
+            ) from error
+        said = _settings(clone)
+        differ = [name for name, value in self._said.items() if name not in said or not _same(value, said[name])]
+        if differ:
+            name = differ[0]
+            raise PolicyError(
+                f"A second {kind.__name__} is needed, for variables that train in another group or begin at another "
+                f"time, and its copy would not be the one you passed: `{name}` would be "
+                f"{said.get(name, 'missing')!r} and not {self._said[name]!r}. Have its `get_config` list "
+                f"{', '.join(f'`{each}`' for each in differ)}, or pass one optimizer for each group."
+            )
+        return clone
+
+
+def _settings(optimizer: keras.optimizers.Optimizer) -> dict[str, Any]:
+    """Return the attributes of an optimizer that say how it updates, and not what it has come to."""
+    found = {}
+    for name, value in vars(optimizer).items():
+        parts = tf.nest.flatten(value) if isinstance(value, (list, tuple, dict)) else [value]
+        is_state = any(isinstance(part, (keras.Variable, tf.Variable)) for part in parts)
+        if name not in _backend.optimizer_bookkeeping() and not is_state:
+            found[name] = value
+    return found
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Tell whether two settings are alike: equal, or objects of one class that say the same of themselves."""
+    if one is other:
+        return True
+    if isinstance(one, (np.ndarray, tf.Tensor)):
+        return type(one) is type(other) and np.array_equal(one, other)
+    if type(one) is not type(other):
+        return isinstance(one, (int, float)) and isinstance(other, (int, float)) and one == other
+    if getattr(type(one), "__eq__", None) is getattr(object, "__eq__", None) and hasattr(one, "__dict__"):
+        return vars(one).keys() == vars(other).keys() and all(_same(v, vars(other)[k]) for k, v in vars(one).items())
+    return bool(one == other)
+
+
+def _checked(optimizer: Any) -> keras.optimizers.Optimizer:
+    if isinstance(optimizer, str):
+        by_name = {n.lower(): kind for n, kind in vars(keras.optimizers).items() if isinstance(kind, type)}
+        if optimizer.lower() not in by_name:
+            near = difflib.get_close_matches(optimizer.lower(), by_name, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise TypeError(f"`optimizer` is {optimizer!r}, and Keras has none of that name.{hint}")
+        optimizer = by_name[optimizer.lower()]()
+    if not isinstance(optimizer, keras.optimizers.Optimizer):
+        raise TypeError(
+            "`optimizer` must be a Keras optimizer, its name, or a mapping from groups to such. "
+            f"Received: {optimizer!r} of type {type(optimizer).__name__}."
+        )
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer) or optimizer.loss_scale_factor is not None:
+        raise TypeError(
+            "`optimizer` must not scale the loss: each would decide for its own group alone. The trainer does it for "
+            f"all together where a layer computes in float16. Received: {optimizer!r}. Pass the optimizer inside it, "
+            "without `loss_scale_factor`."
+        )
+    if optimizer.use_ema:
+        raise TypeError(
+            "`optimizer` must not have `use_ema=True`: it averages, and overwrites, all that it was built with, also "
+            f"what is frozen by then. Received: {optimizer!r}. Pass it without, and `ema=...` to the trainer."
+        )
+    if optimizer.gradient_accumulation_steps:
+        steps = optimizer.gradient_accumulation_steps
+        raise TypeError(
+            "`optimizer` must not accumulate gradients: variables that begin to train at different times would be "
+            f"updated on different steps. Received: {optimizer!r} with `gradient_accumulation_steps={steps}`. Pass it "
+            f"without, {steps} times the `batch_size`, and `microbatches={steps}` to the trainer: the same update in "
+            "the same memory."
+        )
+    return optimizer

@@ -1,0 +1,65 @@
+"""Learning rates that fall with depth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tapeloop.errors import PolicyError
+from tapeloop.model.ordinal import Of, as_of, candidates, said
+from tapeloop.model.tree import VariableInfo
+from tapeloop.policies.base import VariablePolicy
+
+
+@dataclass(frozen=True, init=False)
+class LayerwiseDecay(VariablePolicy):
+    """Train everything, the lower the slower: one group per block, each with its multiplier of the learning rate.
+
+    Of n blocks, the last has the multiplier `rate`, the first `rate ** n`. What comes before the first block is the
+    group `"below"` with `rate ** (n + 1)`; what comes after, the head, is `"above"` with 1.
+
+    Source: Clark et al., ELECTRA, 2020, appendix B; Bao et al., BEiT, 2021, section 3.1.
+    """
+
+    rate: float
+    of: Of
+
+    def __init__(self, rate: float, *, of: Of) -> None:
+        """Set the decay.
+
+        Args:
+            rate: The factor from one block to the one below it, above 0 and at most 1.
+            of: The blocks: a class of layers, or a path glob that names submodels, as in `"encoder/blocks/*"`.
+
+        Raises:
+            ValueError: `rate` is out of range.
+        """
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate <= 1:
+            raise ValueError(f"`rate` must be above 0 and at most 1. Received: {rate!r}.")
+        object.__setattr__(self, "rate", float(rate))
+        object.__setattr__(self, "of", as_of(of))
+
+    def __repr__(self) -> str:
+        return f"LayerwiseDecay({self.rate}, of={said(self.of)})"
+
+    def group(self, variable: VariableInfo) -> str | None:
+        blocks = candidates(variable.tree, self.of)
+        if not blocks:
+            raise PolicyError(
+                f"{self!r} found no submodel that holds variables that can train. Name the blocks by their class or by "
+                f"a path glob; the model has the submodels {[s.path for s in variable.tree.submodels[1:6]]} and so on."
+            )
+        inside = [index for index, block in enumerate(blocks) if block in variable.submodels]
+        if inside:
+            return f"block{inside[-1]}"
+        order = variable.tree.variables
+        return "below" if order.index(variable) < order.index(variable.tree.held[blocks[0]][0]) else "above"
+
+    def multiplier(self, variable: VariableInfo) -> float:
+        blocks = len(candidates(variable.tree, self.of))
+        group = self.group(variable) or "above"
+        if group == "above":
+            return 1.0
+        return self.rate ** (blocks + 1 if group == "below" else blocks - int(group.removeprefix("block")))
+
+    def rule(self, variable: VariableInfo) -> str:
+        return f"LayerwiseDecay: x{self.multiplier(variable):.3g}"

@@ -1,0 +1,242 @@
+"""Policies that change as training goes: each a frozen value that answers with the policy that holds at a moment."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from tapeloop._validation import whole_number
+from tapeloop.errors import PolicyError
+from tapeloop.model.filters import WhereLike, as_where
+from tapeloop.model.ordinal import Of, as_of, candidates, said
+from tapeloop.model.tree import VariableInfo
+from tapeloop.policies.base import DEFAULT_GROUP, Progress, VariablePolicy
+from tapeloop.policies.static import TrainOnly
+
+UNITS = ("epoch", "step")
+
+
+@dataclass(frozen=True, init=False)
+class Phases(VariablePolicy):
+    """One policy after the other, each from the epoch (or step) that is its key."""
+
+    _phases: tuple[tuple[int, VariablePolicy], ...]
+    _unit: str
+
+    def __init__(self, phases: Mapping[int, VariablePolicy], *, unit: str = "epoch") -> None:
+        """Set the phases.
+
+        Args:
+            phases: From epochs (or steps), counted from 0 over all fits, to policies. One of them is 0.
+            unit: What the keys count: `"epoch"` or `"step"`.
+
+        Raises:
+            PolicyError: No phase starts at 0.
+            TypeError: `phases` is no mapping, or a phase no policy.
+            ValueError: A key is no whole number, or `unit` no unit.
+        """
+        if not isinstance(phases, Mapping) or not phases:
+            raise TypeError(f"`Phases` takes a mapping from whole numbers to policies. Received: {phases!r}.")
+        starts = {whole_number("phases", start, 0): policy for start, policy in phases.items()}
+        for policy in starts.values():
+            _check_policy("Phases", policy)
+        if 0 not in starts:
+            raise PolicyError(
+                "`Phases` must say what trains from the start. "
+                f"The first phase is at {unit} {min(starts)}: add one at 0."
+            )
+        object.__setattr__(self, "_phases", tuple(sorted(starts.items(), key=lambda start: start[0])))
+        object.__setattr__(self, "_unit", _check_unit(unit))
+
+    def __repr__(self) -> str:
+        return f"Phases({dict(self._phases)!r}{_said(self._unit, 'epoch')})"
+
+    def phases(self) -> tuple[VariablePolicy, ...]:
+        return tuple(policy for _, policy in self._phases)
+
+    @property
+    def every(self) -> int | None:
+        return math.gcd(*(start for start, _ in self._phases)) or None if self._unit == "step" else None
+
+    def at(self, progress: Progress) -> VariablePolicy:
+        now = progress.count(self._unit)
+        return [policy for start, policy in self._phases if start <= now][-1]
+
+
+@dataclass(frozen=True, init=False)
+class GradualUnfreeze(VariablePolicy):
+    """Train the first stage, then the second too, then the third: `GradualUnfreeze(["head", "backbone/block3"])`.
+
+    Source: Howard and Ruder, Universal Language Model Fine-tuning for Text Classification, 2018, section 3.3.
+    """
+
+    _stages: tuple[WhereLike, ...]
+    _each: int
+    _unit: str
+
+    def __init__(self, stages: Iterable[WhereLike], *, every: int = 1, unit: str = "epoch") -> None:
+        """Set the stages.
+
+        Args:
+            stages: What trains first, what joins then, and so on.
+            every: How many epochs (or steps) lie between two stages.
+            unit: What `every` counts: `"epoch"` or `"step"`.
+
+        Raises:
+            PolicyError: There are no stages.
+            TypeError: `stages` is no list of wheres.
+            ValueError: `every` is no whole number of 1 or more, or `unit` no unit.
+        """
+        if isinstance(stages, str) or not isinstance(stages, Iterable):
+            raise TypeError(f"`GradualUnfreeze` takes a list of wheres. Received: {stages!r}.")
+        wheres = tuple(as_where(stage) for stage in stages)
+        if not wheres:
+            raise PolicyError("`GradualUnfreeze` needs one or more stages. Received none: say what trains first.")
+        object.__setattr__(self, "_stages", wheres)
+        object.__setattr__(self, "_each", whole_number("every", every, 1))
+        object.__setattr__(self, "_unit", _check_unit(unit))
+
+    def __repr__(self) -> str:
+        return f"GradualUnfreeze({list(self._stages)!r}, every={self._each}{_said(self._unit, 'epoch')})"
+
+    @property
+    def every(self) -> int | None:
+        return self._each if self._unit == "step" else None
+
+    def phases(self) -> tuple[VariablePolicy, ...]:
+        return tuple(TrainOnly(*self._stages[:count]) for count in range(1, 1 + len(self._stages)))
+
+    def at(self, progress: Progress) -> VariablePolicy:
+        return TrainOnly(*self._stages[: 1 + progress.count(self._unit) // self._each])
+
+
+@dataclass(frozen=True, init=False)
+class Cycle(VariablePolicy):
+    """Several policies in turn, and around again: `Cycle([policy, other], every=100)`."""
+
+    _policies: tuple[VariablePolicy, ...]
+    _each: int
+    _unit: str
+
+    def __init__(self, policies: Iterable[VariablePolicy], *, every: int = 1, unit: str = "step") -> None:
+        """Set the policies.
+
+        Args:
+            policies: What trains, in turn.
+            every: How many steps (or epochs) each holds.
+            unit: What `every` counts: `"step"` or `"epoch"`.
+
+        Raises:
+            PolicyError: There are no policies.
+            TypeError: One of them is no policy.
+            ValueError: `every` is no whole number of 1 or more, or `unit` no unit.
+        """
+        turns = tuple(policies) if isinstance(policies, Iterable) else (policies,)
+        if not turns:
+            raise PolicyError("`Cycle` needs one or more policies. Received none.")
+        for policy in turns:
+            _check_policy("Cycle", policy)
+        object.__setattr__(self, "_policies", turns)
+        object.__setattr__(self, "_each", whole_number("every", every, 1))
+        object.__setattr__(self, "_unit", _check_unit(unit))
+
+    def __repr__(self) -> str:
+        return f"Cycle({list(self._policies)!r}, every={self._each}{_said(self._unit, 'step')})"
+
+    def phases(self) -> tuple[VariablePolicy, ...]:
+        return self._policies
+
+    @property
+    def every(self) -> int | None:
+        return self._each if self._unit == "step" else None
+
+    def at(self, progress: Progress) -> VariablePolicy:
+        return self._policies[progress.count(self._unit) // self._each % len(self._policies)]
+
+
+@dataclass(frozen=True, init=False)
+class RandomSubset(VariablePolicy):
+    """Train `k` submodels drawn at random, and others after a while.
+
+    What is drawn follows from the seed and the number of the draw alone, so that a run that is resumed goes on alike.
+    """
+
+    _k: int
+    _of: Of
+    _each: int
+    _seed: int
+    _unit: str
+
+    def __init__(self, k: int, *, of: Of, every: int, seed: int = 0, unit: str = "step") -> None:
+        """Set what is drawn from.
+
+        Args:
+            k: How many submodels train at a time.
+            of: Which may: a class of layers, or a path glob that names submodels.
+            every: How many steps (or epochs) a draw holds.
+            seed: The seed of the draws.
+            unit: What `every` counts: `"step"` or `"epoch"`.
+
+        Raises:
+            TypeError: `of` is no class of layers and no path glob.
+            ValueError: `k` or `every` is no whole number of 1 or more, or `unit` no unit.
+        """
+        object.__setattr__(self, "_k", whole_number("k", k, 1))
+        object.__setattr__(self, "_of", as_of(of))
+        object.__setattr__(self, "_each", whole_number("every", every, 1))
+        object.__setattr__(self, "_seed", seed)
+        object.__setattr__(self, "_unit", _check_unit(unit))
+
+    def __repr__(self) -> str:
+        unit = _said(self._unit, "step")
+        return f"RandomSubset({self._k}, of={said(self._of)}, every={self._each}, seed={self._seed}{unit})"
+
+    @property
+    def every(self) -> int | None:
+        return self._each if self._unit == "step" else None
+
+    def at(self, progress: Progress) -> VariablePolicy:
+        return _Draw(self._k, self._of, self._seed, progress.count(self._unit) // self._each)
+
+
+@dataclass(frozen=True)
+class _Draw(VariablePolicy):
+    """One draw of a `RandomSubset`."""
+
+    k: int
+    of: Of
+    seed: int
+    number: int
+
+    def __repr__(self) -> str:
+        return f"RandomSubset draw {self.number}"
+
+    def group(self, variable: VariableInfo) -> str | None:
+        found = candidates(variable.tree, self.of)
+        if self.k > len(found):
+            raise PolicyError(
+                f"`RandomSubset` was asked for {self.k} submodels of {said(self.of)}, but the model has {len(found)} "
+                "that hold variables that can train. Ask for fewer."
+            )
+        chosen = random.Random(f"{self.seed} {self.number}").sample(found, self.k)
+        return DEFAULT_GROUP if any(submodel in variable.submodels for submodel in chosen) else None
+
+    def rule(self, variable: VariableInfo) -> str:
+        return repr(self)
+
+
+def _check_policy(name: str, policy: object) -> None:
+    if not isinstance(policy, VariablePolicy):
+        raise TypeError(f"`{name}` takes policies, such as `Freeze('backbone')`. Received: {policy!r}.")
+
+
+def _check_unit(unit: str) -> str:
+    if unit not in UNITS:
+        raise ValueError(f"`unit` must be 'epoch' or 'step'. Received: {unit!r}.")
+    return unit
+
+
+def _said(unit: str, default: str) -> str:
+    return "" if unit == default else f", unit={unit!r}"

@@ -1,0 +1,215 @@
+"""Tracing a step so that what is frozen runs in inference mode and cannot move.
+
+A Keras layer hands its `training` down in three ways: as an argument, as an argument spelled out in the parent's
+`call`, and in a context that nested calls share. All three pass through `Layer.call`, so that is where the mode is
+set: the bound `call` of each layer is shadowed on the instance for as long as the step is traced. The shadows also
+know which layers are being called, so that what a frozen layer assigns inside its own `call` can be dropped, and what
+the user assigns in a step can happen. Nothing is left behind; what runs afterwards is the traced graph, so all this
+costs nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+
+from tapeloop import _backend
+from tapeloop._backend import Note, assigning_names, inlined_functions, shadowed
+from tapeloop.model.selection import Selection
+from tapeloop.model.tree import SubmodelInfo, VariableInfo
+from tapeloop.optimization.untracked import handles_read_since, op_count
+
+
+@contextlib.contextmanager
+def frozen(selection: Selection, note: Note = lambda variable: None) -> Iterator[Calls]:
+    """Trace inside this context, and no layer moves what `selection` leaves out.
+
+    The submodels of `selection.inference` run in inference mode. What a layer assigns to a frozen variable inside its
+    `call`, and what a frozen layer assigns to any variable of the model, goes nowhere, and neither do the losses that a
+    frozen layer adds. What is assigned outside of all layers is the user's, and happens.
+
+    Args:
+        selection: What trains.
+        note: Called with each variable of the model that is about to be assigned to.
+    """
+    with inlined_functions(), inference_mode(selection) as calls, sealed(selection, calls, note):
+        yield calls
+
+
+@contextlib.contextmanager
+def sealed(selection: Selection, calls: Calls, note: Note) -> Iterator[None]:
+    """Drop, inside this context, what layers assign to what is frozen; see `frozen`."""
+    immovable = set(still(selection))
+    with contextlib.ExitStack() as shadows:
+        for variable in selection.tree.variables:
+            tensor, is_still = variable.tensor, variable in immovable
+            for name in assigning_names(tensor.__class__):
+                shadow = _sealing(tensor, getattr(tensor, name), calls, is_still, note)
+                shadows.enter_context(shadowed(tensor, name, shadow))
+        yield
+
+
+def _sealing(
+    variable: tf.Variable, assign: Callable[..., Any], calls: Calls, is_still: bool, note: Note
+) -> Callable[..., Any]:
+    def shadow(*args: Any, **kwargs: Any) -> Any:
+        if calls.in_idle or (is_still and calls.running):
+            return variable
+        note(variable)
+        return assign(*args, **kwargs)
+
+    return shadow
+
+
+class _Frame(NamedTuple):
+    """A call that is running.
+
+    Attributes:
+        training: The mode of what it calls.
+        inference: Whether inference mode is forced on it and all that it calls.
+        idle: Whether it, or a call around it, is that of a submodel of which nothing trains.
+    """
+
+    training: bool | None
+    inference: bool
+    idle: bool
+
+
+class Calls:
+    """The nest of calls of submodels that is running.
+
+    Attributes:
+        read: The identities of the handles of the variables that were read inside of calls.
+    """
+
+    def __init__(self) -> None:
+        self._frames: list[_Frame] = []
+        self.read: set[int] = set()
+
+    @property
+    def running(self) -> bool:
+        """Whether any submodel is being called."""
+        return bool(self._frames)
+
+    @property
+    def in_idle(self) -> bool:
+        """Whether a submodel of which nothing trains is being called, or something inside it."""
+        return bool(self._frames) and self._frames[-1].idle
+
+    def within(self) -> _Frame | None:
+        """Return the innermost call that is running."""
+        return self._frames[-1] if self._frames else None
+
+    @contextlib.contextmanager
+    def entered(self, frame: _Frame) -> Iterator[None]:
+        """Have this call running inside the context."""
+        start = None if self._frames else op_count()
+        self._frames.append(frame)
+        try:
+            yield
+        finally:
+            self._frames.pop()
+            if start is not None:
+                self.read |= handles_read_since(start)
+
+
+@contextlib.contextmanager
+def inference_mode(selection: Selection) -> Iterator[Calls]:
+    """Run the submodels of `selection.inference` in inference mode inside this context.
+
+    The layers around them get back the mode in which they were called themselves, which Keras 3 would otherwise
+    overwrite with the mode of the child called last.
+    """
+    inference, idle = frozenset(selection.inference), selection.idle
+    calls = Calls()
+    with contextlib.ExitStack() as shadows:
+        for submodel in selection.tree.layers:
+            layer = submodel.object
+            for name in _backend.call_methods(layer):
+                shadow = _moded(layer, getattr(layer, name), calls, submodel in inference, submodel in idle)
+                shadows.enter_context(shadowed(layer, name, shadow))
+            shadows.enter_context(shadowed(layer, "add_loss", _unless_idle(calls, layer.add_loss)))
+        shadows.enter_context(_watched_modules(selection, calls))
+        yield calls
+
+
+def _moded(layer: keras.Layer, call: Callable[..., Any], calls: Calls, inference: bool, idle: bool) -> Any:
+    """Wrap `call` so that in inference mode it and all that it calls see `training=False`, and none of it gets out."""
+
+    def shadow(*args: Any, **kwargs: Any) -> Any:
+        around = calls.within() or _Frame(_backend.inherited_training(layer), False, False)
+        forced = around.inference or inference
+        if forced:
+            args, kwargs = _without_training(call, args, kwargs)
+            _backend.inherit_training(layer, False)
+        try:
+            with calls.entered(_Frame(_backend.inherited_training(layer), forced, around.idle or idle)):
+                return call(*args, **kwargs)
+        finally:
+            if forced:
+                _backend.inherit_training(layer, around.training)
+
+    return shadow
+
+
+def _without_training(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return the arguments of a call, with `training=False` where it takes that."""
+    signature = inspect.signature(call)
+    if "training" in kwargs:
+        kwargs["training"] = False
+    bound = signature.bind(*args, **kwargs)
+    if "training" in signature.parameters:
+        bound.arguments["training"] = False
+    return bound.args, bound.kwargs
+
+
+def _unless_idle(calls: Calls, add_loss: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `add_loss` so that a layer that also stands in a trained part adds nothing inside a frozen one."""
+    return lambda *args, **kwargs: None if calls.in_idle else add_loss(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _watched_modules(selection: Selection, calls: Calls) -> Iterator[None]:
+    """Note the calls of `tf.Module`s, which Python looks up on their class and not on the object."""
+    modules = {id(s.object): s for s in selection.tree.submodels if _is_plain_module(s) and callable(s.object)}
+    inference = frozenset(selection.inference)
+
+    def watching(call: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(call)
+        def shadow(self: tf.Module, *args: Any, **kwargs: Any) -> Any:
+            submodel = modules.get(id(self))
+            if submodel is None:
+                return call(self, *args, **kwargs)
+            around = calls.within() or _Frame(None, False, False)
+            frame = _Frame(
+                around.training, around.inference or submodel in inference, around.idle or submodel in selection.idle
+            )
+            with calls.entered(frame):
+                return call(self, *args, **kwargs)
+
+        return shadow
+
+    with contextlib.ExitStack() as shadows:
+        for kind in {type(submodel.object) for submodel in modules.values()}:
+            shadows.enter_context(_backend.class_attribute(kind, "__call__", watching(kind.__call__)))
+        yield
+
+
+def _is_plain_module(submodel: SubmodelInfo) -> bool:
+    return isinstance(submodel.object, tf.Module) and not isinstance(submodel.object, keras.Layer)
+
+
+def still(selection: Selection) -> list[VariableInfo]:
+    """List what no layer may move: the frozen variables, and the state that stands in idle submodels alone.
+
+    State that a frozen and a trained part share belongs to the trained one too, and moves with it.
+    """
+    places, idle = selection.tree.places, selection.idle
+    state = [v for v in selection.non_trainable if all(not idle.isdisjoint(place) for place in places[v])]
+    return [*selection.frozen, *state]

@@ -1,0 +1,186 @@
+"""What a step logs: the scalars that it returns, and the metrics that it returns or updates."""
+
+from __future__ import annotations
+
+import contextlib
+import numbers
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tapeloop import _backend
+from tapeloop._backend import shadowed
+from tapeloop.model.tree import Tree, raw
+
+
+class StepMetrics:
+    """The metrics that one step logs beside its scalars.
+
+    Attributes:
+        by_name: Those that it returned, under the names that it gave, and those that it updated, under their own.
+        uses_compiled: Whether it updates the metrics that the trainer was made with.
+        returned: The names that it returned.
+    """
+
+    def __init__(self) -> None:
+        self.by_name: dict[str, keras.metrics.Metric] = {}
+        self.uses_compiled = False
+        self.returned: frozenset[str] = frozenset()
+
+    @contextlib.contextmanager
+    def watching(self, held: Iterable[keras.metrics.Metric]) -> Iterator[Watch]:
+        """Note inside this context which of some metrics are updated, and what is read of them."""
+        watch = Watch()
+        with contextlib.ExitStack() as shadows:
+            for metric in held:
+                shadows.enter_context(shadowed(metric, "update_state", watch.updating(metric)))
+                shadows.enter_context(shadowed(metric, "result", watch.reading(metric)))
+            yield watch
+
+    def scalars(self, kind: str, returned: Any, watch: Watch, compiled: Iterable[str]) -> dict[str, Any]:
+        """Return the scalars of what a step returned, having noted its metrics.
+
+        Args:
+            kind: `"train"` or `"eval"`.
+            returned: What the step returned.
+            watch: What was noted while it ran.
+            compiled: The names of the metrics that the trainer was made with.
+
+        Raises:
+            TypeError: It is no mapping from names to scalars and metrics, or one of the scalars is read of a metric.
+        """
+        if not isinstance(returned, Mapping):
+            raise TypeError(f'`{kind}_step` must return a mapping `{{"name": scalar}}`. Received: {returned!r}.')
+        metrics = {name: value for name, value in returned.items() if isinstance(value, keras.metrics.Metric)}
+        scalars = {name: value for name, value in returned.items() if name not in metrics}
+        for name, value in scalars.items():
+            _check_scalar(kind, name, value)
+        _check_not_read(kind, scalars, [*watch.held, *metrics.values()], watch)
+        self.returned = frozenset(returned)
+        self.by_name = {**metrics}
+        taken = {*returned, *(compiled if self.uses_compiled else ())}
+        for metric in watch.updated:
+            if metric not in self.by_name.values():
+                name = _free(metric.name, taken)
+                self.by_name[name] = metric
+                taken.add(name)
+        return scalars
+
+
+class Watch:
+    """What a step does with metrics while it is traced, or run eagerly.
+
+    Attributes:
+        held: The metrics that are watched.
+        updated: Those that it updated.
+        results: What was read of them, by identity, with what keeps each alive.
+    """
+
+    def __init__(self) -> None:
+        self.held: list[keras.metrics.Metric] = []
+        self.updated: list[keras.metrics.Metric] = []
+        self.results: dict[int, Any] = {}
+
+    def updating(self, metric: keras.metrics.Metric) -> Any:
+        """Return what notes that a metric is updated, and updates it."""
+        update = metric.update_state
+        self.held.append(metric)
+
+        def shadow(*args: Any, **kwargs: Any) -> Any:
+            if metric not in self.updated:
+                self.updated.append(metric)
+            return update(*args, **kwargs)
+
+        return shadow
+
+    def reading(self, metric: keras.metrics.Metric) -> Any:
+        """Return what notes that a metric is read, and reads it."""
+        read = metric.result
+
+        def shadow(*args: Any, **kwargs: Any) -> Any:
+            result = read(*args, **kwargs)
+            self.results |= {id(value): value for value in tf.nest.flatten(result)}
+            return result
+
+        return shadow
+
+
+def _free(name: str, taken: Collection[str]) -> str:
+    """Return a name that nothing else is logged under: `act`, `act_1`, `act_2`."""
+    candidates = (name, *(f"{name}_{number}" for number in range(1, 2 + len(taken))))
+    return next(candidate for candidate in candidates if candidate not in taken)
+
+
+def renamed(logs: Mapping[str, Any], taken: Collection[str]) -> dict[str, Any]:
+    """Return logs, those under a name that is taken under a free one."""
+    found: dict[str, Any] = {}
+    for name, value in logs.items():
+        found[_free(name, {*taken, *found})] = value
+    return found
+
+
+def metrics_in(value: Any) -> list[keras.metrics.Metric]:
+    """List the metrics in an attribute, through lists, tuples and mappings."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return [metric for item in value for metric in metrics_in(item)]
+    return [value] if isinstance(value, keras.metrics.Metric) else []
+
+
+def layer_metrics(tree: Tree) -> list[keras.metrics.Metric]:
+    """List the metrics that the layers of a model hold."""
+    return [metric for layer in tree.layers for metric in _backend.own_metrics(layer.object)]
+
+
+def _check_scalar(kind: str, name: Any, value: Any) -> None:
+    if not isinstance(name, str):
+        raise TypeError(f"`{kind}_step` must return names as strings. Received: {name!r}.")
+    is_tensor = tf.is_tensor(value) or isinstance(value, (tf.Variable, keras.Variable, np.ndarray, np.generic))
+    is_number = isinstance(value, numbers.Number) or (
+        is_tensor and tf.as_dtype(value.dtype).is_numpy_compatible and tf.as_dtype(value.dtype) != tf.string
+    )
+    if not is_number or (is_tensor and getattr(value.shape, "rank", len(value.shape)) not in (0, None)):
+        hint = "Flatten it: one entry for each scalar." if isinstance(value, (Mapping, list, tuple)) else (
+            "Reduce it, such as by `tf.reduce_mean`." if is_number else "Leave it out, or give its number."
+        )  # fmt: skip
+        raise TypeError(
+            f'`{kind}_step` must return scalars and metrics: `{{"name": scalar}}`. Received for {name!r}: {value!r}. '
+            f"{hint}"
+        )
+
+
+def _check_not_read(
+    kind: str, scalars: Mapping[str, Any], metrics: Iterable[keras.metrics.Metric], watch: Watch
+) -> None:
+    """Refuse scalars that are read of a metric, whose averages over an epoch would be averages of averages."""
+    handles = {id(raw(variable).handle): metric for metric in metrics for variable in metric.variables}
+    for name, value in scalars.items():
+        is_read = id(value) in watch.results
+        if not is_read and handles and tf.is_tensor(value) and not tf.executing_eagerly():
+            is_read = _reads(value, handles)
+        if is_read:
+            raise TypeError(
+                f"`{kind}_step` returned for {name!r} what it read of a metric, which is an average already. Return "
+                f'the metric itself, `{{"{name}": metric}}`: it is logged at the end of the epoch, and reset at its '
+                "start."
+            )
+
+
+def _reads(value: tf.Tensor, handles: Mapping[int, keras.metrics.Metric]) -> bool:
+    """Tell whether a tensor of a graph is computed of a variable with one of these handles."""
+    inside = {id(inner) for outer, inner in _backend.captures(value.graph) if id(outer) in handles}
+    seen: set[int] = set()
+    waiting = [value.op] if inside else []
+    while waiting:
+        op = waiting.pop()
+        if id(op) in seen:
+            continue
+        seen.add(id(op))
+        if any(id(given) in inside for given in op.inputs):
+            return True
+        waiting += [given.op for given in op.inputs]
+    return False

@@ -1,0 +1,168 @@
+"""The loss and the metrics, computed by Keras' own code, and the running means of what a step returns."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tapeloop import _backend
+from tapeloop.data.batch import shapes, spec_of
+from tapeloop.errors import DataError, TapeloopError
+from tapeloop.model.selection import Selection
+from tapeloop.model.tree import VariableInfo, raw
+
+
+class Objective:
+    """A loss and metrics as `keras.Model.compile` takes them, kept apart from the model.
+
+    A model of Keras with no layers is compiled in the user's model's stead: its public `compute_loss` and
+    `compute_metrics` do what `fit` does, and the user's model is not written to.
+    """
+
+    def __init__(
+        self,
+        loss: Any,
+        loss_weights: Any,
+        metrics: Any,
+        weighted_metrics: Any,
+        output_names: list[str] | None,
+    ) -> None:
+        _check_names("loss", loss, keras.losses, ())
+        for option, asked in (("metrics", metrics), ("weighted_metrics", weighted_metrics)):
+            _check_names(option, asked, keras.metrics, ("accuracy", "acc", "crossentropy", "ce"))
+        self.has_loss = loss is not None
+        self.was_updated = False
+        self._stand_in = keras.Model()
+        if output_names is not None:
+            self._stand_in.output_names = output_names
+        self._stand_in.compile(
+            optimizer=None,
+            loss=loss,
+            loss_weights=loss_weights,
+            metrics=metrics,
+            weighted_metrics=weighted_metrics,
+            jit_compile=False,
+        )
+
+    def loss(self, y: Any, y_pred: Any, sample_weight: Any) -> tf.Tensor:
+        """Return the scalar loss of a batch.
+
+        Raises:
+            DataError: The targets do not fit the model's outputs, or there are none.
+        """
+        if y is None:
+            raise DataError(
+                "The loss needs targets, but the batch has none. Batches are `(inputs, targets)` or "
+                "`(inputs, targets, sample_weight)`; for a loss without targets override `compute_loss`. "
+                f"The model's output is {shapes(y_pred)}."
+            )
+        with _fitting(y, y_pred, sample_weight):
+            if not self._stand_in.built:
+                specs = spec_of((y, y_pred, sample_weight))
+                _backend.outside_of_trace(lambda: self._build(*specs))
+            return self._stand_in.compute_loss(None, y, y_pred, sample_weight)
+
+    def update(self, y: Any, y_pred: Any, sample_weight: Any) -> None:
+        """Take a batch into the metrics.
+
+        Raises:
+            DataError: The targets do not fit a metric.
+        """
+        self.was_updated = True
+        with _fitting(y, y_pred, sample_weight):
+            self._stand_in.compute_metrics(None, y, y_pred, sample_weight)
+
+    def results(self) -> dict[str, tf.Tensor]:
+        """Return the metrics since the last reset, as Keras names them."""
+        if not self._stand_in.built:
+            return {}
+        results = self._stand_in.get_metrics_result()
+        results.pop("loss", None)  # the total is the step's to report: it has the penalties too
+        return results
+
+    def reset(self) -> None:
+        """Start the metrics anew."""
+        self._stand_in.reset_metrics()
+
+    def check_averages(self) -> None:
+        """Check that the losses are means over examples, as averaging over pieces of a batch takes them to be.
+
+        Raises:
+            ValueError: One of them is not.
+        """
+        for loss in tf.nest.flatten(self._stand_in.loss):
+            reduction = getattr(loss, "reduction", None)
+            if reduction in ("sum", "mean_with_sample_weight"):
+                raise ValueError(
+                    f"Micro-batches average losses by examples, which the reduction {reduction!r} of {loss!r} is not "
+                    "made for. Take 'sum_over_batch_size', or set `microbatches=1`."
+                )
+
+    @property
+    def variables(self) -> list[tf.Variable]:
+        """What the metrics keep; nothing before the first batch."""
+        return [raw(variable) for variable in self._stand_in.metrics_variables] if self._stand_in.built else []
+
+    def _build(self, *specs: Any) -> None:
+        """Make the variables of the loss and the metrics from the shapes of a batch; nothing is computed."""
+
+        def make(y: Any, y_pred: Any, sample_weight: Any) -> None:
+            self._stand_in.compute_loss(None, y, y_pred, sample_weight)
+            self._stand_in.compute_metrics(None, y, y_pred, sample_weight)
+
+        tf.function(make, autograph=False).get_concrete_function(*specs)
+        self._stand_in.built = True
+        self._stand_in.reset_metrics()
+
+
+def _check_names(option: str, asked: Any, module: Any, special: tuple[str, ...]) -> None:
+    """Check that Keras knows the losses or metrics that are asked for by name.
+
+    Raises:
+        ValueError: It does not.
+    """
+    for name in tf.nest.flatten(asked):
+        if not isinstance(name, str) or name in special:
+            continue
+        try:
+            module.get(name)
+        except ValueError:
+            names = [*special, *(each for each in vars(module) if each[0] != "_")]
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"Did you mean {near[0]!r}?" if near else f"See `keras.{module.__name__.rpartition('.')[2]}`."
+            raise ValueError(f"`{option}` is {name!r}, and Keras has none of that name. {hint}") from None
+
+
+@contextlib.contextmanager
+def _fitting(y: Any, y_pred: Any, sample_weight: Any) -> Iterator[None]:
+    """Say the shapes where a loss or metric refuses a batch."""
+    try:
+        yield
+    except TapeloopError:
+        raise
+    except (ValueError, TypeError, KeyError, tf.errors.InvalidArgumentError) as error:
+        raise DataError(
+            f"The loss or a metric does not fit the batch: the targets are {shapes(y)}, the model's output is "
+            f"{shapes(y_pred)}, the sample weights are {shapes(sample_weight)}. "
+            f"Make the targets fit the output, or choose a loss for what they are. ({error})"
+        ) from error
+
+
+def added_losses(selection: Selection) -> list[tf.Tensor]:
+    """Return what layers added by `add_loss`, and the weight penalties, of all that trains and of nothing else."""
+    losses = [
+        tf.reduce_sum(tf.cast(loss, keras.config.floatx()))
+        for submodel in selection.tree.layers
+        if submodel not in selection.idle
+        for loss in _backend.added_losses(submodel.object)
+    ]
+    return losses + [_penalty(variable) for variable in selection.trained if variable.is_penalized]
+
+
+def _penalty(variable: VariableInfo) -> tf.Tensor:
+    return tf.cast(variable.variable.regularizer(raw(variable.variable)), keras.config.floatx())

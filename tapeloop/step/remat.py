@@ -1,0 +1,231 @@
+"""Rematerialization: chosen submodels compute their activations again for the gradient, and do not keep them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tapeloop import _backend
+from tapeloop._backend import noting_assignments, shadowed
+from tapeloop.errors import PolicyError
+from tapeloop.model.filters import (
+    AnyOf,
+    Glob,
+    Joined,
+    Kind,
+    Not,
+    Under,
+    Where,
+    WhereLike,
+    as_where,
+    is_inside,
+    matches_whole,
+)
+from tapeloop.model.ordinal import Ordinal
+from tapeloop.model.selection import Selection
+from tapeloop.model.tree import SubmodelInfo, Tree, VariableInfo, raw
+
+# Ops that draw from a state of their own: nobody can set it back.
+RANDOM_OPS = (
+    *("RandomUniform", "RandomStandardNormal", "RandomShuffle", "RandomGamma", "RandomPoisson", "TruncatedNormal"),
+    *("ParameterizedTruncatedNormal", "Multinomial", "StatefulUniform", "StatefulStandardNormal"),
+    *("StatefulTruncatedNormal", "StatefulRandomBinomial"),
+)
+
+
+class Remat:
+    """Chooses submodels, and makes them compute twice while a step is traced.
+
+    Source: Chen et al., Training Deep Nets with Sublinear Memory Cost, 2016; `tf.recompute_grad`.
+    """
+
+    def __init__(self, where: WhereLike | None) -> None:
+        """Check and keep what is chosen.
+
+        Args:
+            where: Which submodels: a path glob that names them, a class, a submodel, or several of these; or None.
+
+        Raises:
+            TypeError: It is none of these, or speaks of variables.
+        """
+        several = where if isinstance(where, (list, tuple)) else [] if where is None else [where]
+        self._wheres = list(map(as_where, several))
+
+    def chosen(self, tree: Tree) -> list[SubmodelInfo]:
+        """Return the layers that are chosen, but for those inside another that is.
+
+        Raises:
+            PolicyError: One of the wheres names no layer.
+            TypeError: One of them speaks of variables.
+        """
+        found: dict[SubmodelInfo, None] = {}
+        for where in self._wheres:
+            named = [submodel for submodel in tree.layers if submodel.path and _names(where, submodel, tree)]
+            if not named:
+                raise PolicyError(
+                    f"`remat` was asked for {where!r}, which names no layer of the model. It takes a path glob that "
+                    "names layers to the end, as in 'encoder/blocks/*', a class of layers, or a layer; "
+                    "`tl.paths(model)` prints what there is."
+                )
+            found.update(dict.fromkeys(named))
+        return [one for one in found if not any(is_inside(one, other) for other in found)]
+
+    @contextlib.contextmanager
+    def applied(self, selection: Selection) -> Iterator[None]:
+        """Trace inside this context, and the chosen submodels compute twice."""
+        with contextlib.ExitStack() as shadows:
+            for submodel in self.chosen(selection.tree):
+                layer = submodel.object
+                for name in _backend.call_methods(layer):
+                    shadow = _recomputing(submodel, selection, getattr(layer, name))
+                    shadows.enter_context(shadowed(layer, name, shadow))
+            yield
+
+
+class _Pure(keras.StatelessScope):
+    """Holds back what is assigned to Keras variables, and knows to which."""
+
+    def __init__(self, values: Sequence[tuple[keras.Variable, tf.Tensor]]) -> None:
+        super().__init__(state_mapping=values, collect_losses=True)
+        self.assigned: dict[int, keras.Variable] = {}
+
+    def add_update(self, update: tuple[keras.Variable, tf.Tensor]) -> None:
+        """Note a variable that is assigned to, and its new value."""
+        self.assigned[id(update[0])] = update[0]
+        super().add_update(update)
+
+
+def _recomputing(submodel: SubmodelInfo, selection: Selection, call: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap the `call` of a layer so that its gradient computes it again, from all the values that it first found.
+
+    Both runs are a function of their inputs and of the values of the variables alone: what the first would assign is
+    assigned after it, what the second would assign is dropped.
+    """
+    layer = submodel.object
+    held = [v for v in selection.tree.held[submodel] if isinstance(v.variable, keras.Variable)]
+    trained = [(v, v.tensor) for v in held if v in selection.group_of]
+    still = [(v.variable, v.tensor) for v in held if v not in selection.group_of]
+    plain = [v.tensor for v in selection.tree.held[submodel] if not isinstance(v.variable, keras.Variable)]
+    again = False
+
+    def shadow(*args: Any, **kwargs: Any) -> Any:
+        if again:
+            return call(*args, **kwargs)
+        flat = tf.nest.flatten((args, kwargs))
+        places = _floating(flat)
+        weights = [tensor.read_value() for _, tensor in trained]
+        found = [(variable, tensor.read_value()) for variable, tensor in still]
+        training = _backend.inherited_training(layer)
+        outputs: list[Any] = []
+
+        def run(*tensors: tf.Tensor) -> list[tf.Tensor]:
+            given = list(flat)
+            for place, tensor in zip(places, tensors):
+                _backend.copy_mask(flat[place], tensor)
+                given[place] = tensor
+            inner_args, inner_kwargs = tf.nest.pack_sequence_as((args, kwargs), given)
+            values = [*zip((v.variable for v, _ in trained), tensors[len(places) :]), *found]
+            if outputs:
+                results = tf.nest.flatten(replay(values, *inner_args, **inner_kwargs))
+            else:
+                with _Pure(values) as scope, noting_assignments(plain, lambda _: _refuse_raw(submodel)):
+                    outputs.append(_refusing_chance(submodel, call)(*inner_args, **inner_kwargs))
+                _settle(submodel, scope, [v for v, _ in trained], found)
+                results = tf.nest.flatten(outputs[0])
+            return [results[place] for place in _floating(tf.nest.flatten(outputs[0]))]
+
+        def replay(values: Any, *args: Any, **kwargs: Any) -> Any:
+            nonlocal again
+            again = True
+            try:
+                with _backend.within_call(training), _Pure(values):
+                    return layer(*args, **kwargs)
+            finally:
+                again = False
+
+        run.__name__ = f"`{submodel.path}`, which `remat` computes twice: it has no second-order gradient"
+        computed = tf.nest.flatten(tf.recompute_grad(run)(*(flat[place] for place in places), *weights))
+        results = tf.nest.flatten(outputs[0])
+        for place, tensor in zip(_floating(results), computed):
+            _backend.copy_mask(results[place], tensor)
+            results[place] = tensor
+        return tf.nest.pack_sequence_as(outputs[0], results)
+
+    return shadow
+
+
+def _settle(
+    submodel: SubmodelInfo,
+    scope: _Pure,
+    trained: Sequence[VariableInfo],
+    found: list[tuple[keras.Variable, tf.Tensor]],
+) -> None:
+    """Assign what the first run would have assigned, having noted what it found; refuse what has no second run."""
+    if scope.losses:
+        raise _refusal(submodel, "a layer in it adds a loss when it is called, which would have no gradient")
+    for variable in trained:
+        if id(variable.variable) in scope.assigned:
+            raise _refusal(submodel, f"it assigns to `{variable.path}`, which trains, when it is called")
+    known = {id(variable) for variable, _ in found}
+    for key, variable in scope.assigned.items():
+        if key not in known:
+            found.append((variable, raw(variable).read_value()))
+        variable.assign(scope.get_current_value(variable))
+
+
+def _refusing_chance(submodel: SubmodelInfo, call: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a call so that random ops in its graph, which would draw anew in the second run, are refused."""
+
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+        before = 0 if graph is None else len(graph.get_operations())
+        outputs = call(*args, **kwargs)
+        for op in [] if graph is None else graph.get_operations()[before:]:
+            if op.type.startswith(RANDOM_OPS):
+                raise _refusal(
+                    submodel,
+                    f"it draws by `{op.type}`, anew each time; `keras.random` with a `SeedGenerator` can be repeated",
+                )
+        return outputs
+
+    return checked
+
+
+def _refuse_raw(submodel: SubmodelInfo) -> None:
+    raise _refusal(submodel, "it assigns to a `tf.Variable`, and would find another value the second time")
+
+
+def _refusal(submodel: SubmodelInfo, why: str) -> PolicyError:
+    return PolicyError(f"`remat` cannot hold for `{submodel.path}`: {why}. Leave it out of `remat`.")
+
+
+def _floating(values: Sequence[Any]) -> list[int]:
+    """Return the places of the tensors through which gradients flow."""
+    return [place for place, value in enumerate(values) if tf.is_tensor(value) and value.dtype.is_floating]
+
+
+def _names(where: Where, submodel: SubmodelInfo, tree: Tree) -> bool:
+    """Tell whether a where names this very submodel, and not only variables in it."""
+    if isinstance(where, Glob):
+        return any(matches_whole(where.pattern, path) for path in submodel.paths)
+    if isinstance(where, Kind):
+        return isinstance(submodel.object, where.types)
+    if isinstance(where, Under):
+        return submodel.object is where.submodel
+    if isinstance(where, Ordinal):
+        return submodel in where.chosen(tree)
+    if isinstance(where, Not):
+        return not _names(where.where, submodel, tree)
+    if isinstance(where, AnyOf):
+        return any(_names(each, submodel, tree) for each in where.wheres)
+    if isinstance(where, Joined):
+        names = (_names(where.left, submodel, tree), _names(where.right, submodel, tree))
+        return all(names) if where.sign == "&" else any(names)
+    raise TypeError(
+        "`remat` takes wheres that name layers: a path glob, a class, a layer, `first` or `last`. "
+        f"Received: {where!r}, which speaks of variables."
+    )

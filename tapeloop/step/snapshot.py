@@ -1,0 +1,24 @@
+"""The values of variables at one moment, so that a bad step can be undone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import tensorflow as tf
+
+
+class Snapshot:
+    """The values of variables at one moment. A value that is not asked for again costs nothing in a traced step."""
+
+    def __init__(self, variables: Iterable[tf.Variable]) -> None:
+        self._values = {variable.ref(): variable.read_value() for variable in variables}
+
+    def add(self, variable: tf.Variable) -> None:
+        """Take in the value of one more variable, unless it is there."""
+        if variable.ref() not in self._values:
+            self._values[variable.ref()] = variable.read_value()
+
+    def restore(self) -> None:
+        """Give the variables the values of then."""
+        for variable, value in self._values.items():
+            variable.deref().assign(value)

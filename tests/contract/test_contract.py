@@ -1,0 +1,298 @@
+"""The freeze contract, on whole fits."""
+
+import contextlib
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import tapeloop as tl
+from tapeloop.model.tree import Tree
+from tapeloop.policies.resolve import select
+from tapeloop.step.freezing import frozen, inference_mode
+from tests.support import models
+
+MODELS = {
+    "functional": models.functional,
+    "pinned": models.pinned,
+    "subclassed": lambda: models.built(models.Subclassed()),
+    "insistent": lambda: models.built(models.Insistent()),
+    "module": models.Module,
+}
+
+
+def fit(model, policy, steps=20, **options):
+    x, y = models.images(8)
+    options.setdefault("optimizer", keras.optimizers.AdamW(1e-2, weight_decay=0.1))
+    trainer = tl.Trainer(model, policy, loss=models.cross_entropy(), metrics=["accuracy"], **options)
+    trainer.fit([(x, y)] * steps, progress="none")
+    return trainer
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def fitted(request):
+    keras.utils.set_random_seed(1)
+    model = MODELS[request.param]()
+    before = models.values(model)
+    flags = [(layer.object.name, layer.object.trainable) for layer in Tree.of(model).layers]
+    own = {layer.object.name: sorted(vars(layer.object)) for layer in Tree.of(model).layers}
+    config = model.get_layer("base").get_config() if request.param in ("functional", "pinned") else None
+    whole = model.get_config() if config is not None else None
+    trainer = fit(model, tl.Freeze("base"))
+    return model, before, flags, own, whole, trainer
+
+
+def test_every_variable_under_the_frozen_base_is_bit_identical(fitted):
+    model, before, *_ = fitted
+    after = models.values(model)
+    frozen = {path for path in before if path.startswith("base/")}
+    assert {path for path in frozen if "moving" in path or "seed" in path}
+    assert {path for path in before if before[path] != after[path]} >= {
+        path for path in before if path.endswith("head/kernel") or path == "w"
+    }
+    assert {path: after[path] for path in frozen} == {path: before[path] for path in frozen}
+
+
+def test_the_model_is_not_written_to(fitted):
+    model, _, flags, own, whole, _ = fitted
+    assert [(layer.object.name, layer.object.trainable) for layer in Tree.of(model).layers] == flags
+    assert {layer.object.name: sorted(vars(layer.object)) for layer in Tree.of(model).layers} == own
+    if whole is not None:
+        assert model.get_config() == whole
+
+
+def test_no_optimizer_state_for_what_is_frozen(fitted):
+    *_, trainer = fitted
+    selection = trainer.selection
+    assert not any(trainer._updates.optimizers.state_bytes(v) for v in selection.frozen + selection.non_trainable)
+    assert all(trainer._updates.optimizers.state_bytes(v) == 8 * v.parameters for v in selection.trained)
+
+
+@pytest.mark.parametrize("make", [models.functional, models.pinned, MODELS["subclassed"], MODELS["insistent"]])
+def test_inside_the_step_the_base_gives_its_inference_output(make):
+    model = make()
+    base = model.get_layer("base") if isinstance(model, keras.src.models.Functional) else model.base
+    x = tf.constant(models.images(8)[0])
+    expected = base(x, training=False)
+    seen = []
+
+    class Watching(tl.Trainer):
+        def forward(self, inputs, training):
+            seen.append(base(inputs, training=training))
+            return super().forward(inputs, training)
+
+        def train_step(self, batch):
+            logs = super().train_step(batch)
+            return {**logs, "difference": tf.reduce_max(tf.abs(seen[-1] - expected))}
+
+    trainer = Watching(model, tl.Freeze("base"), loss=models.cross_entropy())
+    history = trainer.fit([(x, models.images(8)[1])], progress="none")
+    assert history.history["difference"] == [0.0]
+    np.testing.assert_array_equal(base(x, training=False), expected)
+
+
+def test_the_saved_model_loads_without_tapeloop(tmp_path):
+    import subprocess
+    import sys
+
+    model = models.functional()
+    fit(model, tl.Freeze("base"), steps=1)
+    x = models.images(4)[0]
+    model.save(tmp_path / "model.keras")
+    np.save(tmp_path / "x.npy", x)
+    code = (
+        "import sys, keras, numpy as np; sys.modules['tapeloop'] = None\n"
+        "model = keras.models.load_model(sys.argv[1] + '/model.keras')\n"
+        "np.save(sys.argv[1] + '/y.npy', model.predict(np.load(sys.argv[1] + '/x.npy'), verbose=0))"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, capture_output=True)
+    np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), model.predict(x, verbose=0))
+
+
+def test_no_weight_gradient_of_a_frozen_layer_is_in_the_graph():
+    model = models.functional()
+    trainer = fit(model, tl.Freeze("base"), steps=1)
+    assert not [name for name in op_types(trainer) if "Conv2DBackprop" in name or "FusedBatchNormGrad" in name]
+    assert [name for name in op_types(fit(model, tl.TrainAll(), steps=1)) if "Conv2DBackpropFilter" in name]
+
+
+def test_a_frozen_middle_costs_its_activation_gradient_only():
+    inputs = keras.Input((6, 6, 1))
+    x = keras.layers.Conv2D(4, 3, padding="same", name="before")(inputs)
+    x = keras.layers.Conv2D(4, 3, padding="same", name="middle")(x)
+    model = keras.Model(inputs, keras.layers.Dense(3, name="after")(keras.layers.Flatten()(x)))
+    types = op_types(fit(model, tl.Freeze("middle"), steps=1))
+    assert types.count("Conv2DBackpropFilter") == 1
+    assert types.count("Conv2DBackpropInput") == 1
+
+
+def op_types(trainer):
+    return models.live_ops(trainer, models.images(8))
+
+
+def test_the_tape_watches_what_is_selected_and_nothing_else():
+    model = models.functional()
+    watched = []
+
+    class Watching(tl.Trainer):
+        def train_step(self, batch):
+            with self.tape() as tape:
+                loss = self.compute_loss(batch, training=True)
+            watched.extend(variable.name for variable in tape.watched_variables())
+            self.update(tape, loss)
+            return {"loss": loss}
+
+    Watching(model, tl.Freeze("base"), loss=models.cross_entropy()).fit([models.images(8)], progress="none")
+    assert len(watched) == 2
+
+
+def test_trained_parts_still_run_in_training_mode_after_a_frozen_one():
+    """Keras 3 hands the mode of the child called last on to the next; a frozen child must not switch Dropout off."""
+
+    class Explicit(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.base = keras.Sequential([keras.Input((6, 6, 1)), *models.base_layers()])
+            self.gain = keras.layers.LayerNormalization(axis=[1, 2])
+            self.drop = keras.layers.Dropout(0.5)
+
+        def call(self, inputs, training=None):
+            return self.drop(self.base(self.gain(inputs), training=False))
+
+    model = models.built(Explicit())
+    selection = select(tl.Freeze("base"), Tree.of(model))
+    x = tf.constant(models.images(64)[0]) + 10.0
+    dropped = lambda y: float(tf.reduce_mean(tf.cast(y == 0, tf.float32)))  # noqa: E731
+    outside = dropped(model(x, training=False))
+    assert dropped(model(x, training=True)) == outside  # what Keras alone does
+    with inference_mode(selection):
+        assert dropped(model(x, training=True)) > outside + 0.1
+        assert dropped(model(x, training=False)) == outside
+
+
+def test_a_layer_inside_a_frozen_one_that_keras_does_not_track_is_in_inference_mode():
+    class Hidden(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.dense = keras.layers.Dense(4)
+            self.untracked = (lambda layer: lambda: layer)(keras.layers.Dropout(0.9))
+
+        def call(self, x):
+            return self.untracked()(self.dense(x))
+
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, keras.layers.Dense(2, name="head")(Hidden()(inputs)))
+    x = tf.ones((8, 4))
+    with inference_mode(select(tl.TrainOnly("head"), Tree.of(model))):
+        np.testing.assert_array_equal(model(x, training=True), model(x, training=False))
+
+
+def test_state_that_a_frozen_layer_moves_even_in_inference_is_sealed():
+    lstm = keras.layers.LSTM(3, stateful=True, name="lstm")
+    inputs = keras.Input((5, 2), batch_size=4)
+    model = keras.Model(inputs, keras.layers.Dense(2, name="head")(lstm(inputs)))
+    x, y = np.ones((4, 5, 2), "float32"), np.zeros((4, 2), "float32")
+    trainer = tl.Trainer(model, tl.Freeze("lstm"), loss="mse")
+    before = models.values(model, "lstm")
+    trainer.fit([(x, y)] * 3, progress="none")
+    assert models.values(model, "lstm") == before
+    tl.Trainer(model, tl.TrainAll(), loss="mse").fit([(x, y)] * 3, progress="none")
+    assert models.values(model, "lstm") != before
+
+
+def test_the_users_own_override_of_call_runs_and_stays():
+    model = models.functional()
+    base = model.get_layer("base")
+    original, calls = base.call, []
+
+    def mine(*args, **kwargs):
+        calls.append(kwargs.get("training"))
+        return original(*args, **kwargs)
+
+    base.call = mine
+    fit(model, tl.Freeze("base"), steps=1)
+    assert calls == [False]
+    assert base.call is mine
+
+
+def test_the_mode_is_lifted_when_the_step_raises():
+    model = models.functional()
+    own = {id(v.tensor): sorted(vars(v.tensor)) for v in Tree.of(model).variables}
+    with contextlib.suppress(ZeroDivisionError), frozen(select(tl.Freeze("base"), Tree.of(model))):
+        assert tf.config.functions_run_eagerly()
+        raise ZeroDivisionError
+    assert not tf.config.functions_run_eagerly()
+    assert not any("call" in vars(layer.object) for layer in Tree.of(model).layers)
+    assert {id(v.tensor): sorted(vars(v.tensor)) for v in Tree.of(model).variables} == own
+
+
+def test_penalties_and_added_losses_count_for_what_trains_alone():
+    layers = keras.layers
+
+    class Adds(layers.Layer):
+        def build(self, shape):
+            self.w = self.add_weight(shape=(2,), initializer="ones")
+
+        def call(self, x):
+            self.add_loss(tf.constant(100.0))
+            return x * self.w
+
+    def dense(name):
+        return layers.Dense(
+            2, name=name, kernel_initializer="ones", kernel_regularizer=keras.regularizers.L2(1.0), use_bias=False
+        )
+
+    model = keras.Sequential([keras.Input((2,)), dense("first"), Adds(name="adds"), dense("second")])
+    x, y = np.zeros((4, 2), "float32"), np.zeros((4, 2), "float32")
+
+    def loss(policy):
+        trainer = tl.Trainer(model, policy, loss="mse", optimizer=keras.optimizers.SGD(0.0))
+        assert trainer.evaluate((x, y), progress="none")["loss"] == trainer.fit(
+            (x, y), progress="none"
+        ).history["loss"][0]  # fmt: skip
+        return trainer.evaluate((x, y), progress="none")["loss"]
+
+    assert loss(tl.TrainAll()) == 4 + 4 + 100
+    assert loss(tl.Freeze("first")) == 4 + 100
+    assert loss(tl.TrainOnly("second")) == 4
+
+
+def test_what_trains_equals_a_step_written_by_hand():
+    model, twin = models.functional(), models.functional()
+    twin.set_weights(model.get_weights())
+    x, y = models.images(8)
+    trainer = tl.Trainer(model, tl.Freeze("base"), loss=models.cross_entropy(), optimizer=keras.optimizers.Adam(1e-2))
+    logs = trainer.fit([(x, y)] * 5, progress="none").history
+    head, optimizer, losses = twin.get_layer("head"), keras.optimizers.Adam(1e-2), []
+    for _ in range(5):
+        with tf.GradientTape() as tape:
+            losses.append(models.cross_entropy()(y, twin(x, training=False)))
+        optimizer.apply(tape.gradient(losses[-1], head.trainable_weights), head.trainable_weights)
+    for mine, theirs in zip(model.get_weights(), twin.get_weights()):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(logs["loss"], [np.mean(losses)], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"microbatches": 3},
+        {"nonfinite": "skip", "ema": 0.5, "clip_norm": 0.1},
+        {"remat": "base"},
+        {"run_eagerly": True, "microbatches": 2},
+        {"jit_compile": True},
+    ],
+    ids=str,
+)
+def test_what_is_frozen_stays_under_every_option(options):
+    model = models.functional()
+    before, (x, y) = models.values(model, "base"), models.images(6)
+    trainer = models.trainer_of(model, tl.Freeze("base"), optimizer=keras.optimizers.AdamW(0.1), **options)
+    trainer.fit([(x, y)] * 3, progress="none")
+    if options.get("nonfinite") == "skip":
+        trainer.fit([(np.full_like(x, np.nan), y), (x, y)], progress="none")
+    assert models.values(model, "base") == before
+    held = [*trainer._updates.averages.held(trainer.selection.tree.variables)]
+    assert len(held) == (len(trainer.selection.trained) if "ema" in options else 0)
+    assert not any(trainer._updates.optimizers.state_bytes(v) for v in trainer.selection.frozen)

@@ -1,0 +1,73 @@
+"""What the examples of research code print: their scores, with a margin, and their checks of their own claims."""
+
+import re
+
+from tests.support.examples import run
+
+
+def numbers(pattern, printed):
+    """Return the numbers that a pattern finds in what an example printed."""
+    found = re.search(pattern, printed)
+    assert found, printed
+    return [float(number) for number in found.groups()]
+
+
+def test_gan():
+    printed = run("gan")
+    share, untrained, real = numbers(r"surely a digit: ([\d.]+) .*untrained ([\d.]+), real ([\d.]+)", printed)
+    assert untrained < 0.1 < 0.35 < share < real
+    (digits,) = numbers(r"kinds of digits: (\d+) of 10", printed)
+    assert digits >= 8
+    assert "left the discriminator bit-identical: True" in printed
+
+
+def test_wgan_gp():
+    printed = run("wgan_gp")
+    share, untrained, modes = numbers(r"near a mode: ([\d.]+) .*untrained ([\d.]+)\), (\d) of 8", printed)
+    assert untrained < 0.2 < 0.7 < share
+    assert modes == 8
+    assert "within 0.2 of 1: True" in printed
+
+
+def test_distillation():
+    printed = run("distillation")
+    scores = r"teacher ([\d.]+), alone ([\d.]+), distilled ([\d.]+), averaged ([\d.]+)"
+    teacher, alone, distilled, averaged = numbers(scores, printed)
+    assert averaged > 0.93
+    assert teacher > 0.95
+    assert distilled > 0.93
+    assert distilled > alone + 0.03
+    assert "the teacher is bit-identical: True" in printed
+
+
+def test_lora():
+    printed = run("lora")
+    pretrained, head, lora = numbers(r"on 0-4 ([\d.]+), head only ([\d.]+), LoRA ([\d.]+)", printed)
+    assert pretrained > 0.93
+    assert lora > 0.88
+    assert lora > head + 0.08
+    assert numbers(r"LoRA trains ([\d.]+)%", printed) == [5.6]
+    assert "the base is bit-identical: True" in printed
+
+
+def test_maml():
+    printed = run("maml")
+    before, after = numbers(r"meta-trained: .* ([\d.]+), after one step ([\d.]+)", printed)
+    (without,) = numbers(r"without the inner step: .* after one step ([\d.]+)", printed)
+    assert after < 0.3 * before
+    assert after < 0.4 * without
+    assert "agrees with differences of the loss: True" in printed
+
+
+def test_two_speeds():
+    printed = run("two_speeds")
+    learned, kept = numbers(r"two speeds ([\d.]+) and ([\d.]+)", printed)
+    fast_learned, fast_kept = numbers(r"one, fast ([\d.]+) and ([\d.]+)", printed)
+    slow_learned, slow_kept = numbers(r"one, slow ([\d.]+) and ([\d.]+)", printed)
+    assert learned > max(0.85, slow_learned + 0.05)
+    assert kept > max(0.95, fast_kept + 0.15)
+    assert fast_learned > 0.93
+    assert slow_kept > 0.95
+    rates = re.findall(r"step +(\d+): head (\S+), backbone (\S+)", printed)
+    assert rates[:2] == [("0", "0.0e+00", "0.0e+00"), ("20", "9.3e-03", "8.3e-05")]
+    assert "every rate was as scheduled: True" in printed

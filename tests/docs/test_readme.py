@@ -1,0 +1,78 @@
+"""What the README shows is run, and what it claims is seen."""
+
+import pathlib
+import re
+
+import pytest
+
+import tapeloop as tl
+from tests.support.examples import ROOT, run
+
+README = (ROOT / "README.md").read_text()
+
+
+def test_every_public_name_is_there():
+    assert all(hasattr(tl, name) for name in tl.__all__)
+
+
+def test_the_snippets_run_one_after_the_other():
+    namespace, snippets = {}, re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(snippets) == 8
+    for number, snippet in enumerate(snippets):
+        exec(compile(snippet, f"README.md snippet {number + 1}", "exec"), namespace)
+        if number == 0:
+            assert f"```\n{namespace['trainer'].explain()}\n```" in README
+            assert len([line for line in snippet.splitlines() if line.strip()]) <= 20
+    assert namespace["trainer"].step == 1
+    assert namespace["cached"].step == 6
+    assert namespace["teaching"].step == 5
+    assert namespace["logs"]["distance"] < 0.5
+
+
+def test_the_contract_table_is_what_the_example_prints():
+    table = re.search(r"\| \| Keras.*?\n\n", README, re.DOTALL).group().strip()
+    assert table in run("freeze_contract")
+
+
+def test_transfer_digits():
+    printed = run("transfer_digits")
+    accuracy = re.search(r"pretrained on 0-4 ([\d.]+), head only ([\d.]+), head and last block ([\d.]+)", printed)
+    pretrained, head, block = map(float, accuracy.groups())
+    assert pretrained > 0.9
+    assert head > 0.7
+    assert block > 0.9
+    assert printed.count("are as they were") == 2
+
+
+def test_feature_extraction():
+    printed = run("feature_extraction")
+    assert "the backbone, batch statistics included, is bit-identical" in printed
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", printed)]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_partial_freeze():
+    before, after = re.search(r"new target ([\d.]+) -> ([\d.]+); blocks 0 and 1", run("partial_freeze")).groups()
+    assert float(after) < 0.1 * float(before)
+
+
+def test_explicit_tape():
+    accuracies = re.findall(r"accuracy ([\d.]+)", run("explicit_tape"))
+    assert float(accuracies[-1]) > 0.85
+
+
+def test_adaptive_policy():
+    printed = run("adaptive_policy")
+    assert re.search(r"\n3 phases, 3 traces", printed)
+    assert float(re.findall(r"accuracy ([\d.]+)", printed)[-1]) > 0.85
+
+
+@pytest.mark.parametrize("command", ["make demo", "make test"])
+def test_the_commands_are_in_the_makefile(command):
+    assert command in README
+    assert f"\n{command.split()[1]}: " in (ROOT / "Makefile").read_text()
+
+
+def test_no_example_is_left_untested():
+    tested = "".join(path.read_text() for path in pathlib.Path(__file__).parent.glob("test_*.py"))
+    assert all(f'run("{path.stem}")' in tested for path in (ROOT / "examples").glob("*.py"))

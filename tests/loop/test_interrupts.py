@@ -1,0 +1,142 @@
+"""Ctrl-C, in a process of its own, and what a run is after it."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import keras
+import numpy as np
+import pytest
+
+import tapeloop as tl
+from tapeloop.loop.interrupts import deferred_interrupt
+
+SCRIPT = """
+import os, signal, threading, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
+import keras, numpy as np, tapeloop as tl
+
+model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4), keras.layers.Dense(1)])
+x, y = np.ones((16, 8), "float32"), np.ones((16, 1), "float32")
+sent = []
+
+def interrupt():
+    sent.append(time.monotonic())
+    os.kill(os.getpid(), signal.SIGINT)
+
+def batches():
+    for _ in range(3000):
+        yield x, y
+    if len(passes) == 2:
+        threading.Timer(1.5, interrupt).start()
+    passes.append(1)
+    while len(passes) == 3:
+        time.sleep(0.25)
+        yield x, y
+
+class Data:
+    def __iter__(self):
+        return batches()
+
+passes = [1]
+trainer = tl.Trainer(model, loss="mse", optimizer="sgd")
+try:
+    trainer.fit(Data(), epochs=5, progress="none")
+except KeyboardInterrupt:
+    print("seconds", time.monotonic() - sent[0])
+    print("counts", trainer.step, int(trainer._updates.optimizers.cohorts[0].optimizer.iterations))
+    print("epochs", trainer.history.epoch, len(trainer.history.history["loss"]))
+trainer.fit([(x, y)], progress="none")
+print("goes on", trainer.step)
+"""
+
+
+def test_ctrl_c_while_data_is_slow_after_it_was_fast_ends_at_once():
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(SCRIPT)], capture_output=True, text=True, timeout=300, cwd=os.getcwd()
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = dict(line.split(" ", 1) for line in done.stdout.splitlines() if " " in line)
+    assert float(said["seconds"]) < 2.0
+    step, iterations = map(int, said["counts"].split())
+    assert step == iterations > 6000
+    assert said["epochs"] == "[1] 1"
+
+
+def test_a_call_ends_by_time_when_steps_turn_slow():
+    calls = []
+
+    class Slow:
+        """A hundred quick batches, then some that take a tenth of a second."""
+
+        def __iter__(self):
+            for number in range(112):
+                if number >= 100:
+                    time.sleep(0.1)
+                yield np.ones((4, 3), "float32"), np.ones((4, 1), "float32")
+
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+    trainer = tl.Trainer(model, loss="mse", optimizer="sgd")
+    trainer.fit([(np.ones((4, 3), "float32"), np.ones((4, 1), "float32"))] * 3000, progress="none")  # hundreds a call
+    step = trainer._steps.train(trainer.selection)
+    run = step.run
+
+    def counting(*args, **options):
+        began = time.monotonic()
+        found = run(*args, **options)
+        calls.append((found[0].batches, time.monotonic() - began))
+        return found
+
+    step.run = counting
+    trainer.fit(Slow(), progress="none")
+    assert sum(batches for batches, _ in calls) == 112
+    assert len(calls) >= 4
+    assert max(seconds for _, seconds in calls) < 1.0
+
+
+def test_an_interrupt_waits_for_the_end_of_what_it_must_not_cut():
+    done = []
+
+    def once():
+        with deferred_interrupt():
+            signal.raise_signal(signal.SIGINT)
+            done.append("first")
+
+    def twice():
+        with deferred_interrupt():
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            done.append("never")
+
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            once()
+        assert done == ["first"]
+        with pytest.raises(KeyboardInterrupt):
+            twice()
+        assert done == ["first"]
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_handler_of_the_users_own_is_left_alone_and_so_are_threads():
+    before = signal.getsignal(signal.SIGINT)
+    seen = []
+    signal.signal(signal.SIGINT, lambda *args: seen.append(args))
+    try:
+        with deferred_interrupt():
+            signal.raise_signal(signal.SIGINT)
+            assert len(seen) == 1
+        thread = threading.Thread(target=lambda: deferred_interrupt().__enter__() or seen.append("thread"))
+        thread.start()
+        thread.join()
+        assert seen[-1] == "thread"
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,242 @@
+"""The loop in the graph: how many steps it runs, when it stops, what it counts."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import tapeloop as tl
+from tapeloop.loop.compiled_step import Step
+from tests.support import models
+from tests.support.models import trainer_of
+
+layers = keras.layers
+X, Y = models.images(20)
+
+
+def batches():
+    return [(X[start : start + 4], Y[start : start + 4]) for start in range(0, 20, 4)]
+
+
+def weighted(bad):
+    """Batches some of which have weights that are not finite."""
+    return [(x, y, np.full(4, np.nan if number in bad else 1.0)) for number, (x, y) in enumerate(batches())]
+
+
+def dataset():
+    return tf.data.Dataset.from_tensor_slices((X, Y)).batch(4)
+
+
+class Pairs(keras.utils.PyDataset):
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, index):
+        return batches()[index]
+
+
+KINDS = {
+    "arrays": lambda: (X, Y),
+    "dataset": dataset,
+    "dataset of unknown length": lambda: dataset().filter(lambda x, y: True),
+    "list": batches,
+    "generator": lambda: (batch for batch in batches()),
+    "PyDataset": Pairs,
+}
+
+
+class Counting(tl.Trainer):
+    """Counts its steps in the graph, in ways that depend on nothing in the batch."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.trained = tf.Variable(0)
+        self.evaluated = tf.Variable(0)
+
+    def train_step(self, batch):
+        self.trained.assign_add(1)
+        return super().train_step(batch)
+
+    def eval_step(self, batch):
+        self.evaluated.assign_add(1, read_value=False)
+        return super().eval_step(batch)
+
+
+def counting(**options):
+    keras.utils.set_random_seed(0)
+    return Counting(models.functional(), tl.Freeze("base"), loss=models.cross_entropy(), optimizer="adam", **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"steps_per_call": 3}, {"run_eagerly": True}, {"microbatches": 2}], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_batch_is_trained_on_once(kind, options):
+    trainer, other = counting(**options), counting(steps_per_call=1)
+    history = trainer.fit(KINDS[kind](), batch_size=4, shuffle=False, validation_data=(X, Y), progress="none").history
+    its = other.fit(batches(), batch_size=4, validation_data=(X, Y), progress="none").history
+    pieces = options.get("microbatches", 1)
+    assert (trainer.step, int(trainer.trained), int(trainer.evaluated)) == (5, 5 * pieces, 5)
+    assert trainer.trace_count == (0 if "run_eagerly" in options else 1)
+    for name, values in its.items():
+        np.testing.assert_allclose(history[name], values, rtol=1e-5)
+    trainer.evaluate(KINDS[kind](), batch_size=4, progress="none")
+    assert int(trainer.evaluated) == 10
+    assert trainer.predict(KINDS[kind](), batch_size=4).shape == (20, 3)
+
+
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"generator"}))
+@pytest.mark.parametrize(("steps", "epochs"), [(1, 3), (3, 4), (5, 2), (7, 2)])
+def test_epochs_of_any_length_go_around_the_data(kind, steps, epochs):
+    trainer = counting()
+    trainer.fit(KINDS[kind](), batch_size=4, shuffle=False, steps_per_epoch=steps, epochs=epochs, progress="none")
+    assert trainer.step == int(trainer.trained) == steps * epochs
+    other = counting()
+    given = batches()
+    other.fit([given[number % 5] for number in range(steps * epochs)], progress="none")
+    assert models.values(trainer.model) == models.values(other.model)
+
+
+@pytest.mark.parametrize("steps_per_call", [1, 2, 100, "auto"])
+def test_how_many_steps_a_call_runs_changes_nothing(steps_per_call):
+    def run(count):
+        keras.utils.set_random_seed(0)
+        trainer = trainer_of(models.functional(), optimizer="adam", metrics=["accuracy"], steps_per_call=count)
+        history = trainer.fit((X, Y), batch_size=3, epochs=3, shuffle=False, progress="none").history
+        return models.values(trainer.model), history
+
+    assert run(steps_per_call) == run(7)
+
+
+def calls_of(trainer, data, monkeypatch, **options):
+    """How many steps each call of the loop may run, and did."""
+    seen, run = [], Step.run
+
+    def noting(self, feed, most, before, *more):
+        tally, failure = run(self, feed, most, before, *more)
+        seen.append(tally.batches)
+        return tally, failure
+
+    monkeypatch.setattr(Step, "run", noting)
+    trainer.fit(data, progress="none", **options)
+    return seen
+
+
+def test_no_call_goes_past_the_end_of_an_epoch_or_a_change_of_policy(monkeypatch):
+    trainer = trainer_of(policy=tl.TrainAll(), steps_per_call=4)
+    assert calls_of(trainer, (X, Y), monkeypatch, batch_size=2, epochs=2) == [4, 4, 2, 4, 4, 2]
+    trainer = trainer_of(policy=tl.Cycle([tl.Freeze("base"), tl.TrainAll()], every=3), steps_per_call=100)
+    assert calls_of(trainer, (X, Y), monkeypatch, batch_size=2, epochs=2) == [3, 3, 3, 1, 2, 3, 3, 2]
+
+
+def test_bad_batches_count_as_no_step_where_a_policy_counts_them(monkeypatch):
+    policy = tl.Cycle([tl.Freeze("base"), tl.TrainAll()], every=2)
+    trainer = trainer_of(policy=policy, nonfinite="skip", steps_per_call=100)
+    assert calls_of(trainer, weighted([1, 2]), monkeypatch) == [2, 1, 1, 1]
+    assert trainer.step == 3
+
+
+@pytest.mark.parametrize("steps_per_call", [1, 2, "auto"])
+def test_so_many_bad_batches_in_a_row_are_counted_over_calls(steps_per_call):
+    options = {"nonfinite": "skip", "max_skipped": 2, "steps_per_call": steps_per_call}
+    trainer = trainer_of(**options)
+    history = trainer.fit(weighted([0, 1, 3, 4]), progress="none").history
+    assert (trainer.step, history["skipped_steps"]) == (1, [4.0])
+    with pytest.raises(tl.NonFiniteError, match="2 steps in a row were skipped before it"):
+        trainer.fit(weighted([0, 1]), progress="none")  # with the two before it
+    assert trainer.step == 1
+
+
+def test_all_data_that_is_skipped_or_ends_early_is_said():
+    trainer = trainer_of()
+    none_left = dataset().filter(lambda x, y: False)
+    for empty in ([], iter([]), dataset().take(0), none_left):
+        with pytest.raises(tl.DataError, match="`data` is empty"):
+            trainer.fit(empty, progress="none")
+        if empty is none_left:  # of which nobody can know without reading it
+            continue
+        with pytest.raises(tl.DataError, match="`validation_data` is empty"):
+            trainer.fit((X, Y), validation_data=empty, progress="none")
+    assert trainer.step == 0
+
+
+@pytest.mark.parametrize(("verb", "steps"), [("fit", "steps_per_epoch"), ("evaluate", "steps"), ("predict", "steps")])
+def test_data_without_end_needs_a_number_of_steps(verb, steps):
+    trainer = trainer_of()
+    quiet = {} if verb == "predict" else {"progress": "none"}
+    with pytest.raises(tl.DataError, match=rf"`data` never ends. Pass `{steps}`, or a dataset with an end"):
+        getattr(trainer, verb)(dataset().repeat(), **quiet)
+    getattr(trainer, verb)(dataset().repeat(), **{steps: 2}, **quiet)
+    with pytest.raises(ValueError, match=rf"`{steps}` must be a whole number, 1 or more. Received: 0"):
+        getattr(trainer, verb)(dataset().repeat(), **{steps: 0}, **quiet)
+
+
+def test_validation_without_end_needs_a_number_of_steps():
+    with pytest.raises(tl.DataError, match=r"`validation_data` never ends. Pass `validation_steps`"):
+        trainer_of().fit((X, Y), validation_data=dataset().repeat(), progress="none")
+
+
+@pytest.mark.parametrize(
+    ("weights", "error", "text"),
+    [
+        ([1.0, 2.0], TypeError, r"`class_weight` must be a mapping from classes to weights. Received: \[1.0, 2.0\]"),
+        ({"cat": 1.0}, TypeError, r"`class_weight` must be a mapping"),
+        ({}, ValueError, r"`class_weight` is empty"),
+    ],
+)
+def test_wrong_class_weights(weights, error, text):
+    with pytest.raises(error, match=text):
+        trainer_of().fit((X, Y), class_weight=weights, progress="none")
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        ((X, Y, np.ones(20)), "`class_weight` was given, and the data has sample weights already"),
+        (X, r"`class_weight` needs one target for each example.*The targets are missing"),
+        ((X, {"a": Y}), r"`class_weight` needs one target for each example"),
+        ((X, np.zeros((20, 2, 2))), r"`class_weight` needs one target .* \(20, 2, 2\) float32"),
+    ],
+)
+def test_class_weights_for_other_data(data, text):
+    trainer = trainer_of()
+    with pytest.raises(tl.DataError, match=text):
+        trainer.fit(data, class_weight={0: 2.0}, progress="none")
+    assert trainer.step == 0
+
+
+def test_a_step_that_fails_says_at_which_batch_and_counts_those_before():
+    labels = Y.copy()
+    labels[13] = 99
+
+    class Asserting(tl.Trainer):
+        def compute_loss(self, batch, training):
+            with tf.control_dependencies([tf.debugging.Assert(tf.reduce_all(batch[1] < 3), ["no such label"])]):
+                return super().compute_loss(batch, training)
+
+    trainer = Asserting(models.functional(), loss=models.cross_entropy())
+    with pytest.raises(tf.errors.InvalidArgumentError, match="no such label") as raised:
+        trainer.fit((X, labels), batch_size=4, shuffle=False, progress="none")
+    assert any("batch 3 of `data` (the first is 0)" in note for note in raised.value.__notes__)
+    assert trainer.step == 3
+
+
+def test_an_evaluation_within_an_epoch_is_refused():
+    class Curious(tl.VariablePolicy):
+        every = 2
+
+        def group(self, variable):
+            return "default"
+
+        def at(self, progress):
+            if progress.step:
+                trainer.evaluate((X, Y), progress="none")
+            return self
+
+    trainer = trainer_of(policy=Curious())
+    with pytest.raises(RuntimeError, match="`evaluate` was called within an epoch of the same trainer"):
+        trainer.fit((X, Y), batch_size=4, progress="none")
+    trainer.policy = tl.TrainAll()
+    trainer.evaluate((X, Y), progress="none")
+
+
+def test_counters_of_ones_own_are_no_strangers_in_an_evaluation():
+    counting().evaluate((X, Y), progress="none")  # a warning would be an error

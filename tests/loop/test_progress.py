@@ -1,0 +1,130 @@
+import io
+import sys
+
+import pytest
+
+from tapeloop.loop.progress import Display
+
+
+class Clock:
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def run(style, stream, **options):
+    """Ten batches of 8 examples, one every 0.03 s; returns how often the logs were asked for."""
+    clock, asked = Clock(), []
+
+    def logs():
+        asked.append(clock.now)
+        return {"loss": 0.5, "accuracy": 0.25}, 8 * round(clock.now / 0.03)
+
+    progress = Display(style, stream=stream, clock=clock, **options)
+    progress.start("epoch 1/2", 10)
+    for _ in range(10):
+        clock.now += 0.03
+        progress.advance(1, logs)
+    progress.end({"loss": 0.125, "accuracy": 1.0}, 80)
+    return asked
+
+
+def test_lines_are_one_a_pass():
+    stream = io.StringIO()
+    assert run("lines", stream) == []
+    assert stream.getvalue() == "epoch 1/2: loss 0.125, accuracy 1, 267 examples/s, 0.3 s\n"
+
+
+def test_a_bar_asks_for_what_it_shows_at_most_every_tenth_of_a_second():
+    stream = io.StringIO()
+    assert run("bar", stream) == pytest.approx([0.12, 0.24])
+    assert "epoch 1/2: 100%" in stream.getvalue()
+    assert "loss 0.5, accuracy 0.25, 267 examples/s" in stream.getvalue()
+    assert "loss 0.125, accuracy 1, 267 examples/s" in stream.getvalue()
+
+
+def test_a_log_file_gets_lines_by_itself():
+    stream = io.StringIO()
+    run("auto", stream)
+    assert stream.getvalue().count("\n") == 1
+
+
+def test_a_terminal_gets_a_bar_by_itself():
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    stream = Terminal()
+    run("auto", stream)
+    assert "100%" in stream.getvalue()
+
+
+def test_none_is_silent():
+    stream = io.StringIO()
+    assert run("none", stream) == []
+    assert stream.getvalue() == ""
+
+
+def test_a_pass_that_raises_leaves_a_closed_bar():
+    stream = io.StringIO()
+    progress = Display("bar", stream=stream)
+    progress.start("epoch", 3)
+    progress.close()
+    progress.close()
+    assert stream.getvalue().endswith("\n")
+
+
+def test_other_styles_are_refused():
+    with pytest.raises(ValueError, match=r"`progress` must be one of 'auto', 'bar', 'lines', 'none'. Received: 'loud'"):
+        Display("loud")
+
+
+class WritesOnly:
+    """All that a display may ask of a stream."""
+
+    def __init__(self):
+        self.text = ""
+
+    def write(self, text):
+        self.text += text
+
+
+class Breaks(io.StringIO):
+    """A terminal that goes away."""
+
+    def isatty(self):
+        return True
+
+    def write(self, text):
+        raise BrokenPipeError("the other side has gone")
+
+
+def closed():
+    stream = io.StringIO()
+    stream.close()
+    return stream
+
+
+@pytest.mark.parametrize("style", ["auto", "bar", "lines"])
+@pytest.mark.parametrize("make", [WritesOnly, Breaks, closed, lambda: None], ids=["writes", "breaks", "closed", "none"])
+def test_training_never_fails_because_of_a_display(style, make, monkeypatch):
+    stream = make()
+    if stream is None:
+        monkeypatch.setattr(sys, "stderr", None)
+    run(style, stream)
+    if isinstance(stream, WritesOnly):
+        assert style == "bar" or "epoch 1/2" in stream.text
+
+
+def test_a_terminal_of_no_columns_shows_a_bar_all_the_same(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "0")  # and standard output is no terminal here
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    stream = Terminal()
+    run("auto", stream)
+    assert "epoch 1/2" in stream.getvalue()

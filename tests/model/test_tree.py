@@ -1,0 +1,187 @@
+import keras
+import pytest
+import tensorflow as tf
+
+from tapeloop.model.tree import Tree
+from tests.support import models
+
+layers = keras.layers
+
+
+def paths(model):
+    return {variable.path: variable.trainable for variable in Tree.of(model).variables}
+
+
+def test_functional_and_sequential_models_use_the_layers_names():
+    assert paths(models.functional()) == {
+        "base/conv/kernel": True,
+        "base/conv/bias": True,
+        "base/bn/gamma": True,
+        "base/bn/beta": True,
+        "base/bn/moving_mean": False,
+        "base/bn/moving_variance": False,
+        "base/drop/seed_generator/state": False,
+        "head/kernel": True,
+        "head/bias": True,
+    }
+
+
+def test_subclassed_models_use_the_attributes_names_without_underscores():
+    class Net(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self._first = layers.Dense(2, name="whatever")
+            self.blocks = [layers.Dense(2), {"inner": layers.Dense(2, use_bias=False)}]
+            self.attention = layers.MultiHeadAttention(1, 2, use_bias=False)
+
+        def call(self, x):
+            x = self.blocks[1]["inner"](self.blocks[0](self._first(x)))
+            return self.attention(x[:, None], x[:, None])
+
+    net = Net()
+    net(tf.zeros((1, 2)))
+    assert list(paths(net)) == [
+        "first/kernel",
+        "first/bias",
+        "blocks/0/kernel",
+        "blocks/0/bias",
+        "blocks/1/inner/kernel",
+        "attention/query_dense/kernel",
+        "attention/key_dense/kernel",
+        "attention/value_dense/kernel",
+        "attention/output_dense/kernel",
+    ]
+
+
+def test_an_attribute_that_collides_without_its_underscore_keeps_a_path_of_its_own():
+    class Net(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense = layers.Dense(2, use_bias=False)
+            self._dense = layers.Dense(2, use_bias=False)
+
+        def call(self, x):
+            return self._dense(self.dense(x))
+
+    net = Net()
+    net(tf.zeros((1, 2)))
+    assert list(paths(net)) == ["dense/kernel", "dense_2/kernel"]
+
+
+def test_weights_kept_in_no_attribute_are_found_by_name():
+    class Bag(layers.Layer):
+        def build(self, shape):
+            self.add_weight(shape=(2,), name="loose")
+
+        def call(self, x):
+            return x
+
+    bag = Bag()
+    bag(tf.zeros((1, 2)))
+    assert list(paths(bag)) == ["loose"]
+
+
+def test_a_shared_layer_stands_once_with_all_its_paths():
+    shared = layers.Dense(2, use_bias=False)
+
+    class Net(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.one = keras.Sequential([keras.Input((2,)), shared])
+            self.two = shared
+
+        def call(self, x):
+            return self.two(self.one(x))
+
+    net = Net()
+    net(tf.zeros((1, 2)))
+    (variable,) = Tree.of(net).variables
+    assert variable.paths == ("one/dense/kernel", "two/kernel")
+    submodel = variable.submodels[-1]
+    assert submodel.paths == ("one/dense", "two")
+
+
+def test_parents_of_a_shared_layer():
+    shared = layers.Dense(2)
+    tree = Tree.of({"a": keras.Sequential([keras.Input((2,)), shared]), "b": shared})
+    found = next(submodel for submodel in tree.submodels if submodel.object is shared)
+    assert [parent.path for parent in tree.parents[found]] == ["a", ""]
+    assert found in tree.children[tree.submodels[0]]
+
+
+def test_a_tied_weight_has_all_its_paths():
+    class Tied(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.embed = layers.Embedding(5, 2)
+            self.embed.build()
+            self.out = self.embed.embeddings
+
+        def call(self, x):
+            return self.embed(x) @ tf.transpose(self.out)
+
+    tied = Tied()
+    tied(tf.zeros((1, 2), tf.int32))
+    (variable,) = Tree.of(tied).variables
+    assert variable.paths == ("embed/embeddings", "out")
+
+
+def test_modules_are_read_through_lists_and_nested_layers():
+    found = paths(models.Module())
+    assert found["w"]
+    assert found["b/0"]
+    assert not found["b/1"]
+    assert found["base/conv/kernel"]
+
+
+def test_a_child_that_refers_back_to_its_parent_ends():
+    class Node(tf.Module):
+        def __init__(self):
+            self.w = tf.Variable(1.0)
+            self.me = self
+
+    assert list(paths(Node())) == ["w"]
+
+
+def test_a_mapping_puts_each_model_under_its_name():
+    assert list(paths({"g": layers.Dense(1)})) == []
+    assert set(paths({"left": models.functional(), "right": models.functional()})) >= {
+        "left/base/conv/kernel",
+        "right/head/bias",
+    }
+
+
+def test_flags_of_nested_layers_count_as_keras_counts_them():
+    model = models.functional()
+    model.get_layer("base").trainable = False
+    assert [path for path, trainable in paths(model).items() if trainable] == ["head/kernel", "head/bias"]
+    model.trainable = False
+    assert not any(paths(model).values())
+
+
+def test_optimizers_and_metrics_are_no_part_of_the_tree():
+    model = models.functional()
+    before = paths(model)
+    model.compile("adam", models.cross_entropy(), metrics=["accuracy"])
+    model.fit(*models.images(), verbose=0)
+    assert paths(model) == before
+
+
+def test_what_a_variable_says_of_itself():
+    variable = Tree.of(models.functional()).variables[0]
+    assert (variable.path, variable.name, variable.shape) == ("base/conv/kernel", "kernel", (3, 3, 1, 4))
+    assert (variable.dtype, variable.parameters) == ("float32", 36)
+    assert isinstance(variable.tensor, tf.Variable)
+    assert [submodel.path for submodel in variable.submodels] == ["", "base", "base/conv"]
+
+
+def test_what_is_no_model_is_refused():
+    with pytest.raises(TypeError, match=r"`model` must be a Keras model or layer.*Received: 3 of type int"):
+        Tree.of(3)
+
+
+def test_states_that_keras_does_not_track_are_part_of_the_tree():
+    model = keras.Sequential([keras.Input((3, 4), batch_size=2), keras.layers.GRU(5, stateful=True, name="gru")])
+    (state,) = [variable for variable in Tree.of(model).variables if variable.path == "gru/states/0"]
+    assert state.shape == (2, 5)
+    assert not state.trainable

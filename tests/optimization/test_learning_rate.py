@@ -1,0 +1,61 @@
+"""Learning rates by group: numbers, schedules and multipliers, read and set."""
+
+import keras
+import pytest
+
+import tapeloop as tl
+from tests.support import models
+from tests.support.models import trainer_of
+
+
+def test_learning_rates_are_read_and_set_without_a_trace():
+    trainer = trainer_of(
+        policy=tl.Groups({"h": "head", "b": "base"}, multipliers={"b": 0.1}), optimizer=keras.optimizers.SGD(0.5)
+    )
+    assert dict(trainer.learning_rates) == pytest.approx({"b": 0.05, "h": 0.5})
+    trainer.fit([models.images(8)], progress="none")
+    trainer.learning_rates["h"] = 0.0
+    assert trainer.learning_rates["h"] == 0.0
+    before = models.values(trainer.model, "head")
+    trainer.fit([models.images(8)], progress="none")
+    assert models.values(trainer.model, "head") == before
+    assert trainer.trace_count == 1
+    assert repr(trainer.learning_rates).startswith("{'b': 0.05")
+    assert len(trainer.learning_rates) == 2
+    with pytest.raises(tl.PolicyError, match=r"There is no group 'x': the groups are \['b', 'h'\]"):
+        trainer.learning_rates["x"] = 1.0
+
+
+def test_a_rate_set_before_the_first_fit_holds():
+    trainer = trainer_of(optimizer="sgd")
+    trainer.learning_rates["default"] = 0.25
+    assert trainer.learning_rates["default"] == 0.25
+    trainer.fit([models.images(8)], progress="none")
+    assert trainer.learning_rates["default"] == 0.25
+
+
+def test_schedules_count_from_the_step_at_which_a_cohort_began():
+    schedule = keras.optimizers.schedules.PiecewiseConstantDecay([3], [1.0, 0.5])
+    trainer = trainer_of(
+        policy=tl.Phases(
+            {0: tl.Groups({"h": "head"}), 1: tl.Groups({"h": "head", "b": "base"}, multipliers={"b": 0.5})}
+        ),
+        optimizer=keras.optimizers.SGD(schedule),
+    )
+    trainer.fit([models.images(8)] * 5, progress="none")
+    assert trainer.learning_rates["h"] == 0.5
+    trainer.fit([models.images(8)] * 1, progress="none")
+    assert dict(trainer.learning_rates) == {"b": 0.5, "h": 0.5}
+    with pytest.raises(TypeError, match=r"of the group 'h' follows a schedule, and cannot be set to 1.0"):
+        trainer.learning_rates["h"] = 1.0
+
+
+@pytest.mark.parametrize("rate", [1.0, keras.optimizers.schedules.ExponentialDecay(1.0, 1, 1.0)])
+def test_learning_rates_are_those_of_the_phase_that_is_due(rate):
+    slow, slower = (tl.Groups({"h": "head"}, multipliers={"h": factor}) for factor in (0.5, 0.25))
+    trainer = trainer_of(policy=tl.Phases({0: slow, 1: slower}), optimizer=keras.optimizers.SGD(rate))
+    assert trainer.learning_rates["h"] == 0.5
+    trainer.fit([models.images(8)], progress="none")
+    assert trainer.learning_rates["h"] == 0.25
+    trainer.policy = slow
+    assert trainer.learning_rates["h"] == 0.5

@@ -1,0 +1,233 @@
+from dataclasses import dataclass
+
+import keras
+import pytest
+import tensorflow as tf
+
+import tapeloop as tl
+from tapeloop.model.tree import Tree
+from tapeloop.policies.resolve import select
+from tests.support import models
+
+
+@pytest.fixture(scope="module")
+def tree():
+    return Tree.of(models.functional())
+
+
+def groups(policy, tree):
+    return {name: [v.path for v in variables] for name, variables in select(policy, tree).groups.items()}
+
+
+HEAD = ["head/kernel", "head/bias"]
+BASE = ["base/conv/kernel", "base/conv/bias", "base/bn/gamma", "base/bn/beta"]
+
+
+@dataclass(frozen=True)
+class Kernels(tl.VariablePolicy):
+    def group(self, variable):
+        return f"rank{len(variable.shape)}" if variable.name == "kernel" else None
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        (tl.TrainAll(), {"default": BASE + HEAD}),
+        (tl.Freeze("base"), {"default": HEAD}),
+        (tl.Freeze("base/conv", "head"), {"default": BASE[2:]}),
+        (tl.TrainOnly("head"), {"default": HEAD}),
+        (tl.TrainOnly("**/bias", tl.named("beta")), {"default": ["base/conv/bias", "base/bn/beta", "head/bias"]}),
+        (tl.Groups({"h": "head", "b": "base"}), {"b": BASE, "h": HEAD}),
+        (tl.Groups({"h": "head"}), {"h": HEAD}),
+        (Kernels(), {"rank4": BASE[:1], "rank2": HEAD[:1]}),
+    ],
+)
+def test_what_trains(policy, expected, tree):
+    assert groups(policy, tree) == expected
+
+
+@pytest.mark.parametrize("policy", [tl.TrainAll(), tl.Freeze("base"), tl.Groups({"h": "head"}), Kernels()])
+def test_every_variable_stands_in_exactly_one_place(policy, tree):
+    selection = select(policy, tree)
+    assert sorted(v.path for v in (*selection.trained, *selection.frozen, *selection.non_trainable)) == sorted(
+        v.path for v in tree.variables
+    )
+
+
+def inference(policy, model):
+    return [submodel.path for submodel in select(policy, Tree.of(model)).inference]
+
+
+def test_a_submodel_of_which_nothing_trains_runs_in_inference_mode_with_all_in_it():
+    assert inference(tl.Freeze("base"), models.functional()) == [
+        "base", "base/conv", "base/bn", "base/drop", "base/flat",
+    ]  # fmt: skip
+    assert inference(tl.TrainAll(), models.functional()) == []
+
+
+def test_a_layer_without_variables_follows_the_smallest_submodel_around_it_that_owns_some():
+    assert inference(tl.Freeze("base/conv"), models.functional()) == ["base/conv"]
+    assert inference(tl.Freeze("base"), models.built(models.Subclassed())) == [
+        "base", "base/conv", "base/bn", "base/drop", "base/flat",
+    ]  # fmt: skip
+
+
+def test_a_batch_normalization_without_scale_and_offset_follows_what_is_around_it():
+    layers = keras.layers
+    model = keras.Sequential(
+        [keras.Input((2,)), layers.BatchNormalization(center=False, scale=False, name="bn"), layers.Dense(1, name="d")]
+    )
+    assert inference(tl.TrainAll(), model) == []
+    nested = keras.Sequential([keras.Input((2,)), model, layers.Dense(1, name="head")])
+    assert inference(tl.Freeze(model), nested) == [model.name, f"{model.name}/bn", f"{model.name}/d"]
+
+
+def test_what_keras_holds_non_trainable_is_never_asked_about_and_runs_in_inference_mode():
+    model = models.functional()
+    model.get_layer("base").trainable = False
+    selection = select(tl.TrainAll(), Tree.of(model))
+    assert groups(tl.TrainAll(), Tree.of(model)) == {"default": HEAD}
+    assert "base/bn" in inference(tl.TrainAll(), model)
+    rules = {variable.path: rule for variable, rule in selection.rules.items()}
+    assert rules["base/conv/kernel"] == "Keras: base.trainable=False"
+    assert rules["base/drop/seed_generator/state"] == "Keras: seed state"
+    assert rules["head/kernel"] == "TrainAll"
+
+
+def test_a_policy_can_choose_the_mode_itself():
+    class FrozenStatistics(tl.VariablePolicy):
+        def group(self, variable):
+            return "all"
+
+        def inference(self, submodel, trained):
+            return isinstance(submodel.object, keras.layers.BatchNormalization)
+
+    assert inference(FrozenStatistics(), models.functional()) == ["base/bn"]
+
+
+def test_a_layer_shared_by_a_frozen_and_a_trained_submodel_follows_both():
+    drop = keras.layers.Dropout(0.5)
+    model = {
+        "frozen": keras.Sequential([keras.Input((2,)), keras.layers.Dense(2), drop]),
+        "trained": keras.Sequential([keras.Input((2,)), keras.layers.Dense(2), drop]),
+    }
+    assert "frozen/dropout" not in inference(tl.Freeze("frozen"), model)
+
+
+def test_selections_are_equal_when_the_same_trains_however_it_was_said(tree):
+    model = models.functional()
+    first = select(tl.Freeze("base"), Tree.of(model))
+    second = select(tl.TrainOnly(tl.kind(keras.layers.Dense)), Tree.of(model))
+    assert first == second
+    assert hash(first) == hash(second)
+    assert first != select(tl.TrainAll(), Tree.of(model))
+    assert first != select(tl.Groups({"other": "head"}), Tree.of(model))
+    assert first != select(tl.Freeze("base"), tree)
+    assert first != "base"
+
+
+def test_a_selection_says_how_much_trains(tree):
+    assert select(tl.Freeze("base"), tree).describe() == (
+        "default: 2 variables, 195 parameters; frozen: 4 variables, 48 parameters; "
+        "non-trainable: 3 variables, 10 parameters"
+    )
+    assert repr(select(tl.Freeze("base"), tree)).startswith("<Selection: default: 2 variables")
+
+
+def test_policies_are_values_that_read_as_written():
+    assert tl.Freeze("a", tl.named("b")) == tl.Freeze("a", tl.named("b"))
+    assert len({tl.Freeze("a"), tl.Freeze("a"), tl.TrainOnly("a")}) == 2
+    assert repr(tl.Freeze("a")) == "Freeze(glob('a'))"
+    assert repr(tl.TrainOnly("a")) == "TrainOnly(glob('a'))"
+    assert repr(tl.Groups({"h": "a"})) == "Groups({'h': glob('a')})"
+    assert repr(tl.TrainAll()) == "TrainAll()"
+
+
+def tied():
+    class Tied(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.embed = keras.layers.Embedding(5, 2)
+            self.embed.build()
+            self.out = self.embed.embeddings
+
+        def call(self, x):
+            return self.embed(x) @ tf.transpose(self.out)
+
+    return Tied()
+
+
+class Says(tl.VariablePolicy):
+    def __init__(self, answer):
+        self.answer = answer
+
+    def group(self, variable):
+        return self.answer
+
+
+@pytest.mark.parametrize(
+    ("make", "policy", "text"),
+    [
+        (
+            models.functional,
+            lambda: tl.Freeze("backbone/**"),
+            r"glob\('backbone/\*\*'\) in Freeze.* matches no variable of the model. The model has `base`, `head`",
+        ),
+        (models.functional, lambda: tl.Freeze("bse/conv"), r"The nearest paths are `base/conv`"),
+        (models.functional, lambda: tl.TrainOnly("**/kernle"), r"The nearest paths are .*`base/conv/kernel`"),
+        (models.functional, lambda: tl.Freeze(keras.layers.Dense(1, name="other")), r"under\(<Dense other>\)"),
+        (
+            models.functional,
+            lambda: tl.Freeze("**"),
+            r"Freeze\(glob\('\*\*'\)\) leaves nothing to train: it freezes all 6 variables \(`base/conv/kernel`",
+        ),
+        (models.functional, lambda: Says(None), r"leaves nothing to train"),
+        (
+            models.functional,
+            lambda: tl.Groups({"a": "base", "b": "**/bias"}),
+            r"`base/conv/bias` is in 2 groups: .*narrow one of them",
+        ),
+        (tied, lambda: tl.Groups({"a": "embed", "b": "out"}), r"tied weight `embed/embeddings` = `out` is in 2 groups"),
+        (
+            models.functional,
+            lambda: tl.TrainOnly("**/moving_mean"),
+            r"matches only variables that Keras holds non-trainable: `base/bn/moving_mean`. Set `trainable = True`",
+        ),
+        (models.functional, lambda: Says(3), r"`Says.group` must return the name of a group, or None.*Received: 3"),
+        (models.functional, lambda: Says(""), r"Received: '' for the variable `base/conv/kernel`"),
+        (lambda: keras.layers.Dropout(0.5), lambda: tl.TrainOnly("a"), r"matches no variable of the model"),
+        (lambda: keras.layers.Flatten(), lambda: tl.TrainAll(), r"the model has no variables. Pass a model with"),
+    ],
+)
+def test_what_cannot_be_resolved(make, policy, text):
+    with pytest.raises(tl.PolicyError, match=text):
+        select(policy(), Tree.of(make()))
+
+
+def test_a_model_that_keras_holds_non_trainable_as_a_whole():
+    model = models.functional()
+    model.trainable = False
+    with pytest.raises(tl.PolicyError, match="Keras holds every variable of the model non-trainable"):
+        select(tl.TrainAll(), Tree.of(model))
+
+
+def test_a_policy_without_group_says_what_to_write(tree):
+    class Empty(tl.VariablePolicy):
+        pass
+
+    with pytest.raises(NotImplementedError, match=r"Empty must write `group\(self, variable\)`"):
+        select(Empty(), tree)
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: tl.Freeze(), r"`Freeze` takes one or more wheres. Received none"),
+        (lambda: tl.TrainOnly(), r"`TrainOnly` takes one or more wheres"),
+        (lambda: tl.Groups("head"), r"`Groups` takes a mapping.*Received: 'head'"),
+        (lambda: tl.Groups({}), r"`Groups` takes a mapping"),
+    ],
+)
+def test_wrong_arguments(make, text):
+    with pytest.raises(TypeError, match=text):
+        make()

@@ -1,0 +1,205 @@
+"""Micro-batches: the large batch's result, ragged ones too, and more of them when memory runs out."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import tapeloop as tl
+from tapeloop.step.accumulation import Pieces, plan
+from tests.support import models
+from tests.support.models import trainer_of
+from tests.support.networks import network
+
+layers = keras.layers
+
+
+@pytest.mark.parametrize(
+    ("examples", "count", "cuts"),
+    [
+        (8, 1, [Pieces(1, 8, 0)]),
+        (8, 4, [Pieces(4, 2, 0)]),
+        (10, 4, [Pieces(2, 3, 0), Pieces(2, 2, 6)]),
+        (13, 5, [Pieces(3, 3, 0), Pieces(2, 2, 9)]),
+        (5, 5, [Pieces(5, 1, 0)]),
+        (None, 3, [Pieces(3, None, 0)]),
+    ],
+)
+def test_pieces_differ_by_one_example_at_most_and_cover_all(examples, count, cuts):
+    assert plan(examples, count) == cuts
+    if examples:
+        covered = [p.start + i * p.size + k for p in cuts for i in range(p.count) for k in range(p.size)]
+        assert covered == list(range(examples))
+
+
+def trained(batch, model=network, kind=tl.Trainer, policy=None, steps=3, loss=None, **options):
+    options.setdefault("optimizer", keras.optimizers.SGD(0.1))
+    trainer = kind(model(), policy, loss=loss or models.cross_entropy(), metrics=["accuracy"], **options)
+    history = trainer.fit([batch] * steps, progress="none").history
+    return trainer, history
+
+
+def assert_alike(one, other):
+    for mine, its in zip(one[0].model.get_weights(), other[0].model.get_weights()):
+        np.testing.assert_allclose(mine, its, atol=1e-6)
+    assert one[1].keys() == other[1].keys()
+    for name, values in one[1].items():
+        np.testing.assert_allclose(values, other[1][name], rtol=1e-5)
+
+
+@pytest.mark.parametrize("count", [2, 5, 13])
+@pytest.mark.parametrize("options", [{}, {"run_eagerly": True}, {"clip_norm": 0.05}], ids=str)
+def test_microbatches_of_a_ragged_batch_equal_the_whole(count, options):
+    batch = models.images(13)
+    whole = trained(batch, **options)
+    assert_alike(trained(batch, microbatches=count, **options), whole)
+
+
+def test_a_ragged_last_batch_costs_no_trace():
+    trainer = trainer_of(network(), microbatches=4)
+    trainer.fit(models.images(40), batch_size=16, epochs=2, progress="none")
+    assert trainer.trace_count == 1
+
+
+@pytest.mark.parametrize("weights", [False, True])
+def test_penalties_and_sample_weights_count_as_in_the_whole(weights):
+    x, y = models.images(10)
+    batch = (x, y, np.linspace(0, 2, 10, dtype="float32")) if weights else (x, y)
+    model = lambda: network(keras.regularizers.L2(0.1))  # noqa: E731
+    assert_alike(trained(batch, model, microbatches=3), trained(batch, model))
+
+
+class TwoUpdates(tl.Trainer):
+    """Two groups, a tape and an update each; neither loss reads what the other update moves."""
+
+    def train_step(self, batch):
+        x, y = batch
+        with self.tape("conv") as tape:
+            first = tf.reduce_mean(self.model.get_layer("conv")(x) ** 2)
+        self.update(tape, first)
+        with self.tape("head") as tape:
+            features = tf.stop_gradient(tf.reshape(x, [tf.shape(x)[0], -1]))
+            head = self.model.get_layer("head")
+            second = models.cross_entropy()(y, tf.matmul(features, head.kernel[:36]) + head.bias)
+        self.update(tape, second)
+        return {"first": first, "second": second}
+
+
+GROUPS = tl.Groups({"conv": "conv", "head": "head"})
+
+
+@pytest.mark.parametrize("kind", [tl.Trainer, TwoUpdates])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_two_groups_in_two_microbatches_equal_one_double_batch(kind, optimizer):
+    # Adam's first steps divide by the gradient's own size, and so turn a rounding difference into a step.
+    optimizer = {"sgd": keras.optimizers.SGD(0.1), "adam": keras.optimizers.Adam(1e-3, epsilon=1e-2)}[optimizer]
+    batch = models.images(16)
+    options = {"kind": kind, "policy": GROUPS, "optimizer": {"conv": optimizer, "head": optimizer}}
+    assert_alike(trained(batch, microbatches=2, **options), trained(batch, **options))
+
+
+def test_updates_of_a_step_in_microbatches_see_the_values_from_before():
+    class Order(tl.Trainer):
+        def train_step(self, batch):
+            with self.tape() as tape:
+                loss = tf.reduce_mean(self.model(batch) ** 2)
+            before = tf.reduce_sum(self.model.weights[0])
+            self.update(tape, loss)
+            return {"moved": tf.reduce_sum(self.model.weights[0]) - before}
+
+    x = np.ones((4, 3), "float32")
+    for count, moved in ((1, True), (2, False)):
+        model = keras.Sequential([keras.Input((3,)), layers.Dense(2)])
+        history = Order(model, optimizer="sgd", microbatches=count).fit([x], progress="none").history
+        assert (history["moved"][0] != 0) == moved
+
+
+def test_an_embedding_accumulates_too():
+    def model():
+        keras.utils.set_random_seed(0)
+        return keras.Sequential(
+            [keras.Input((5,), dtype="int32"), layers.Embedding(7, 4), layers.Flatten(), layers.Dense(3)]
+        )
+
+    batch = (np.arange(50).reshape(10, 5) % 7, np.arange(10) % 3)
+    for options in ({}, {"clip_norm": 0.01}, {"optimizer": keras.optimizers.Adam(1e-3, epsilon=1e-2)}):
+        assert_alike(trained(batch, model, microbatches=4, **options), trained(batch, model, **options))
+
+
+def test_rows_of_an_embedding_that_are_read_twice_are_one_gradient_in_the_norm():
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((2,), dtype="int32"), layers.Embedding(3, 1, name="embed"), layers.Flatten()])
+    before = model.get_weights()[0]
+    trainer = tl.Trainer(model, loss=lambda y, p: p, optimizer=keras.optimizers.SGD(1.0), clip_norm=1.0)
+    trainer.fit([(np.array([[1, 1]]), np.zeros((1, 2)))], progress="none")
+    # The mean of two outputs that read one row: a gradient of 1/2 + 1/2, whose norm is 1 and not the root of 1/2.
+    np.testing.assert_allclose(before - model.get_weights()[0], [[0.0], [1.0], [0.0]], atol=1e-6)
+
+
+class Summed(tl.Trainer):
+    def forward(self, inputs, training):
+        dense = inputs.to_tensor(shape=[None, 4]) if isinstance(inputs, tf.RaggedTensor) else tf.sparse.to_dense(inputs)
+        return self.model(tf.ensure_shape(dense, [None, 4]), training=training)
+
+
+@pytest.mark.parametrize("kind", ["ragged", "sparse"])
+def test_ragged_and_sparse_inputs_are_cut_too(kind):
+    def model():
+        keras.utils.set_random_seed(0)
+        return keras.Sequential([keras.Input((4,)), layers.Dense(3)])
+
+    rows = [[1.0], [2.0, 3.0], [], [4.0, 5.0, 6.0, 7.0], [8.0]]
+    x = tf.ragged.constant(rows)
+    x = x if kind == "ragged" else tf.sparse.from_dense(x.to_tensor(shape=[5, 4]))
+    batch = (x, tf.constant([0, 1, 2, 0, 1]))
+    assert_alike(trained(batch, model, Summed, microbatches=2), trained(batch, model, Summed))
+
+
+def test_a_batch_smaller_than_the_microbatches_raises_before_it_moves_anything():
+    model = network()
+    before = models.values(model)
+    trainer = trainer_of(model, microbatches=4)
+    with pytest.raises(tl.DataError, match=r"A batch of 3 examples cannot be cut in 4 micro-batches. Make the batches"):
+        trainer.fit([models.images(3)], progress="none")
+    assert models.values(model) == before
+
+
+def test_a_last_batch_that_is_too_small_is_found_before_the_first():
+    trainer = trainer_of(network(), microbatches=4)
+    with pytest.raises(tl.DataError, match=r"A batch of 2 examples cannot be cut in 4 micro-batches"):
+        trainer.fit(models.images(18), batch_size=16, progress="none")
+    assert trainer.step == 0
+
+
+class Prototypes(tl.Trainer):
+    """A support set and queries: tensors of one batch that have different first dimensions."""
+
+    def compute_loss(self, batch, training):
+        support, queries, labels = batch
+        logits = self.forward(queries, training) - tf.reduce_mean(self.forward(support, training), axis=0)
+        return models.cross_entropy()(labels, logits)
+
+
+def test_a_batch_of_several_sizes_is_whole_or_nothing():
+    x, y = models.images(8)
+    Prototypes(network(), optimizer="sgd").fit([(x[:3], x, y)], progress="none")
+    with pytest.raises(
+        tl.DataError, match=r"different first dimensions cannot be cut in micro-batches: 3 and 8 \. Make"
+    ):
+        Prototypes(network(), optimizer="sgd", microbatches=2).fit([(x[:3], x, y)], progress="none")
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean_with_sample_weight"])
+def test_losses_that_are_no_means_over_examples_are_refused(reduction):
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction=reduction)
+    with pytest.raises(
+        ValueError, match=rf"Micro-batches average losses by examples, which the reduction '{reduction}'"
+    ):
+        trainer_of(network(), loss=loss, microbatches=2)
+    trainer_of(network(), loss=loss)
+
+
+@pytest.mark.parametrize("count", [0, 2.5, "many", True])
+def test_the_number_must_be_a_whole_one(count):
+    with pytest.raises(ValueError, match=r"`microbatches` must be a whole number, 1 or more. Received: "):
+        trainer_of(microbatches=count)

@@ -1,0 +1,1 @@
+"""What tests share: models, data, and a look inside."""

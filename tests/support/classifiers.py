@@ -1,0 +1,43 @@
+"""Image classifiers with a backbone to freeze, and where their training step is cut."""
+
+import keras
+import tensorflow as tf
+
+import tapeloop as tl
+
+layers = keras.layers
+N = 6
+
+
+def images():
+    return tf.random.stateless_normal((N, 16, 16, 3), (0, 1)), tf.random.stateless_normal((N, 2), (0, 2))
+
+
+def backbone():
+    blocks = [
+        layers.Conv2D(4, 3, activation="relu", name="conv"),
+        layers.BatchNormalization(name="bn"),
+        layers.Dropout(0.5, name="drop"),
+        layers.GlobalAveragePooling2D(name="pool"),
+    ]
+    return keras.Sequential([keras.Input((16, 16, 3)), *blocks], name="base")
+
+
+def classifier(before=(), behind=()):
+    keras.utils.set_random_seed(0)
+    inputs = x = keras.Input((16, 16, 3))
+    for layer in before:
+        x = layer(x)
+    x = backbone()(x)
+    for layer in behind:
+        x = layer(x)
+    return keras.Model(inputs, layers.Dense(2, name="head")(x))
+
+
+def cut_of(model, policy, batch, kind="train", random=False, **options):
+    options = {"loss": "mse", "optimizer": "sgd", **options}
+    trainer = tl.Trainer(model, policy, **options)
+    trainer.fit(batch, batch_size=N, progress="none")
+    step = trainer._due({}, True).step if kind == "train" else trainer._evaluation()
+    spec = tf.nest.map_structure(lambda value: tf.TensorSpec([None, *value.shape[1:]], value.dtype), batch)
+    return step.cut(spec, batch, random=random)

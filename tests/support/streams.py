@@ -1,0 +1,38 @@
+"""Python iterables as data, some of which break."""
+
+import keras
+import numpy as np
+
+from tests.support.models import trainer_of
+
+layers = keras.layers
+X, Y = np.ones((4, 5), "float32"), np.zeros(4, "int64")
+
+
+def network():
+    return keras.Sequential([keras.Input((5,)), layers.Dense(3)])
+
+
+def trainer_on(data, model=None, **options):
+    trainer = trainer_of(model or network(), optimizer="sgd", **options)
+    trainer.fit(data, progress="none")
+    return trainer
+
+
+def breaking(number, error):
+    for _ in range(number):
+        yield X, Y
+    raise error
+
+
+def from_pydataset(number, error, **options):
+    class Breaking(keras.utils.PyDataset):
+        def __len__(self):
+            return 8
+
+        def __getitem__(self, index):
+            if index >= number:
+                raise error
+            return X, Y
+
+    return Breaking(**options)
