@@ -63,7 +63,7 @@ def measure(arm: str, size: int, batch: int, steps: int, threads: int) -> dict[s
     options = {"remat": "block*"} if arm == "remat" else {"microbatches": int(arm)}
     trainer = tl.Trainer(model, loss=cross_entropy(), optimizer="adam", **options)
     trainer.fit(data, batch_size=batch, progress="none")
-    slots = 2 * 4 * sum(variable.parameters for variable in trainer.selection.trained)  # Adam's moments, in float32
+    slots = 2 * 4 * sum(variable.size for variable in trainer.selection.trained)  # Adam's moments, in float32
     persistent = slots + sum(variable.value.numpy().nbytes for variable in model.variables)
     tf.config.experimental.reset_memory_stats("CPU:0")
     seconds = []

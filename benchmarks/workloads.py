@@ -87,7 +87,7 @@ def policy_of(group: Group) -> tl.VariablePolicy:
         depth = UNFREEZE.index(group.selection)
         return tl.TrainOnly("head", *(glob for stage in stages[:depth] for glob in stage))
     last = last or stages[0]
-    norms = tl.kind(layers.BatchNormalization) | tl.kind(layers.LayerNormalization)
+    norms = tl.of_type(layers.BatchNormalization) | tl.of_type(layers.LayerNormalization)
     policies = {
         "all": tl.TrainAll(),
         "head": tl.TrainOnly("head"),

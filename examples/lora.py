@@ -102,7 +102,7 @@ def main(seed: int = 0) -> dict[str, float]:
     trainer, scores["LoRA"] = fit(tl.TrainOnly("head", ADAPTERS), range(5, 10), 12)
 
     print(trainer.explain(depth=1))
-    share = sum(v.parameters for v in trainer.selection.trained) / trainer.model.count_params()
+    share = sum(v.size for v in trainer.selection.trained) / trainer.model.count_params()
     print(f"test accuracy: {', '.join(f'{name} {value:.3f}' for name, value in scores.items())}")
     print(f"LoRA trains {share:.1%} of the parameters; the base is bit-identical: {bits(encoder) == before}")
     return {**scores, "share": share}

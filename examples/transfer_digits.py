@@ -88,7 +88,7 @@ def bits(selection: tl.Selection) -> dict[str, bytes]:
     """Return every bit of what a selection leaves out: weights, batch statistics, seed states."""
     trained_statistics = {v for v in selection.non_trainable if v.submodels[-1] not in selection.inference}
     left_out = set(selection.frozen + selection.non_trainable) - trained_statistics
-    return {variable.path: variable.tensor.numpy().tobytes() for variable in left_out}
+    return {variable.path: variable.tf_variable.numpy().tobytes() for variable in left_out}
 
 
 def cost(policies: dict[str, tl.VariablePolicy], data: tuple[np.ndarray, np.ndarray]) -> None:
@@ -110,7 +110,7 @@ def cost(policies: dict[str, tl.VariablePolicy], data: tuple[np.ndarray, np.ndar
     print(f"\n{'batch of 128':<24}{'step':>10}{'/ full':>8}{'peak above weights':>20}{'/ full':>8}{'trained':>10}")
     for name, trainer in trainers.items():
         step, full = (statistics.median(seconds[each]) for each in (name, "full backprop"))
-        trained = sum(variable.parameters for variable in trainer.selection.trained)
+        trained = sum(variable.size for variable in trainer.selection.trained)
         print(
             f"{name:<24}{1e3 * step:>7.1f} ms{step / full:>8.2f}{peaks[name] / 2**20:>16.1f} MiB"
             f"{peaks[name] / peaks['full backprop']:>8.2f}{trained:>10,}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tapeloop.errors import CacheError, DataError, DisconnectedError, NonFiniteError, PolicyError, TapeloopError
 from tapeloop.feature_cache.report import Frontier
 from tapeloop.loop.history import History, Phase
-from tapeloop.model.filters import Where, glob, kind, matching, named, under
+from tapeloop.model.filters import Filter, glob, matching, named, of_type, under
 from tapeloop.model.ordinal import first, last
 from tapeloop.model.selection import Selection
 from tapeloop.model.summary import paths
@@ -22,6 +22,7 @@ __all__ = [
     "Cycle",
     "DataError",
     "DisconnectedError",
+    "Filter",
     "Freeze",
     "Frontier",
     "GradualUnfreeze",
@@ -43,13 +44,12 @@ __all__ = [
     "Trainer",
     "VariableInfo",
     "VariablePolicy",
-    "Where",
     "first",
     "glob",
-    "kind",
     "last",
     "matching",
     "named",
+    "of_type",
     "paths",
     "under",
 ]

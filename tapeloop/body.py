@@ -227,6 +227,8 @@ class Body:
                 f"`{type(self).__name__}.__init__` has not called `super().__init__(...)` yet: call it first, with the "
                 "model and the trainer's options."
             )
+        if hasattr(type(self), name):  # a property that raised an `AttributeError` of its own: let it come up
+            return super().__getattribute__(name)
         raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}.")
 
     def _attributes(self) -> dict[str, Any]:
@@ -255,7 +257,7 @@ class Body:
     def _others(self) -> list[tf.Variable]:
         """Return what the user keeps beside the model: `_kept`, and the variables of models and layers among these."""
         parts = [part for value in vars(self).values() for part in _submodels_in(value) if part is not self.model]
-        return [*self._kept(), *(variable.tensor for part in parts for variable in Tree.of(part).variables)]
+        return [*self._kept(), *(variable.tf_variable for part in parts for variable in Tree.of(part).variables)]
 
     def _in_step(self, verb: str) -> Selection:
         """Return the selection of the step that is being traced; only one that trains may update."""

@@ -25,7 +25,7 @@ from tapeloop.loop.pace import Pace
 from tapeloop.loop.phases import Due, Selections
 from tapeloop.loop.progress import Display
 from tapeloop.loop.step_cache import Steps
-from tapeloop.model.filters import WhereLike
+from tapeloop.model.filters import FilterLike
 from tapeloop.model.suitability import check_one_device, check_own_step
 from tapeloop.model.tree import Model, Tree
 from tapeloop.optimization.clipping import Clipping
@@ -69,7 +69,7 @@ class Trainer(Readings):
         nonfinite: str = "raise",
         max_skipped: int = 10,
         ema: float | None = None,
-        remat: WhereLike | None = None,
+        remat: FilterLike | None = None,
         jit_compile: bool | str = "auto",
         run_eagerly: bool = False,
         steps_per_call: int | str = "auto",

@@ -222,9 +222,9 @@ def _submodels(selection: Selection, before: Part, after: Part) -> tuple[Submode
     read, kept = ({id(variable) for variable in part.variables} for part in (before, after))
     tree, found = selection.tree, list[SubmodelInfo]()
     for submodel in tree.submodels:
-        held = {id(variable.tensor) for variable in tree.held[submodel]}
+        held = {id(variable.tf_variable) for variable in tree.held[submodel]}
         inside = any(other in tree.parents[submodel] or _within(tree, submodel, other) for other in found)
-        trains = any(id(variable.tensor) in held for variable in selection.trained)
+        trains = any(id(variable.tf_variable) in held for variable in selection.trained)
         if held & read and not held & kept and not trains and not inside:
             found.append(submodel)
     return tuple(found)

@@ -49,8 +49,8 @@ class Marks:
         """
         self._whole = whole
         self.unsized = frozenset(unsized)
-        model = {id(variable.tensor): variable for variable in selection.tree.variables}
-        trained = {id(variable.tensor) for variable in selection.trained}
+        model = {id(variable.tf_variable): variable for variable in selection.tree.variables}
+        trained = {id(variable.tf_variable) for variable in selection.trained}
         held = {name: model[id(v)] for name, v in whole.variables.items() if id(v) in model and id(v) not in trained}
         written = whole.written()
         self._fixed = {name for name in held if name not in written and id(whole.variables[name]) not in moving}

@@ -30,7 +30,7 @@ class Obstacle:
 
 def obstacles(whole: Traced, selection: Selection, marks: Marks, most: int = 3) -> list[Obstacle]:
     """Return what comes first of what is not frozen, where it meets what depends on the batch alone."""
-    infos = {id(variable.tensor): variable for variable in selection.tree.variables}
+    infos = {id(variable.tf_variable): variable for variable in selection.tree.variables}
     found: list[Obstacle] = []
     touched = {given.name for given in whole.batch}
     for op in whole.ops:

@@ -168,7 +168,7 @@ class Step:
 
     def variables(self) -> list[tf.Variable]:
         """Return the variables of the model, and those that the body may read beside them."""
-        return [*(variable.tensor for variable in self.selection.tree.variables), *self._own()]
+        return [*(variable.tf_variable for variable in self.selection.tree.variables), *self._own()]
 
     def split_at(self, split: Split) -> None:
         """Run on features from now on where it is fed them: only what of the body comes behind a split."""
@@ -287,6 +287,6 @@ class Step:
 
     def _warn_untracked(self, traced: Any) -> None:
         """Name the variables that a traced step uses as if they trained, though the model does not track them."""
-        known = {id(variable.tensor) for variable in self.selection.tree.variables} | set(map(id, self._own()))
+        known = {id(variable.tf_variable) for variable in self.selection.tree.variables} | set(map(id, self._own()))
         unknown = [variable for variable in traced.trainable_variables if id(variable) not in known]
         untracked.warn(unknown, self._used, self._functions(traced))

@@ -210,10 +210,10 @@ class Loop:
         return tally.batches
 
 
-def _locate(error: BaseException, where: str, number: int) -> None:
+def _locate(error: BaseException, place: str, number: int) -> None:
     """Have an error say at which batch it came up."""
     if isinstance(error, DataError):
-        if number and where.split(" (")[0] not in str(error):
-            error.args = (f"At {where}: {error}",)
+        if number and place.split(" (")[0] not in str(error):
+            error.args = (f"At {place}: {error}",)
     elif isinstance(error, Exception) and not isinstance(error, TapeloopError) and hasattr(error, "add_note"):
-        error.add_note(f"This came up at {where}.")
+        error.add_note(f"This came up at {place}.")

@@ -1,6 +1,6 @@
-"""Wheres: frozen, hashable predicates on variables, combined with `&`, `|` and `~`.
+"""Filters: frozen, hashable predicates on variables, combined with `&`, `|` and `~`.
 
-Wherever a where is taken, a string is a path glob, a submodel object means all under that very object, a class means
+Wherever a filter is taken, a string is a path glob, a submodel object means all under that very object, a class means
 every layer of it, and a list means any of its entries.
 """
 
@@ -17,49 +17,49 @@ import tensorflow as tf
 
 from tapeloop.model.tree import Model, SubmodelInfo, VariableInfo
 
-WhereLike: TypeAlias = "Where | str | Model | type | Sequence[WhereLike]"
+FilterLike: TypeAlias = "Filter | str | Model | type | Sequence[FilterLike]"
 
 
-class Where(abc.ABC):
+class Filter(abc.ABC):
     """A predicate on variables. True means that the variable is meant."""
 
     @abc.abstractmethod
     def __call__(self, variable: VariableInfo) -> bool:
         """Tell whether `variable` is meant."""
 
-    def __and__(self, other: WhereLike) -> Where:
-        return Joined("&", self, as_where(other))
+    def __and__(self, other: FilterLike) -> Filter:
+        return Joined("&", self, to_filter(other))
 
-    def __or__(self, other: WhereLike) -> Where:
-        return Joined("|", self, as_where(other))
+    def __or__(self, other: FilterLike) -> Filter:
+        return Joined("|", self, to_filter(other))
 
-    def __rand__(self, other: WhereLike) -> Where:
-        return Joined("&", as_where(other), self)
+    def __rand__(self, other: FilterLike) -> Filter:
+        return Joined("&", to_filter(other), self)
 
-    def __ror__(self, other: WhereLike) -> Where:
-        return Joined("|", as_where(other), self)
+    def __ror__(self, other: FilterLike) -> Filter:
+        return Joined("|", to_filter(other), self)
 
-    def __invert__(self) -> Where:
+    def __invert__(self) -> Filter:
         return Not(self)
 
     def __bool__(self) -> bool:
-        raise TypeError(f"A where has no truth value: combine wheres with `&`, `|` and `~`. Received: {self!r}.")
+        raise TypeError(f"A filter has no truth value: combine filters with `&`, `|` and `~`. Received: {self!r}.")
 
     def patterns(self) -> tuple[str, ...]:
         """The path globs in it, for errors that suggest what stands nearby."""
         return ()
 
-    def parts(self) -> tuple[Where, ...]:
-        """The wheres in it that name something in particular, and so must mean something by themselves."""
+    def parts(self) -> tuple[Filter, ...]:
+        """The filters in it that name something in particular, and so must mean something by themselves."""
         return ()
 
-    def __deepcopy__(self, memo: object) -> Where:
+    def __deepcopy__(self, memo: object) -> Filter:
         """Return the where itself: a copy would mean copies of layers, which are none of the model's."""
         return self
 
 
 @dataclass(frozen=True)
-class Glob(Where):
+class Glob(Filter):
     """See `glob`."""
 
     pattern: str
@@ -82,13 +82,13 @@ class Glob(Where):
     def patterns(self) -> tuple[str, ...]:
         return (self.pattern,)
 
-    def parts(self) -> tuple[Where, ...]:
+    def parts(self) -> tuple[Filter, ...]:
         return (self,)
 
 
 @dataclass(frozen=True)
-class Kind(Where):
-    """See `kind`."""
+class OfType(Filter):
+    """See `of_type`."""
 
     types: tuple[type, ...]
 
@@ -96,11 +96,11 @@ class Kind(Where):
         return any(isinstance(submodel.object, self.types) for submodel in variable.submodels)
 
     def __repr__(self) -> str:
-        return f"kind({', '.join(kind.__name__ for kind in self.types)})"
+        return f"of_type({', '.join(kind.__name__ for kind in self.types)})"
 
 
 @dataclass(frozen=True)
-class Named(Where):
+class Named(Filter):
     """See `named`."""
 
     names: tuple[str, ...]
@@ -116,7 +116,7 @@ class Named(Where):
 
 
 @dataclass(frozen=True)
-class Under(Where):
+class Under(Filter):
     """See `under`."""
 
     submodel: Model
@@ -128,12 +128,12 @@ class Under(Where):
         name = getattr(self.submodel, "name", None)
         return f"under(<{type(self.submodel).__name__}{f' {name}' if name else ''}>)"
 
-    def parts(self) -> tuple[Where, ...]:
+    def parts(self) -> tuple[Filter, ...]:
         return (self,)
 
 
 @dataclass(frozen=True)
-class Matching(Where):
+class Matching(Filter):
     """See `matching`."""
 
     function: Callable[[VariableInfo], bool]
@@ -146,12 +146,12 @@ class Matching(Where):
 
 
 @dataclass(frozen=True)
-class Joined(Where):
-    """Two wheres joined by `&` or `|`."""
+class Joined(Filter):
+    """Two filters joined by `&` or `|`."""
 
     sign: str
-    left: Where
-    right: Where
+    left: Filter
+    right: Filter
 
     def __call__(self, variable: VariableInfo) -> bool:
         if self.sign == "&":
@@ -164,49 +164,49 @@ class Joined(Where):
     def patterns(self) -> tuple[str, ...]:
         return (*self.left.patterns(), *self.right.patterns())
 
-    def parts(self) -> tuple[Where, ...]:
+    def parts(self) -> tuple[Filter, ...]:
         return (*self.left.parts(), *self.right.parts())
 
 
 @dataclass(frozen=True)
-class AnyOf(Where):
-    """All that one of several wheres means."""
+class AnyOf(Filter):
+    """All that one of several filters means."""
 
-    wheres: tuple[Where, ...]
+    filters: tuple[Filter, ...]
 
     def __call__(self, variable: VariableInfo) -> bool:
-        return any(where(variable) for where in self.wheres)
+        return any(filter_(variable) for filter_ in self.filters)
 
     def __repr__(self) -> str:
-        return repr(list(self.wheres))
+        return repr(list(self.filters))
 
     def patterns(self) -> tuple[str, ...]:
-        return tuple(pattern for where in self.wheres for pattern in where.patterns())
+        return tuple(pattern for filter_ in self.filters for pattern in filter_.patterns())
 
-    def parts(self) -> tuple[Where, ...]:
-        return tuple(part for where in self.wheres for part in where.parts())
+    def parts(self) -> tuple[Filter, ...]:
+        return tuple(part for filter_ in self.filters for part in filter_.parts())
 
 
 @dataclass(frozen=True)
-class Not(Where):
-    """All that a where does not mean."""
+class Not(Filter):
+    """All that a filter does not mean."""
 
-    where: Where
+    inner: Filter
 
     def __call__(self, variable: VariableInfo) -> bool:
-        return not self.where(variable)
+        return not self.inner(variable)
 
     def __repr__(self) -> str:
-        return f"~{self.where!r}"
+        return f"~{self.inner!r}"
 
     def patterns(self) -> tuple[str, ...]:
-        return self.where.patterns()
+        return self.inner.patterns()
 
-    def parts(self) -> tuple[Where, ...]:
-        return self.where.parts()
+    def parts(self) -> tuple[Filter, ...]:
+        return self.inner.parts()
 
 
-def glob(pattern: str) -> Where:
+def glob(pattern: str) -> Filter:
     """Mean the variables at the paths that `pattern` matches, and all under the submodels that it matches.
 
     Args:
@@ -221,8 +221,8 @@ def glob(pattern: str) -> Where:
     return Glob(pattern)
 
 
-def kind(*types: type) -> Where:
-    """Mean the variables in submodels of these classes, at any depth: `kind(keras.layers.BatchNormalization)`.
+def of_type(*types: type) -> Filter:
+    """Mean the variables in submodels of these classes, at any depth: `of_type(keras.layers.BatchNormalization)`.
 
     Args:
         *types: Classes of layers, models or modules; subclasses are meant too.
@@ -231,11 +231,11 @@ def kind(*types: type) -> Where:
         TypeError: There is none, or one of them is no class.
     """
     if not types or not all(isinstance(kind, type) for kind in types):
-        raise TypeError(f"`kind` takes one or more classes of layers. Received: {types!r}.")
-    return Kind(types)
+        raise TypeError(f"`of_type` takes one or more classes of layers. Received: {types!r}.")
+    return OfType(types)
 
 
-def named(*names: str) -> Where:
+def named(*names: str) -> Filter:
     """Mean the variables whose last path segment is one of `names`: `named("bias")`.
 
     Args:
@@ -249,7 +249,7 @@ def named(*names: str) -> Where:
     return Named(names)
 
 
-def under(submodel: Model) -> Where:
+def under(submodel: Model) -> Filter:
     """Mean the variables under this very submodel, wherever it stands.
 
     Args:
@@ -263,8 +263,8 @@ def under(submodel: Model) -> Where:
     return Under(submodel)
 
 
-def matching(function: Callable[[VariableInfo], bool]) -> Where:
-    """Mean the variables for which `function` returns True: `matching(lambda v: v.parameters > 10_000)`.
+def matching(function: Callable[[VariableInfo], bool]) -> Filter:
+    """Mean the variables for which `function` returns True: `matching(lambda v: v.size > 10_000)`.
 
     Args:
         function: Takes a `VariableInfo` and returns a bool. It is asked about variables that cannot train too.
@@ -277,31 +277,31 @@ def matching(function: Callable[[VariableInfo], bool]) -> Where:
     return Matching(function)
 
 
-def as_where(value: WhereLike) -> Where:
-    """Turn what a user may write for a where into one.
+def to_filter(value: FilterLike) -> Filter:
+    """Turn what a user may write for a filter into one.
 
     A string is a glob, a submodel all that is under it, a class every layer of it, a list any of its entries.
 
     Raises:
         TypeError: It is none of these.
     """
-    if isinstance(value, Where):
+    if isinstance(value, Filter):
         return value
     if isinstance(value, str):
         return Glob(value)
     if isinstance(value, (keras.Layer, tf.Module)):
         return Under(value)
     if isinstance(value, type) and issubclass(value, (keras.Layer, tf.Module)):
-        return Kind((value,))
+        return OfType((value,))
     if isinstance(value, (list, tuple)) and value:
-        return AnyOf(tuple(map(as_where, value)))
+        return AnyOf(tuple(map(to_filter, value)))
     hint = ""
     if isinstance(value, (list, tuple)):
         hint = " A list must hold one or more."
     elif callable(value):
         hint = " For a function of a variable, write `matching(function)`."
     raise TypeError(
-        "A where must be a path glob, a submodel, a class of layers, a list of these, or a `Where`. "
+        "A filter must be a path glob, a submodel, a class of layers, a list of these, or a `Filter`. "
         f"Received: {value!r}.{hint}"
     )
 

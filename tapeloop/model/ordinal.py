@@ -1,4 +1,4 @@
-"""Wheres that count submodels in the order of construction: the first blocks, the last two convolutions."""
+"""Filters that count submodels in the order of construction: the first blocks, the last two convolutions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import keras
 import tensorflow as tf
 
 from tapeloop._validation import whole_number
-from tapeloop.model.filters import Where, matches_whole
+from tapeloop.model.filters import Filter, matches_whole
 from tapeloop.model.tree import SubmodelInfo, Tree, VariableInfo
 
 Of: TypeAlias = "type | str"
@@ -19,7 +19,7 @@ _CANDIDATES: weakref.WeakKeyDictionary[Tree, dict[Of, tuple[SubmodelInfo, ...]]]
 
 
 @dataclass(frozen=True)
-class Ordinal(Where):
+class Ordinal(Filter):
     """See `first` and `last`."""
 
     end: str
@@ -40,11 +40,11 @@ class Ordinal(Where):
     def patterns(self) -> tuple[str, ...]:
         return (self.of,) if isinstance(self.of, str) else ()
 
-    def parts(self) -> tuple[Where, ...]:
+    def parts(self) -> tuple[Filter, ...]:
         return (self,)
 
 
-def first(n: int, *, of: Of) -> Where:
+def first(n: int, *, of: Of) -> Filter:
     """Mean all under the first `n` submodels that `of` says, in order of construction.
 
     Args:
@@ -58,7 +58,7 @@ def first(n: int, *, of: Of) -> Where:
     return Ordinal("first", whole_number("n", n, 1), as_of(of))
 
 
-def last(n: int, *, of: Of) -> Where:
+def last(n: int, *, of: Of) -> Filter:
     """Mean all under the last `n` submodels that `of` says, in order of construction.
 
     Args:

@@ -73,7 +73,7 @@ class Selection:
         """Say in one line how much trains: `head: 2 variables, 650 parameters; frozen: 12 variables, ...`."""
         parts = {**self.groups, "frozen": self.frozen, "non-trainable": self.non_trainable}
         return "; ".join(
-            f"{name}: {len(variables)} variables, {sum(v.parameters for v in variables):,} parameters"
+            f"{name}: {len(variables)} variables, {sum(v.size for v in variables):,} parameters"
             for name, variables in parts.items()
             if variables
         )

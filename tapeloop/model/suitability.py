@@ -51,8 +51,8 @@ def check_one_device(tree: Tree) -> None:
     """
     strategy = tf.distribute.get_strategy() if tf.distribute.has_strategy() else None
     for variable in tree.variables:
-        if isinstance(variable.tensor, tf.distribute.DistributedValues):
-            strategy = variable.tensor.distribute_strategy
+        if isinstance(variable.tf_variable, tf.distribute.DistributedValues):
+            strategy = variable.tf_variable.distribute_strategy
     if strategy is not None and not isinstance(strategy, tf.distribute.OneDeviceStrategy):
         raise ValueError(
             f"The model was made under {type(strategy).__name__}, or the trainer is made within its scope. A trainer "

@@ -28,9 +28,9 @@ def explain(selection: Selection, state_bytes: Callable[[VariableInfo], int], de
     unfolded = _unfold(selection, selection.tree.submodels[0], whole_number("depth", depth, 1))
     rows = [_row(selection, shown, state_bytes) for shown in unfolded]
     everything = selection.tree.variables
-    trained = sum(variable.parameters for variable in selection.trained)
-    total = sum(variable.parameters for variable in everything)
-    held_by_keras = sum(variable.parameters for variable in selection.non_trainable)
+    trained = sum(variable.size for variable in selection.trained)
+    total = sum(variable.size for variable in everything)
+    held_by_keras = sum(variable.size for variable in selection.non_trainable)
     lines = _table(HEADER, rows, RIGHT)
     width = max(map(len, lines))
     return "\n".join(
@@ -40,7 +40,7 @@ def explain(selection: Selection, state_bytes: Callable[[VariableInfo], int], de
             f"parameters       {total:,}",
             f"  train          {trained:,} ({trained / total:.1%}) in {len(selection.groups)} "
             f"group{'s' * (len(selection.groups) > 1)}: {', '.join(selection.groups)}",
-            f"  frozen         {sum(v.parameters for v in selection.frozen):,}",
+            f"  frozen         {sum(v.size for v in selection.frozen):,}",
             f"  non-trainable  {held_by_keras:,} (statistics, seeds, Keras' flags)",
             f"optimizer state  {format_bytes(sum(map(state_bytes, everything)))}",
             *_penalties(selection),
@@ -137,7 +137,7 @@ def _row(
     rules = _unique(selection.rules[variable] for variable in deciding)
     return (
         shown.path,
-        f"{sum(variable.parameters for variable in held):,}",
+        f"{sum(variable.size for variable in held):,}",
         ", ".join(_unique(selection.group_of[variable] for variable in trained)) or "-",
         _state(held, deciding, trained),
         rules[0] if len(rules) == 1 else "mixed",
@@ -151,7 +151,7 @@ def _state(held: Sequence[VariableInfo], deciding: Sequence[VariableInfo], train
         return "frozen" if any(variable.trainable for variable in deciding) else "non-trainable"
     if len(trained) == len(deciding):
         return "trains"
-    return f"trains {sum(v.parameters for v in trained) / sum(v.parameters for v in held):.1%}"
+    return f"trains {sum(v.size for v in trained) / sum(v.size for v in held):.1%}"
 
 
 def _unique(values: Iterable[str]) -> list[str]:

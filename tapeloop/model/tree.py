@@ -80,7 +80,7 @@ class VariableInfo:
         return tf.as_dtype(self.variable.dtype).name
 
     @property
-    def parameters(self) -> int:
+    def size(self) -> int:
         """How many numbers it holds."""
         return int(tf.TensorShape(self.shape).num_elements())
 
@@ -95,7 +95,7 @@ class VariableInfo:
         return getattr(self.variable, "regularizer", None) is not None
 
     @property
-    def tensor(self) -> tf.Variable:
+    def tf_variable(self) -> tf.Variable:
         """The `tf.Variable` that holds the value: what a tape watches."""
         return raw(self.variable)
 

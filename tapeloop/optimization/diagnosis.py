@@ -36,7 +36,7 @@ def _cause(loss: tf.Tensor, variable: VariableInfo) -> str:
         return f"integers ({variable.dtype}) have no gradient"
     if tf.executing_eagerly():
         return "the loss does not depend on it, or through a `stop_gradient`, an integer or NumPy"
-    handle = variable.tensor.handle
+    handle = variable.tf_variable.handle
     read = next((inside for outside, inside in _backend.captures(loss.graph) if outside is handle), None)
     if read is None:
         return "not read where the loss is computed, its layer is not called there"

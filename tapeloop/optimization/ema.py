@@ -69,7 +69,7 @@ class Averages:
         """
         if self._decay is None:
             return
-        trained = {id(v.variable): v.tensor for v in selection.trained if not v.is_overwritten}
+        trained = {id(v.variable): v.tf_variable for v in selection.trained if not v.is_overwritten}
         for key, average in self._averages.items():
             if key not in trained:
                 average.left_at = step if average.left_at is None else average.left_at
@@ -100,7 +100,7 @@ class Averages:
             if variable.is_overwritten:
                 continue
             average = self._averages[id(variable.variable)].value
-            average.assign_sub(tf.cast(1 - self._decay, average.dtype) * (average - variable.tensor))
+            average.assign_sub(tf.cast(1 - self._decay, average.dtype) * (average - variable.tf_variable))
 
     def held(self, variables: Iterable[VariableInfo]) -> list[tf.Variable]:
         """Return the averages of these variables."""

@@ -86,10 +86,10 @@ def move(pairs: Sequence[Pair], decay: tf.Tensor) -> None:
     Source: Polyak averaging, as in Lillicrap et al., Continuous control with deep reinforcement learning, 2016.
     """
     for target, source in pairs:
-        dtype = tf.float64 if target.tensor.dtype == tf.float64 else tf.float32
+        dtype = tf.float64 if target.tf_variable.dtype == tf.float64 else tf.float32
         keep = tf.cast(decay, dtype)
-        value = keep * tf.cast(target.tensor, dtype) + (1 - keep) * tf.cast(source.tensor, dtype)
-        target.tensor.assign(tf.cast(value, target.tensor.dtype))
+        value = keep * tf.cast(target.tf_variable, dtype) + (1 - keep) * tf.cast(source.tf_variable, dtype)
+        target.tf_variable.assign(tf.cast(value, target.tf_variable.dtype))
 
 
 def _variables(tree: Tree, role: str, submodel: Model | str) -> list[VariableInfo]:

@@ -36,7 +36,7 @@ class GroupTape(tf.GradientTape):
         super().__enter__()
         self.start = op_count()
         for variable in self.variables:
-            self.watch(variable.tensor)
+            self.watch(variable.tf_variable)
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -74,7 +74,7 @@ def gradients_of(tape: GroupTape, loss: tf.Tensor, scale: tf.Tensor | None) -> l
             "the second loss, or one that lasts: `self.tape(..., persistent=True)`."
         )
     tape.spent = not tape.persistent
-    sources = [variable.tensor for variable in tape.variables]
+    sources = [variable.tf_variable for variable in tape.variables]
     gradients = tape.gradient(loss, sources, None if scale is None else tf.cast(scale, loss.dtype))
     missing = [variable for gradient, variable in zip(gradients, tape.variables) if gradient is None]
     if missing and tape.precedes(loss):

@@ -250,7 +250,7 @@ class Updates:
 
     def moved(self, variables: Sequence[VariableInfo]) -> list[tf.Variable]:
         """List what an update of these variables moves: them, their optimizers' state, their averages."""
-        return [*(v.tensor for v in variables), *self.optimizers.state(variables), *self.averages.held(variables)]
+        return [*(v.tf_variable for v in variables), *self.optimizers.state(variables), *self.averages.held(variables)]
 
 
 def _cannot_wait(verb: str) -> RuntimeError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from tapeloop.model.filters import Where
+from tapeloop.model.filters import Filter
 from tapeloop.model.tree import SubmodelInfo, VariableInfo
 
 DEFAULT_GROUP = "default"
@@ -79,13 +79,13 @@ class VariablePolicy:
         """Name the rule by which `variable` got its group or was frozen, for the report."""
         return type(self).__name__
 
-    def wheres(self) -> tuple[Where, ...]:
-        """The wheres of this policy: each must match a variable, one that can train unless `freezes_wheres`."""
+    def filters(self) -> tuple[Filter, ...]:
+        """The filters of this policy: each must match a variable, one that can train unless `freezes_wheres`."""
         return ()
 
     @property
-    def freezes_wheres(self) -> bool:
-        """Whether the wheres say what is frozen; what Keras' flags have frozen may be frozen again."""
+    def freezes_filters(self) -> bool:
+        """Whether the filters say what is frozen; what Keras' flags have frozen may be frozen again."""
         return False
 
 

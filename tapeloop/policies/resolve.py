@@ -9,7 +9,7 @@ import keras
 
 from tapeloop._validation import not_negative
 from tapeloop.errors import PolicyError, listed
-from tapeloop.model.filters import AnyOf, Under, Where
+from tapeloop.model.filters import AnyOf, Filter, Under
 from tapeloop.model.selection import Selection
 from tapeloop.model.tree import SubmodelInfo, Tree, VariableInfo
 from tapeloop.policies.base import Progress, VariablePolicy
@@ -24,7 +24,7 @@ def select(policy: VariablePolicy, tree: Tree, trains: bool = True) -> Selection
         trains: Whether the selection is to train with; one to evaluate with may leave nothing to train.
 
     Raises:
-        PolicyError: A where matches nothing that can train, groups overlap, `group` returns no name, or nothing is
+        PolicyError: A filter matches nothing that can train, groups overlap, `group` returns no name, or nothing is
             left to train.
     """
     if trains and not tree.variables:
@@ -107,45 +107,45 @@ def _checked_name(policy: VariablePolicy, group: object, variable: VariableInfo)
 
 
 def _check_matches(policy: VariablePolicy, tree: Tree) -> None:
-    weightless = [where for where in policy.wheres() if _is_weightless(where, tree)]
-    for where in policy.wheres():
-        if where not in weightless:
-            _check_match(policy, where, tree)
-    if weightless and len(weightless) == len(policy.wheres()):
+    weightless = [filter_ for filter_ in policy.filters() if _is_weightless(filter_, tree)]
+    for filter_ in policy.filters():
+        if filter_ not in weightless:
+            _check_match(policy, filter_, tree)
+    if weightless and len(weightless) == len(policy.filters()):
         raise PolicyError(f"{policy!r} names only layers without variables. Name one that has some.")
 
 
-def _is_weightless(where: Where, tree: Tree) -> bool:
-    """Tell whether a where names only layer objects without variables, as slices of `model.layers` hold many."""
-    if isinstance(where, AnyOf):
-        return all(_is_weightless(each, tree) for each in where.wheres)
-    if not isinstance(where, Under):
+def _is_weightless(filter_: Filter, tree: Tree) -> bool:
+    """Tell whether a filter names only layer objects without variables, as slices of `model.layers` hold many."""
+    if isinstance(filter_, AnyOf):
+        return all(_is_weightless(each, tree) for each in filter_.filters)
+    if not isinstance(filter_, Under):
         return False
-    if isinstance(where.submodel, keras.layers.InputLayer):
+    if isinstance(filter_.submodel, keras.layers.InputLayer):
         return True
-    return any(s.object is where.submodel and not tree.held[s] for s in tree.submodels)
+    return any(s.object is filter_.submodel and not tree.held[s] for s in tree.submodels)
 
 
-def _check_match(policy: VariablePolicy, where: Where, tree: Tree) -> None:
-    for part in (*where.parts(), where):
+def _check_match(policy: VariablePolicy, filter_: Filter, tree: Tree) -> None:
+    for part in (*filter_.parts(), filter_):
         if not any(map(part, tree.variables)) and not _is_weightless(part, tree):
             raise PolicyError(f"{part!r} in {policy!r} matches no variable of the model. {_nearest(part, tree)}")
-    matches = [variable for variable in tree.variables if where(variable)]
-    if not any(variable.trainable for variable in matches) and not policy.freezes_wheres:
+    matches = [variable for variable in tree.variables if filter_(variable)]
+    if not any(variable.trainable for variable in matches) and not policy.freezes_filters:
         raise PolicyError(
-            f"{where!r} in {policy!r} matches only variables that Keras holds non-trainable: {_listed(matches)}. "
-            "Set `trainable = True` on their layers, or leave the where out; batch statistics, seed states and "
+            f"{filter_!r} in {policy!r} matches only variables that Keras holds non-trainable: {_listed(matches)}. "
+            "Set `trainable = True` on their layers, or leave the filter out; batch statistics, seed states and "
             "weights made with `trainable=False` train in no policy."
         )
 
 
-def _nearest(where: Where, tree: Tree) -> str:
+def _nearest(filter_: Filter, tree: Tree) -> str:
     paths = [path for paths in _all_paths(tree) for path in paths if path]
     by_name: dict[str, str] = {}
     for path in paths:
         by_name.setdefault(path.rpartition("/")[2], path)
     near: list[str] = []
-    for pattern in where.patterns():
+    for pattern in filter_.patterns():
         near += difflib.get_close_matches(pattern.removesuffix("/**"), paths, n=3)
         names = difflib.get_close_matches(pattern.removesuffix("/**").rpartition("/")[2], by_name, n=2)
         near += [by_name[name] for name in names]

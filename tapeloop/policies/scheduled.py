@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from tapeloop._validation import whole_number
 from tapeloop.errors import PolicyError
-from tapeloop.model.filters import WhereLike, as_where
+from tapeloop.model.filters import FilterLike, to_filter
 from tapeloop.model.ordinal import Of, as_of, candidates, said
 from tapeloop.model.tree import VariableInfo
 from tapeloop.policies.base import DEFAULT_GROUP, Progress, VariablePolicy
@@ -72,11 +72,11 @@ class GradualUnfreeze(VariablePolicy):
     Source: Howard and Ruder, Universal Language Model Fine-tuning for Text Classification, 2018, section 3.3.
     """
 
-    _stages: tuple[WhereLike, ...]
+    _stages: tuple[FilterLike, ...]
     _each: int
     _unit: str
 
-    def __init__(self, stages: Iterable[WhereLike], *, every: int = 1, unit: str = "epoch") -> None:
+    def __init__(self, stages: Iterable[FilterLike], *, every: int = 1, unit: str = "epoch") -> None:
         """Set the stages.
 
         Args:
@@ -86,15 +86,15 @@ class GradualUnfreeze(VariablePolicy):
 
         Raises:
             PolicyError: There are no stages.
-            TypeError: `stages` is no list of wheres.
+            TypeError: `stages` is no list of filters.
             ValueError: `every` is no whole number of 1 or more, or `unit` no unit.
         """
         if isinstance(stages, str) or not isinstance(stages, Iterable):
-            raise TypeError(f"`GradualUnfreeze` takes a list of wheres. Received: {stages!r}.")
-        wheres = tuple(as_where(stage) for stage in stages)
-        if not wheres:
+            raise TypeError(f"`GradualUnfreeze` takes a list of filters. Received: {stages!r}.")
+        filters = tuple(to_filter(stage) for stage in stages)
+        if not filters:
             raise PolicyError("`GradualUnfreeze` needs one or more stages. Received none: say what trains first.")
-        object.__setattr__(self, "_stages", wheres)
+        object.__setattr__(self, "_stages", filters)
         object.__setattr__(self, "_each", whole_number("every", every, 1))
         object.__setattr__(self, "_unit", _check_unit(unit))
 

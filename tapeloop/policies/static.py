@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from tapeloop._validation import not_negative
 from tapeloop.errors import PolicyError
-from tapeloop.model.filters import Where, WhereLike, as_where
+from tapeloop.model.filters import Filter, FilterLike, to_filter
 from tapeloop.model.tree import VariableInfo
 from tapeloop.policies.base import DEFAULT_GROUP, VariablePolicy
 
@@ -22,60 +22,60 @@ class TrainAll(VariablePolicy):
 
 @dataclass(frozen=True, init=False)
 class TrainOnly(VariablePolicy):
-    """Train what any of the wheres means, and freeze the rest."""
+    """Train what any of the filters means, and freeze the rest."""
 
-    _wheres: tuple[Where, ...]
+    _filters: tuple[Filter, ...]
 
-    def __init__(self, *wheres: WhereLike) -> None:
-        object.__setattr__(self, "_wheres", _at_least_one(self, wheres))
+    def __init__(self, *filters: FilterLike) -> None:
+        object.__setattr__(self, "_filters", _at_least_one(self, filters))
 
     def __repr__(self) -> str:
-        return f"TrainOnly({', '.join(map(repr, self._wheres))})"
+        return f"TrainOnly({', '.join(map(repr, self._filters))})"
 
-    def wheres(self) -> tuple[Where, ...]:
-        return self._wheres
+    def filters(self) -> tuple[Filter, ...]:
+        return self._filters
 
     def group(self, variable: VariableInfo) -> str | None:
-        return DEFAULT_GROUP if any(where(variable) for where in self._wheres) else None
+        return DEFAULT_GROUP if any(filter_(variable) for filter_ in self._filters) else None
 
     def rule(self, variable: VariableInfo) -> str:
-        return f"TrainOnly: {_matched(self._wheres, variable)}"
+        return f"TrainOnly: {_matched(self._filters, variable)}"
 
 
 @dataclass(frozen=True, init=False)
 class Freeze(VariablePolicy):
-    """Freeze what any of the wheres means, and train the rest."""
+    """Freeze what any of the filters means, and train the rest."""
 
-    _wheres: tuple[Where, ...]
+    _filters: tuple[Filter, ...]
 
-    def __init__(self, *wheres: WhereLike) -> None:
-        object.__setattr__(self, "_wheres", _at_least_one(self, wheres))
+    def __init__(self, *filters: FilterLike) -> None:
+        object.__setattr__(self, "_filters", _at_least_one(self, filters))
 
     def __repr__(self) -> str:
-        return f"Freeze({', '.join(map(repr, self._wheres))})"
+        return f"Freeze({', '.join(map(repr, self._filters))})"
 
     @property
-    def freezes_wheres(self) -> bool:
+    def freezes_filters(self) -> bool:
         return True
 
-    def wheres(self) -> tuple[Where, ...]:
-        return self._wheres
+    def filters(self) -> tuple[Filter, ...]:
+        return self._filters
 
     def group(self, variable: VariableInfo) -> str | None:
-        return None if any(where(variable) for where in self._wheres) else DEFAULT_GROUP
+        return None if any(filter_(variable) for filter_ in self._filters) else DEFAULT_GROUP
 
     def rule(self, variable: VariableInfo) -> str:
-        return f"Freeze: {_matched(self._wheres, variable)}"
+        return f"Freeze: {_matched(self._filters, variable)}"
 
 
 @dataclass(frozen=True, init=False)
 class Groups(VariablePolicy):
-    """Train each where's variables as a group of their own; what none means is frozen, and overlap is an error."""
+    """Train each filter's variables as a group of their own; what none means is frozen, and overlap is an error."""
 
-    _groups: tuple[tuple[str, Where], ...]
+    _groups: tuple[tuple[str, Filter], ...]
     _multipliers: tuple[tuple[str, float], ...]
 
-    def __init__(self, groups: Mapping[str, WhereLike], *, multipliers: Mapping[str, float] | None = None) -> None:
+    def __init__(self, groups: Mapping[str, FilterLike], *, multipliers: Mapping[str, float] | None = None) -> None:
         """Set the groups.
 
         Args:
@@ -83,13 +83,13 @@ class Groups(VariablePolicy):
             multipliers: By how much the learning rate of a group is multiplied; 1 for those left out.
 
         Raises:
-            TypeError: `groups` is no mapping to wheres.
+            TypeError: `groups` is no mapping to filters.
             PolicyError: A multiplier is for a group that there is not.
             ValueError: A multiplier is no number of 0 or more, or not finite.
         """
         if not isinstance(groups, Mapping) or not groups:
-            raise TypeError(f"`Groups` takes a mapping from names of groups to wheres. Received: {groups!r}.")
-        resolved = tuple((name, as_where(where)) for name, where in groups.items())
+            raise TypeError(f"`Groups` takes a mapping from names of groups to filters. Received: {groups!r}.")
+        resolved = tuple((name, to_filter(filter_)) for name, filter_ in groups.items())
         unknown = sorted(set(multipliers or {}) - set(groups))
         if unknown:
             raise PolicyError(
@@ -108,11 +108,11 @@ class Groups(VariablePolicy):
     def multiplier(self, variable: VariableInfo) -> float:
         return dict(self._multipliers).get(self.group(variable) or "", 1.0)
 
-    def wheres(self) -> tuple[Where, ...]:
-        return tuple(where for _, where in self._groups)
+    def filters(self) -> tuple[Filter, ...]:
+        return tuple(filter_ for _, filter_ in self._groups)
 
     def group(self, variable: VariableInfo) -> str | None:
-        matches = {name: where for name, where in self._groups if where(variable)}
+        matches = {name: filter_ for name, filter_ in self._groups if filter_(variable)}
         if len(matches) > 1:
             tied = len(variable.paths) > 1
             what = "the tied weight" if tied else "the variable"
@@ -124,14 +124,14 @@ class Groups(VariablePolicy):
         return next(iter(matches), None)
 
     def rule(self, variable: VariableInfo) -> str:
-        return f"Groups: {_matched(self.wheres(), variable)}"
+        return f"Groups: {_matched(self.filters(), variable)}"
 
 
-def _at_least_one(policy: VariablePolicy, wheres: tuple[WhereLike, ...]) -> tuple[Where, ...]:
-    if not wheres:
-        raise TypeError(f"`{type(policy).__name__}` takes one or more wheres. Received none: write `TrainAll()`.")
-    return tuple(map(as_where, wheres))
+def _at_least_one(policy: VariablePolicy, filters: tuple[FilterLike, ...]) -> tuple[Filter, ...]:
+    if not filters:
+        raise TypeError(f"`{type(policy).__name__}` takes one or more filters. Received none: write `TrainAll()`.")
+    return tuple(map(to_filter, filters))
 
 
-def _matched(wheres: Iterable[Where], variable: VariableInfo) -> str:
-    return next((repr(where) for where in wheres if where(variable)), "all else")
+def _matched(filters: Iterable[Filter], variable: VariableInfo) -> str:
+    return next((repr(filter_) for filter_ in filters if filter_(variable)), "all else")

@@ -179,7 +179,7 @@ class Transaction:
 
     def _warn_if_nothing_updates(self, running: Running) -> None:
         """Say once that a step updates nothing, which a missing call of `update` is the likely cause of."""
-        moves = any(variable.tensor.ref() in self._written for variable in self.selection.trained)
+        moves = any(variable.tf_variable.ref() in self._written for variable in self.selection.trained)
         if not running.calls and not moves and not self._updates.was_warned:
             self._updates.was_warned = True
             warnings.warn(
@@ -311,16 +311,16 @@ class Transaction:
         That one does not happen in a bad step, whereas an earlier one has happened when a later one turns out bad.
         """
         *earlier, last = running.calls or [Call([], nested=False)]
-        exposed = [target.tensor for follow in running.follows for target, _ in follow.pairs]
+        exposed = [target.tf_variable for follow in running.follows for target, _ in follow.pairs]
         exposed += self._updates.moved([v for call in (*earlier, *[last] * last.nested) for v in call.variables])
         aside = {variable.ref() for variable in self._updates.moved(self.selection.trained)}
-        aside |= {variable.tensor.ref() for variable in still(self.selection)}
+        aside |= {variable.tf_variable.ref() for variable in still(self.selection)}
         aside -= self._written
         aside |= {variable.ref() for variable in self._bookkeeping()}
         if self._updates.ends_at_bad and not self.microbatches.adapts:  # before anybody could look at the metrics
             aside |= {variable.ref() for variable in self._objective.variables}
         # An assignment that does not read is missing from a function's variables.
-        touched = [*touched, *(variable.tensor for variable in self.selection.tree.variables), *self._others()]
+        touched = [*touched, *(variable.tf_variable for variable in self.selection.tree.variables), *self._others()]
         found = {variable.ref(): variable for variable in touched if variable.ref() not in aside}
         return list({**found, **{variable.ref(): variable for variable in exposed}}.values())
 

@@ -48,7 +48,7 @@ def sealed(selection: Selection, calls: Calls, note: Note) -> Iterator[None]:
     immovable = set(still(selection))
     with contextlib.ExitStack() as shadows:
         for variable in selection.tree.variables:
-            tensor, is_still = variable.tensor, variable in immovable
+            tensor, is_still = variable.tf_variable, variable in immovable
             for name in assigning_names(tensor.__class__):
                 shadow = _sealing(tensor, getattr(tensor, name), calls, is_still, note)
                 shadows.enter_context(shadowed(tensor, name, shadow))

@@ -14,16 +14,16 @@ from tapeloop._backend import noting_assignments, shadowed
 from tapeloop.errors import PolicyError
 from tapeloop.model.filters import (
     AnyOf,
+    Filter,
+    FilterLike,
     Glob,
     Joined,
-    Kind,
     Not,
+    OfType,
     Under,
-    Where,
-    WhereLike,
-    as_where,
     is_inside,
     matches_whole,
+    to_filter,
 )
 from tapeloop.model.ordinal import Ordinal
 from tapeloop.model.selection import Selection
@@ -43,31 +43,31 @@ class Remat:
     Source: Chen et al., Training Deep Nets with Sublinear Memory Cost, 2016; `tf.recompute_grad`.
     """
 
-    def __init__(self, where: WhereLike | None) -> None:
+    def __init__(self, filter_: FilterLike | None) -> None:
         """Check and keep what is chosen.
 
         Args:
-            where: Which submodels: a path glob that names them, a class, a submodel, or several of these; or None.
+            filter_: Which submodels: a path glob that names them, a class, a submodel, or several of these; or None.
 
         Raises:
             TypeError: It is none of these, or speaks of variables.
         """
-        several = where if isinstance(where, (list, tuple)) else [] if where is None else [where]
-        self._wheres = list(map(as_where, several))
+        several = filter_ if isinstance(filter_, (list, tuple)) else [] if filter_ is None else [filter_]
+        self._filters = list(map(to_filter, several))
 
     def chosen(self, tree: Tree) -> list[SubmodelInfo]:
         """Return the layers that are chosen, but for those inside another that is.
 
         Raises:
-            PolicyError: One of the wheres names no layer.
+            PolicyError: One of the filters names no layer.
             TypeError: One of them speaks of variables.
         """
         found: dict[SubmodelInfo, None] = {}
-        for where in self._wheres:
-            named = [submodel for submodel in tree.layers if submodel.path and _names(where, submodel, tree)]
+        for filter_ in self._filters:
+            named = [submodel for submodel in tree.layers if submodel.path and _names(filter_, submodel, tree)]
             if not named:
                 raise PolicyError(
-                    f"`remat` was asked for {where!r}, which names no layer of the model. It takes a path glob that "
+                    f"`remat` was asked for {filter_!r}, which names no layer of the model. It takes a path glob that "
                     "names layers to the end, as in 'encoder/blocks/*', a class of layers, or a layer; "
                     "`tl.paths(model)` prints what there is."
                 )
@@ -107,9 +107,9 @@ def _recomputing(submodel: SubmodelInfo, selection: Selection, call: Callable[..
     """
     layer = submodel.object
     held = [v for v in selection.tree.held[submodel] if isinstance(v.variable, keras.Variable)]
-    trained = [(v, v.tensor) for v in held if v in selection.group_of]
-    still = [(v.variable, v.tensor) for v in held if v not in selection.group_of]
-    plain = [v.tensor for v in selection.tree.held[submodel] if not isinstance(v.variable, keras.Variable)]
+    trained = [(v, v.tf_variable) for v in held if v in selection.group_of]
+    still = [(v.variable, v.tf_variable) for v in held if v not in selection.group_of]
+    plain = [v.tf_variable for v in selection.tree.held[submodel] if not isinstance(v.variable, keras.Variable)]
     again = False
 
     def shadow(*args: Any, **kwargs: Any) -> Any:
@@ -208,24 +208,24 @@ def _floating(values: Sequence[Any]) -> list[int]:
     return [place for place, value in enumerate(values) if tf.is_tensor(value) and value.dtype.is_floating]
 
 
-def _names(where: Where, submodel: SubmodelInfo, tree: Tree) -> bool:
-    """Tell whether a where names this very submodel, and not only variables in it."""
-    if isinstance(where, Glob):
-        return any(matches_whole(where.pattern, path) for path in submodel.paths)
-    if isinstance(where, Kind):
-        return isinstance(submodel.object, where.types)
-    if isinstance(where, Under):
-        return submodel.object is where.submodel
-    if isinstance(where, Ordinal):
-        return submodel in where.chosen(tree)
-    if isinstance(where, Not):
-        return not _names(where.where, submodel, tree)
-    if isinstance(where, AnyOf):
-        return any(_names(each, submodel, tree) for each in where.wheres)
-    if isinstance(where, Joined):
-        names = (_names(where.left, submodel, tree), _names(where.right, submodel, tree))
-        return all(names) if where.sign == "&" else any(names)
+def _names(filter_: Filter, submodel: SubmodelInfo, tree: Tree) -> bool:
+    """Tell whether a filter names this very submodel, and not only variables in it."""
+    if isinstance(filter_, Glob):
+        return any(matches_whole(filter_.pattern, path) for path in submodel.paths)
+    if isinstance(filter_, OfType):
+        return isinstance(submodel.object, filter_.types)
+    if isinstance(filter_, Under):
+        return submodel.object is filter_.submodel
+    if isinstance(filter_, Ordinal):
+        return submodel in filter_.chosen(tree)
+    if isinstance(filter_, Not):
+        return not _names(filter_.inner, submodel, tree)
+    if isinstance(filter_, AnyOf):
+        return any(_names(each, submodel, tree) for each in filter_.filters)
+    if isinstance(filter_, Joined):
+        names = (_names(filter_.left, submodel, tree), _names(filter_.right, submodel, tree))
+        return all(names) if filter_.sign == "&" else any(names)
     raise TypeError(
-        "`remat` takes wheres that name layers: a path glob, a class, a layer, `first` or `last`. "
-        f"Received: {where!r}, which speaks of variables."
+        "`remat` takes filters that name layers: a path glob, a class, a layer, `first` or `last`. "
+        f"Received: {filter_!r}, which speaks of variables."
     )

@@ -66,7 +66,7 @@ def test_no_optimizer_state_for_what_is_frozen(fitted):
     *_, trainer = fitted
     selection = trainer.selection
     assert not any(trainer._updates.optimizers.state_bytes(v) for v in selection.frozen + selection.non_trainable)
-    assert all(trainer._updates.optimizers.state_bytes(v) == 8 * v.parameters for v in selection.trained)
+    assert all(trainer._updates.optimizers.state_bytes(v) == 8 * v.size for v in selection.trained)
 
 
 @pytest.mark.parametrize("make", [models.functional, models.pinned, MODELS["subclassed"], MODELS["insistent"]])
@@ -218,13 +218,13 @@ def test_the_users_own_override_of_call_runs_and_stays():
 
 def test_the_mode_is_lifted_when_the_step_raises():
     model = models.functional()
-    own = {id(v.tensor): sorted(vars(v.tensor)) for v in Tree.of(model).variables}
+    own = {id(v.tf_variable): sorted(vars(v.tf_variable)) for v in Tree.of(model).variables}
     with contextlib.suppress(ZeroDivisionError), frozen(select(tl.Freeze("base"), Tree.of(model))):
         assert tf.config.functions_run_eagerly()
         raise ZeroDivisionError
     assert not tf.config.functions_run_eagerly()
     assert not any("call" in vars(layer.object) for layer in Tree.of(model).layers)
-    assert {id(v.tensor): sorted(vars(v.tensor)) for v in Tree.of(model).variables} == own
+    assert {id(v.tf_variable): sorted(vars(v.tf_variable)) for v in Tree.of(model).variables} == own
 
 
 def test_penalties_and_added_losses_count_for_what_trains_alone():

@@ -47,13 +47,13 @@ def test_what_is_frozen_is_bit_identical_and_what_trains_is_all_that_trains(reci
     assert len(places) == len(set(places)) == len(selection.tree.variables)
     idle = {s for s in selection.inference if not set(selection.trained) & set(selection.tree.held[s])}
     still = [*selection.frozen, *(v for v in selection.non_trainable if idle & set(v.submodels))]
-    before = {v: v.tensor.numpy() for v in selection.tree.variables}
+    before = {v: v.tf_variable.numpy() for v in selection.tree.variables}
     trainer.fit([(X, Y)] * 3, progress="none")
     for variable in still:
-        assert variable.tensor.numpy().tobytes() == before[variable].tobytes(), variable.path
+        assert variable.tf_variable.numpy().tobytes() == before[variable].tobytes(), variable.path
         assert trainer._updates.optimizers.state_bytes(variable) == 0
     for variable in selection.trained:
-        assert (variable.tensor.numpy() != before[variable]).any(), variable.path
+        assert (variable.tf_variable.numpy() != before[variable]).any(), variable.path
     assert trainer.trace_count == 1
 
 
@@ -70,7 +70,7 @@ def quieted(model, twin, selection):
             if isinstance(theirs.object, keras.layers.BatchNormalization):
                 theirs.object.trainable = False
     for mine, theirs in zip(selection.tree.variables, Tree.of(twin).variables):
-        theirs.tensor.assign(mine.tensor)
+        theirs.tf_variable.assign(mine.tf_variable)
 
 
 @THOROUGH
@@ -93,7 +93,7 @@ def test_what_trains_equals_a_step_written_by_hand(recipe, data):
     history = tl.Trainer(model, policy, loss="mse", optimizer=keras.optimizers.SGD(0.1)).fit([(X, Y)], progress="none")
     np.testing.assert_allclose(history.history["loss"], [float(loss)], rtol=1e-4)
     for variable, theirs in zip(selection.trained, trained):
-        np.testing.assert_allclose(variable.tensor.numpy(), theirs.value.numpy(), rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(variable.tf_variable.numpy(), theirs.value.numpy(), rtol=1e-3, atol=1e-5)
 
 
 @THOROUGH
@@ -113,7 +113,7 @@ def test_two_spellings_of_one_policy_are_one_selection(recipe, data):
 def test_two_spellings_make_one_trace():
     trainer = models.trainer_of(policy=tl.Freeze("base"))
     trainer.fit(models.images(8), progress="none")
-    trainer.policy = tl.TrainOnly(tl.kind(keras.layers.Dense))
+    trainer.policy = tl.TrainOnly(tl.of_type(keras.layers.Dense))
     trainer.fit(models.images(8), progress="none")
     assert trainer.trace_count == 1
 

@@ -90,7 +90,7 @@ def test_layers_shared_at_random_train_as_in_a_loop_by_hand(plan):
     history = trainer.fit([(X, Y)] * 3, progress="none").history
     np.testing.assert_allclose(history["loss"], np.mean(losses), rtol=1e-4)
     for mine, theirs in zip(trainer.selection.tree.variables, tl.Trainer(twin).selection.tree.variables):
-        np.testing.assert_allclose(mine.tensor, theirs.tensor, rtol=1e-3, atol=1e-5, err_msg=mine.path)
+        np.testing.assert_allclose(mine.tf_variable, theirs.tf_variable, rtol=1e-3, atol=1e-5, err_msg=mine.path)
 
 
 def shared(layer):

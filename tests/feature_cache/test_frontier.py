@@ -196,7 +196,7 @@ def test_what_is_random_may_come_before_frozen_weights_where_it_is_asked_for():
     assert (4,) in shapes(cut)
     drawn = {v.path for v in tl.Trainer(model).selection.tree.variables if v.seed and v.path.startswith("flip")}
     before = {id(variable) for variable in cut.before.variables}
-    seeds = [v for v in tl.Trainer(model).selection.tree.variables if v.seed and id(v.tensor) in before]
+    seeds = [v for v in tl.Trainer(model).selection.tree.variables if v.seed and id(v.tf_variable) in before]
     assert {v.path for v in seeds} == drawn
     compute = tf.function(lambda *values: cut.before(values))
     one, other = (np.concatenate([v.numpy().ravel() for v in compute(*flat(images()))]) for _ in range(2))

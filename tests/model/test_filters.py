@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tapeloop as tl
-from tapeloop.model.filters import as_where
+from tapeloop.model.filters import to_filter
 from tapeloop.model.tree import Tree
 from tests.support import models
 
@@ -19,8 +19,8 @@ def tree(model):
     return Tree.of(model)
 
 
-def chosen(where, tree):
-    return [variable.path for variable in tree.variables if as_where(where)(variable)]
+def chosen(filter_, tree):
+    return [variable.path for variable in tree.variables if to_filter(filter_)(variable)]
 
 
 HEAD = ["head/kernel", "head/bias"]
@@ -30,7 +30,7 @@ SEED = ["base/drop/seed_generator/state"]
 
 
 @pytest.mark.parametrize(
-    ("where", "paths"),
+    ("filter_", "paths"),
     [
         ("head", HEAD),
         ("head/**", HEAD),
@@ -49,9 +49,9 @@ SEED = ["base/drop/seed_generator/state"]
         ("base?conv", []),
         (tl.named("kernel"), ["base/conv/kernel", "head/kernel"]),
         (tl.named("kernel", "gamma"), ["base/conv/kernel", "base/bn/gamma", "head/kernel"]),
-        (tl.kind(keras.layers.Dense), HEAD),
-        (tl.kind(keras.layers.Dense, keras.layers.Conv2D), CONV + HEAD),
-        (tl.kind(keras.Sequential), CONV + BN + SEED),
+        (tl.of_type(keras.layers.Dense), HEAD),
+        (tl.of_type(keras.layers.Dense, keras.layers.Conv2D), CONV + HEAD),
+        (tl.of_type(keras.Sequential), CONV + BN + SEED),
         (tl.matching(lambda variable: len(variable.shape) == 4), CONV[:1]),
         (tl.glob("base") & tl.named("bias"), CONV[1:]),
         (tl.glob("base/conv") | "head", CONV + HEAD),
@@ -59,8 +59,8 @@ SEED = ["base/drop/seed_generator/state"]
         ("base" & ~tl.glob("base/bn"), CONV + SEED),
     ],
 )
-def test_what_a_where_means(where, paths, tree):
-    assert chosen(where, tree) == paths
+def test_what_a_where_means(filter_, paths, tree):
+    assert chosen(filter_, tree) == paths
 
 
 def test_a_submodel_means_all_under_that_very_object(model, tree):
@@ -80,7 +80,7 @@ WHERES = st.recursive(
     lambda inner: (
         st.tuples(inner, inner).map(lambda pair: pair[0] & pair[1])
         | st.tuples(inner, inner).map(lambda pair: pair[0] | pair[1])
-        | inner.map(lambda where: ~where)
+        | inner.map(lambda filter_: ~filter_)
     ),
     max_leaves=6,
 )
@@ -108,8 +108,8 @@ def test_wheres_are_values():
 
 
 def test_reprs_read_as_written(model):
-    where = (tl.glob("a/**") & ~tl.named("bias")) | tl.kind(keras.layers.Dense)
-    assert repr(where) == "((glob('a/**') & ~named('bias')) | kind(Dense))"
+    filter_ = (tl.glob("a/**") & ~tl.named("bias")) | tl.of_type(keras.layers.Dense)
+    assert repr(filter_) == "((glob('a/**') & ~named('bias')) | of_type(Dense))"
     assert repr(tl.under(model.get_layer("head"))) == "under(<Dense head>)"
     assert repr(tl.matching(len)) == "matching(len)"
 
@@ -120,16 +120,20 @@ def test_reprs_read_as_written(model):
         (lambda: tl.glob("a//b"), ValueError, r"segments joined by single slashes.*Received: 'a//b'"),
         (lambda: tl.glob(""), ValueError, r"Received: ''"),
         (lambda: tl.glob(3), TypeError, r"`pattern` must be a string. Received: 3"),
-        (lambda: tl.kind("Dense"), TypeError, r"`kind` takes one or more classes of layers. Received: \('Dense',\)"),
-        (lambda: tl.kind(), TypeError, r"one or more classes"),
+        (
+            lambda: tl.of_type("Dense"),
+            TypeError,
+            r"`of_type` takes one or more classes of layers. Received: \('Dense',\)",
+        ),
+        (lambda: tl.of_type(), TypeError, r"one or more classes"),
         (lambda: tl.named(), TypeError, r"`named` takes one or more names"),
         (lambda: tl.under("head"), TypeError, r"`submodel` must be a Keras model or layer.*Received: 'head'"),
         (lambda: tl.matching("head"), TypeError, r"`function` must take a `VariableInfo`"),
-        (lambda: tl.Freeze(keras.layers.Dense), TypeError, r"For every Dense, write `kind\(Dense\)`"),
+        (lambda: tl.Freeze(dict), TypeError, r"must be a path glob, a submodel, a class of layers"),
         (lambda: tl.Freeze(len), TypeError, r"write `matching\(function\)`"),
-        (lambda: tl.Freeze(["a", "b"]), TypeError, r"several wheres as several arguments"),
-        (lambda: tl.Freeze(3), TypeError, r"must be a path glob, a submodel or a `Where`. Received: 3."),
-        (lambda: bool(tl.glob("a")), TypeError, r"no truth value: combine wheres with `&`"),
+        (lambda: tl.Freeze([]), TypeError, r"A list must hold one or more"),
+        (lambda: tl.Freeze(3), TypeError, r"a list of these, or a `Filter`. Received: 3."),
+        (lambda: bool(tl.glob("a")), TypeError, r"no truth value: combine filters with `&`"),
     ],
 )
 def test_wrong_uses(make, error, text):
@@ -143,7 +147,7 @@ def blocks():
 
 
 @pytest.mark.parametrize(
-    ("where", "chosen_blocks"),
+    ("filter_", "chosen_blocks"),
     [
         (tl.first(1, of="block*"), [0]),
         (tl.first(2, of=keras.layers.Dense), [0, 1]),
@@ -154,10 +158,10 @@ def blocks():
         (tl.first(1, of="stage*"), []),
     ],
 )
-def test_submodels_are_counted_in_order_of_construction(where, chosen_blocks):
+def test_submodels_are_counted_in_order_of_construction(filter_, chosen_blocks):
     tree = Tree.of(blocks())
     expected = [f"block{index}/{name}" for index in chosen_blocks for name in ("kernel", "bias")]
-    assert [v.path for v in tree.variables if v.trainable and where(v)] == expected
+    assert [v.path for v in tree.variables if v.trainable and filter_(v)] == expected
 
 
 def test_ordinals_are_values():

@@ -170,8 +170,8 @@ def test_optimizers_and_metrics_are_no_part_of_the_tree():
 def test_what_a_variable_says_of_itself():
     variable = Tree.of(models.functional()).variables[0]
     assert (variable.path, variable.name, variable.shape) == ("base/conv/kernel", "kernel", (3, 3, 1, 4))
-    assert (variable.dtype, variable.parameters) == ("float32", 36)
-    assert isinstance(variable.tensor, tf.Variable)
+    assert (variable.dtype, variable.size) == ("float32", 36)
+    assert isinstance(variable.tf_variable, tf.Variable)
     assert [submodel.path for submodel in variable.submodels] == ["", "base", "base/conv"]
 
 

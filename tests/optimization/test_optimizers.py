@@ -59,10 +59,10 @@ def test_one_optimizer_for_each_group(tree):
     selection = select(tl.Groups({"h": "head", "b": "base"}), tree)
     optimizers = Optimizers({"h": keras.optimizers.SGD(1.0), "b": keras.optimizers.SGD(0.5)})
     optimizers.prepare(selection)
-    before = {variable: variable.tensor.numpy() for variable in selection.trained}
+    before = {variable: variable.tf_variable.numpy() for variable in selection.trained}
     optimizers.apply(selection, ones(selection))
     for variable, group in selection.group_of.items():
-        moved = before[variable] - variable.tensor.numpy()
+        moved = before[variable] - variable.tf_variable.numpy()
         np.testing.assert_allclose(moved, 1.0 if group == "h" else 0.5, rtol=1e-6)
 
 
@@ -77,9 +77,9 @@ def test_who_joins_later_starts_its_own_count_and_who_stays_keeps_its_state(tree
     assert [slot.numpy().tolist() for s in optimizers.cohorts[0].slots.values() for slot in s] == [
         slot.tolist() for slot in slots
     ]
-    before = tree.variables[0].tensor.numpy()
+    before = tree.variables[0].tf_variable.numpy()
     optimizers.apply(everything, ones(everything))
-    np.testing.assert_allclose(before - tree.variables[0].tensor.numpy(), 0.1, rtol=1e-4)
+    np.testing.assert_allclose(before - tree.variables[0].tf_variable.numpy(), 0.1, rtol=1e-4)
     assert [int(cohort.optimizer.iterations) for cohort in optimizers.cohorts] == [4, 1]
     optimizers.prepare(head)
     assert len(optimizers.cohorts) == 2
@@ -118,9 +118,9 @@ def test_weight_decay_touches_nothing_frozen(tree):
     optimizers = Optimizers(keras.optimizers.AdamW(0.1, weight_decay=0.5))
     selection = select(tl.Freeze("base"), tree)
     optimizers.prepare(selection)
-    before = {variable.path: variable.tensor.numpy().tobytes() for variable in selection.frozen}
+    before = {variable.path: variable.tf_variable.numpy().tobytes() for variable in selection.frozen}
     optimizers.apply(selection, ones(selection))
-    assert {variable.path: variable.tensor.numpy().tobytes() for variable in selection.frozen} == before
+    assert {variable.path: variable.tf_variable.numpy().tobytes() for variable in selection.frozen} == before
 
 
 class Lookahead(keras.optimizers.SGD):

@@ -117,7 +117,7 @@ def test_a_layer_shared_by_a_frozen_and_a_trained_submodel_follows_both():
 def test_selections_are_equal_when_the_same_trains_however_it_was_said(tree):
     model = models.functional()
     first = select(tl.Freeze("base"), Tree.of(model))
-    second = select(tl.TrainOnly(tl.kind(keras.layers.Dense)), Tree.of(model))
+    second = select(tl.TrainOnly(tl.of_type(keras.layers.Dense)), Tree.of(model))
     assert first == second
     assert hash(first) == hash(second)
     assert first != select(tl.TrainAll(), Tree.of(model))
@@ -222,8 +222,8 @@ def test_a_policy_without_group_says_what_to_write(tree):
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda: tl.Freeze(), r"`Freeze` takes one or more wheres. Received none"),
-        (lambda: tl.TrainOnly(), r"`TrainOnly` takes one or more wheres"),
+        (lambda: tl.Freeze(), r"`Freeze` takes one or more filters. Received none"),
+        (lambda: tl.TrainOnly(), r"`TrainOnly` takes one or more filters"),
         (lambda: tl.Groups("head"), r"`Groups` takes a mapping.*Received: 'head'"),
         (lambda: tl.Groups({}), r"`Groups` takes a mapping"),
     ],

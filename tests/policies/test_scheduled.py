@@ -81,7 +81,7 @@ def test_layerwise_decay_by_hand():
 
 def test_layerwise_decay_moves_each_depth_by_its_rate():
     model = blocks(2)
-    before = {v.path: v.tensor.numpy() for v in Tree.of(model).variables}
+    before = {v.path: v.tf_variable.numpy() for v in Tree.of(model).variables}
     x = np.ones((8, 3), "float32")
     trainer = tl.Trainer(model, tl.LayerwiseDecay(0.5, of="block*"), loss="mse", optimizer=keras.optimizers.Adam(0.1))
     assert dict(trainer.learning_rates) == pytest.approx(
@@ -89,7 +89,7 @@ def test_layerwise_decay_moves_each_depth_by_its_rate():
     )
     trainer.fit([(x, 10 * np.ones((8, 1), "float32"))], progress="none")
     for variable in Tree.of(model).variables:
-        moved = np.abs(variable.tensor.numpy() - before[variable.path]).max()
+        moved = np.abs(variable.tf_variable.numpy() - before[variable.path]).max()
         rate = {"stem": 0.0125, "block0": 0.025, "block1": 0.05, "head": 0.1}[variable.path.split("/")[0]]
         assert moved == pytest.approx(rate, rel=1e-3)
 
@@ -128,7 +128,7 @@ def test_policies_are_values_that_read_as_written():
             r"`every` must be a whole number, 1 or more. Received: 0",
         ),
         (lambda: tl.GradualUnfreeze([]), tl.PolicyError, r"needs one or more stages"),
-        (lambda: tl.GradualUnfreeze("head"), TypeError, r"takes a list of wheres. Received: 'head'"),
+        (lambda: tl.GradualUnfreeze("head"), TypeError, r"takes a list of filters. Received: 'head'"),
         (lambda: tl.RandomSubset(0, of="b", every=1), ValueError, r"`k` must be a whole number"),
         (lambda: tl.RandomSubset(1, of=3, every=1), TypeError, r"`of` must be a class of layers, or a path glob"),
         (lambda: tl.LayerwiseDecay(1.5, of="b"), ValueError, r"`rate` must be above 0 and at most 1. Received: 1.5"),

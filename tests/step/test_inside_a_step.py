@@ -322,7 +322,7 @@ def test_slices_of_layers_may_hold_layers_without_weights():
 def test_lists_and_classes_serve_everywhere():
     _, model = backbone()
     selected = lambda policy: {v.path for v in tl.Trainer(model, policy, loss="mse").selection.trained}  # noqa: E731
-    assert selected(tl.TrainOnly(layers.Dense)) == selected(tl.TrainOnly(tl.kind(layers.Dense)))
+    assert selected(tl.TrainOnly(layers.Dense)) == selected(tl.TrainOnly(tl.of_type(layers.Dense)))
     assert selected(tl.Groups({"all": [layers.Dense, "base/conv"]})) == selected(
         tl.TrainOnly("base/conv", layers.Dense)
     )

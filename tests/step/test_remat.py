@@ -37,7 +37,7 @@ class Doubled(tf.Module):
 
 @pytest.mark.parametrize("options", [{}, {"microbatches": 2}, {"run_eagerly": True}], ids=str)
 @pytest.mark.parametrize(
-    ("make", "where"),
+    ("make", "filter_"),
     [
         (stack, "block*"),
         (stack, Block),
@@ -49,9 +49,9 @@ class Doubled(tf.Module):
     ],
     ids=["glob", "class", "several", "first", "recurrent", "module", "bfloat16"],
 )
-def test_what_is_computed_twice_ends_as_what_is_computed_once(make, where, options):
+def test_what_is_computed_twice_ends_as_what_is_computed_once(make, filter_, options):
     once, loss_once, _ = weights(make, **options)
-    twice, loss_twice, _ = weights(make, remat=where, **options)
+    twice, loss_twice, _ = weights(make, remat=filter_, **options)
     np.testing.assert_allclose(loss_twice, loss_once, rtol=1e-5)
     for path, value in once.items():
         np.testing.assert_allclose(twice[path], value, atol=1e-5 if value.dtype == np.float32 else 0, err_msg=path)
@@ -104,22 +104,22 @@ def penalized():
 
 
 @pytest.mark.parametrize(
-    ("make", "where", "error", "text"),
+    ("make", "filter_", "error", "text"),
     [
         (stack, "blocks/*", tl.PolicyError, r"`remat` was asked for glob\('blocks/\*'\), which names no layer"),
         (stack, layers.LSTM, tl.PolicyError, r"`remat` was asked for kind\(LSTM\), which names no layer"),
-        (stack, tl.named("kernel"), TypeError, r"`remat` takes wheres that name layers: .* which speaks of variables"),
+        (stack, tl.named("kernel"), TypeError, r"`remat` takes filters that name layers: .* which speaks of variables"),
         (penalized, "block0", tl.PolicyError, r"`remat` cannot hold for `block0`: a layer in it adds a loss"),
     ],
 )
-def test_what_it_cannot_do(make, where, error, text):
+def test_what_it_cannot_do(make, filter_, error, text):
     model = make()
     before = models.values(model)
     with pytest.raises(error, match=text):
-        trainer_of(model, remat=where).fit([data(model)], progress="none")
+        trainer_of(model, remat=filter_).fit([data(model)], progress="none")
     assert models.values(model) == before
 
 
 def test_it_takes_wheres_only():
-    with pytest.raises(TypeError, match=r"A where must be a path glob, a submodel or a `Where`. Received: 3"):
+    with pytest.raises(TypeError, match=r"A filter must be a path glob, a submodel or a `Filter`. Received: 3"):
         trainer_of(remat=3)

@@ -166,16 +166,16 @@ def test_second_order_gradients_are_refused_by_name():
 
 
 @pytest.mark.parametrize(
-    ("make", "where", "text"),
+    ("make", "filter_", "text"),
     [
         (lambda: odd(Drawing), "odd", r"cannot hold for `odd`: it draws by `RandomUniform`, anew each time"),
         (lambda: odd(Counting), "odd", r"cannot hold for `odd`: it assigns to a `tf.Variable`"),
         (spectral, "spectral", r"it assigns to `spectral/layer/kernel`, which trains, when it is called"),
     ],
 )
-def test_what_has_no_second_run_is_refused(make, where, text):
+def test_what_has_no_second_run_is_refused(make, filter_, text):
     model = make()
     before = models.values(model)
     with pytest.raises(tl.PolicyError, match=text):
-        trainer_of(model, remat=where).fit([data(model)], progress="none")
+        trainer_of(model, remat=filter_).fit([data(model)], progress="none")
     assert models.values(model) == before

@@ -80,7 +80,7 @@ def cross_entropy():
 def values(model, under=""):
     """The bytes of every variable of a model, by path."""
     return {
-        variable.path: variable.tensor.numpy().tobytes()
+        variable.path: variable.tf_variable.numpy().tobytes()
         for variable in Tree.of(model).variables
         if any(f"{path}/".startswith(f"{under}/" if under else "") for path in variable.paths)
     }

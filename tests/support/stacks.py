@@ -45,4 +45,4 @@ def weights(make, policy=None, steps=2, **options):
     model = make()
     trainer = trainer_of(model, policy, optimizer=keras.optimizers.SGD(0.1), **options)
     history = trainer.fit([data(model)] * steps, progress="none").history
-    return {v.path: v.tensor.numpy() for v in trainer.selection.tree.variables}, history["loss"], trainer
+    return {v.path: v.tf_variable.numpy() for v in trainer.selection.tree.variables}, history["loss"], trainer
