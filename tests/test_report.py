@@ -30,27 +30,27 @@ GOLDEN = {
     1: """
 submodel  parameters  group    state         rule              mode   optimizer state
 -------------------------------------------------------------------------------------
-backbone          72  default  trains 42.9%  mixed             train            192 B
+backbone          72  default  trains 33.3%  mixed             train            192 B
 head              10  default  trains        Freeze: all else  train             80 B
 -------------------------------------------------------------------------------------
 """,
     2: """
 submodel         parameters  group    state         rule                             mode       optimizer state
 ---------------------------------------------------------------------------------------------------------------
-backbone                 72  default  trains 42.9%  mixed                            train                192 B
+backbone                 72  default  trains 33.3%  mixed                            train                192 B
 backbone/stage1          36  -        frozen        Freeze: glob('backbone/stage1')  inference              0 B
-backbone/stage2          36  default  trains 85.7%  mixed                            train                192 B
+backbone/stage2          36  default  trains 66.7%  mixed                            train                192 B
 head                     10  default  trains        Freeze: all else                 train                 80 B
 ---------------------------------------------------------------------------------------------------------------
 """,
     3: """
 submodel               parameters  group    state         rule                             mode       optimizer state
 ---------------------------------------------------------------------------------------------------------------------
-backbone                       72  default  trains 42.9%  mixed                            train                192 B
+backbone                       72  default  trains 33.3%  mixed                            train                192 B
 backbone/stage1                36  -        frozen        Freeze: glob('backbone/stage1')  inference              0 B
-backbone/stage2                36  default  trains 85.7%  mixed                            train                192 B
+backbone/stage2                36  default  trains 66.7%  mixed                            train                192 B
 backbone/stage2/dense          20  default  trains        Freeze: all else                 train                160 B
-backbone/stage2/bn             16  default  trains 50.0%  mixed                            train                 32 B
+backbone/stage2/bn             16  default  trains 25.0%  mixed                            train                 32 B
 head                           10  default  trains        Freeze: all else                 train                 80 B
 ---------------------------------------------------------------------------------------------------------------------
 """,
@@ -58,7 +58,7 @@ head                           10  default  trains        Freeze: all else      
 MODULE = """
 submodel   parameters  group  state          rule                     mode       optimizer state
 ------------------------------------------------------------------------------------------------
-base               58  bn     trains 16.7%   mixed                    train                 64 B
+base               58  bn     trains 13.8%   mixed                    train                 64 B
 base/conv          40  -      frozen         Groups: all else         inference              0 B
 base/bn            16  bn     trains         Groups: glob('base/bn')  train                 64 B
 base/drop           2  -      non-trainable  Keras: seed state        train                  0 B
