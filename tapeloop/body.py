@@ -227,6 +227,8 @@ class Body:
                 f"`{type(self).__name__}.__init__` has not called `super().__init__(...)` yet: call it first, with the "
                 "model and the trainer's options."
             )
+        if hasattr(type(self), name):  # a property that raised an `AttributeError` of its own: let it come up
+            return super().__getattribute__(name)
         raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}.")
 
     def _attributes(self) -> dict[str, Any]:
