@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from tapeloop import _backend
 from tapeloop._backend import DRAWING, Note, has_stopped
-from tapeloop.data.batch import Features, after
+from tapeloop.data.batch import Features, after, open_spec_of
 from tapeloop.data.cursor import Arrays, Feed, Stream
 from tapeloop.loop.pace import Pace
 from tapeloop.loop.step_counts import Tally, counted, limits
@@ -121,8 +121,7 @@ class Step:
         """Run one step on a batch in tensors; see `run`."""
         counts, failure = before.start(*so_far), None
         try:
-            arguments = batch, counts
-            counts = self._alone(self, *arguments) if self.is_driven else self._traced(self._on_batch, *arguments)
+            counts = self._alone(self, batch, counts) if self.is_driven else self._single(batch)(batch, counts)
         except BaseException as error:
             failure = error
         tally = Tally.of(counts)
@@ -184,7 +183,8 @@ class Step:
         # In the loop the body is a function of its own where it is compiled in another way than the loop.
         step = self._function if autograph or uses_xla else self._run
         self._looped = tf.function(functools.partial(self._loop, step), autograph=False)
-        self._on_batch = tf.function(functools.partial(self._alone, step), autograph=False, reduce_retracing=True)
+        self._on_batch = tf.function(functools.partial(self._alone, step), autograph=False)
+        self._singles: dict[Any, Any] = {}
         self._is_on_trial = uses_xla and self._compilation.jit_compile == "auto"
         self._latest: tuple[weakref.ref[Feed], Any] | None = None
 
@@ -201,6 +201,17 @@ class Step:
             looped = self._check(self._looped, feed.source.signature(), *args)
             self._latest = weakref.ref(feed), looped
         return self._latest[1]
+
+    def _single(self, batch: Any) -> Any:
+        """Return the step that is traced for batches like one, of any size; by their shapes, it is found at once."""
+        structure = tf.nest.map_structure(
+            lambda value: None if value is None else (value.dtype, *value.shape[1:]), batch
+        )
+        key = repr(structure)
+        if key not in self._singles:
+            counts = tf.TensorSpec([6], tf.int64)
+            self._singles[key] = self._check(self._on_batch, open_spec_of(batch), counts)
+        return self._singles[key]
 
     def _loop(
         self,

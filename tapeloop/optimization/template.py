@@ -40,7 +40,7 @@ class Template:
         self._seen = self._rate
         self._config = None if self.optimizer.built else _backend.optimizer_config(self.optimizer, self.schedule)
         self._said = _settings(self.optimizer)
-        self._is_free = not self.optimizer.built  # what is built elsewhere holds the state of other variables
+        self._is_taken = False
 
     @property
     def rate(self) -> float:
@@ -70,7 +70,7 @@ class Template:
             PolicyError: A clone would not be what the user passed.
         """
         if self._is_free:
-            self._is_free = False
+            self._is_taken = True
             return self.optimizer
         return self._clone()
 
@@ -82,6 +82,11 @@ class Template:
         """
         if cohorts > self._is_free:
             self._clone()
+
+    @property
+    def _is_free(self) -> bool:
+        """Whether it is not built yet, by another trainer either: it would hold the state of other variables."""
+        return not self._is_taken and not self.optimizer.built
 
     def _clone(self) -> keras.optimizers.Optimizer:
         config = self._config or _backend.optimizer_config(self.optimizer, self.schedule)

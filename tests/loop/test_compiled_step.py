@@ -9,6 +9,7 @@ import tensorflow as tf
 
 import tapeloop as tl
 from tapeloop.loop.compiled_step import Step
+from tapeloop.step.clock import Clock
 from tapeloop.step.compilation import Compilation
 from tests.support import models
 from tests.support.models import trainer_of
@@ -59,7 +60,7 @@ class WhereThereIsAGPU(Compilation):
 
 
 def step_of(body, compilation):
-    return Step("train", body, trainer_of().selection, compilation)
+    return Step("train", body, trainer_of().selection, compilation, Clock())
 
 
 def strange(batch):

@@ -289,8 +289,9 @@ def test_every_optimizer_of_keras_can_be_cloned(name):
 def test_an_optimizer_that_is_built_elsewhere_is_cloned():
     optimizer = keras.optimizers.Adam(0.1)
     one, other = mlp(), mlp()
-    for model in (one, other):
-        tl.Trainer(model, tl.Freeze("base"), loss="mse", optimizer=optimizer).fit([(X, Y)] * 2, progress="none")
+    trainers = [tl.Trainer(model, tl.Freeze("base"), loss="mse", optimizer=optimizer) for model in (one, other)]
+    for trainer in trainers:
+        trainer.fit([(X, Y)] * 2, progress="none")
     assert_same(one, plain([TAIL], 2))
     assert_same(other, plain([TAIL], 2))
     assert int(optimizer.iterations) == 2
