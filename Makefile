@@ -11,10 +11,11 @@ demo: $(READY)
 
 # In a process for each core, since most of it is tracing, which uses one.
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow" -n auto
+	TAPELOOP_EXAMPLES=24 $(BIN)/python -m pytest -m "not slow" -n auto
 
+# All of them, with more of the models that Hypothesis draws.
 test-all: $(READY)
-	$(BIN)/python -m pytest
+	TAPELOOP_EXAMPLES=100 $(BIN)/python -m pytest -n auto
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -99,8 +99,15 @@ def compare(make, data, options_of, optimizer=None, fit=None, theirs=None):
     assert trainer.trace_count == 1
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("make", [functional, sequential, subclassed])
+def pairs():
+    """Each kind of model with each loss; but for functional models, all but one of them slowly."""
+    for make in (functional, sequential, subclassed):
+        for case in CASES:
+            slow = make is not functional and case != "labels"
+            yield pytest.param(make, case, id=f"{make.__name__}-{case}", marks=[pytest.mark.slow] * slow)
+
+
+@pytest.mark.parametrize(("make", "case"), pairs())
 def test_logs_are_those_of_fit(make, case):
     y, options = CASES[case]
     compare(make, (X, y), options)
