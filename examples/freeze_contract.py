@@ -85,7 +85,7 @@ def sibling(fit: Fit) -> str:
 def added_loss(fit: Fit) -> str:
     model = make(layers.Dense(8, activity_regularizer=keras.regularizers.L2(100.0)))
     task = float(np.mean((model(X) - Y) ** 2))
-    return "counts in the loss" if fit(model)["loss"][0] > task + 1.0 else "left out"
+    return "count in the loss" if fit(model)["loss"][0] > task + 1.0 else "left out"
 
 
 def written(fit: Fit) -> str:

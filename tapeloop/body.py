@@ -56,6 +56,17 @@ class Body:
         Args:
             batch: One batch of the data.
             training: Whether the step trains.
+
+        Example:
+            >>> class Scaled(tl.Trainer):
+            ...     def compute_loss(self, batch, training):
+            ...         x, y = batch
+            ...         loss = keras.ops.mean((self.forward(x, training) - y) ** 2)
+            ...         return 0.5 * loss, {"unscaled": loss}
+            >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+            >>> logs = Scaled(model).train_on_batch(np.ones((8, 4)), np.ones((8, 2)))
+            >>> bool(np.isclose(logs["unscaled"], 2 * logs["loss"]))
+            True
         """
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
         outputs = self.forward(x, training)
@@ -76,6 +87,17 @@ class Body:
         Returns:
             What to log: scalars, averaged over the epoch by examples, and `keras.metrics.Metric` objects, which log
             their result and start anew each epoch.
+
+        Example:
+            >>> class Clipped(tl.Trainer):
+            ...     def train_step(self, batch):
+            ...         with self.tape() as tape:
+            ...             loss = self.compute_loss(batch, training=True)
+            ...         gradients = self.gradients(tape, loss)
+            ...         self.apply({path: keras.ops.clip(g, -1.0, 1.0) for path, g in gradients.items()})
+            ...         return {"loss": loss}
+            >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+            >>> logs = Clipped(model, loss="mse").train_on_batch(np.ones((8, 4)), np.ones((8, 2)))
         """
         with self.tape() as tape:
             loss, logs = _with_logs(self.compute_loss(batch, training=True))
@@ -192,6 +214,19 @@ class Body:
             ValueError: The two are not of one structure, or `decay` is out of range.
 
         Source: Polyak averaging, as in Lillicrap et al., Continuous control with deep reinforcement learning, 2016.
+
+        Example:
+            >>> class MeanTeacher(tl.Trainer):
+            ...     def train_step(self, batch):
+            ...         with self.tape() as tape:
+            ...             loss = keras.ops.mean((self.model["student"](batch[0]) - batch[1]) ** 2)
+            ...         self.update(tape, loss)
+            ...         self.follow("teacher", "student", decay=0.9)
+            ...         return {"loss": loss}
+            >>> student = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+            >>> networks = {"student": student, "teacher": keras.models.clone_model(student)}
+            >>> trainer = MeanTeacher(networks, tl.Freeze("teacher"))
+            >>> history = trainer.fit((np.ones((8, 4)), np.ones((8, 2))), progress="none")
         """
         decay = checked_decay(decay)
         if not self._steps.building:

@@ -64,6 +64,14 @@ class Readings(Body):
 
         Raises:
             RuntimeError: The trainer has no `ema`, or has not trained yet.
+
+        Example:
+            >>> dense = keras.layers.Dense
+            >>> model = keras.Sequential([keras.Input((4,)), dense(3, name="base"), dense(2, name="head")])
+            >>> trainer = tl.Trainer(model, loss="mse", ema=0.9)
+            >>> history = trainer.fit((np.ones((8, 4)), np.ones((8, 2))), progress="none")
+            >>> with trainer.ema_weights():
+            ...     logs = trainer.evaluate((np.ones((8, 4)), np.ones((8, 2))), progress="none")
         """
         with self._updates.averages.swap(self.step):
             yield
@@ -109,6 +117,12 @@ class Readings(Body):
 
         Args:
             depth: How many levels of submodels are shown; below the first, only where they differ inside.
+
+        Example:
+            >>> dense = keras.layers.Dense
+            >>> model = keras.Sequential([keras.Input((4,)), dense(3, name="base"), dense(2, name="head")])
+            >>> print(tl.Trainer(model, tl.Freeze("base")).explain().splitlines()[2])
+            base              15  -        frozen  Freeze: glob('base')  inference              0 B
         """
         selection = self.selection
         self._updates.optimizers.prepare(selection, changing=True)
@@ -126,6 +140,13 @@ class Readings(Body):
 
         Raises:
             DataError: The data is empty or does not fit the model.
+
+        Example:
+            >>> dense = keras.layers.Dense
+            >>> model = keras.Sequential([keras.Input((4,)), dense(3, name="base"), dense(2, name="head")])
+            >>> trainer = tl.Trainer(model, tl.Freeze("base"), loss="mse")
+            >>> trainer.frontier((np.ones((8, 4), "float32"), np.ones((8, 2), "float32"))).submodels
+            ('base',)
         """
         self._loop.check_idle()
         given = Given("data", data, batch_size, ("steps_per_epoch", None))

@@ -52,6 +52,14 @@ class Trainer(Readings):
     Attributes:
         model: The model as it was passed.
         policy: What trains. Assign another between two fits: state is carried over, and nothing else need be done.
+
+    Example:
+        >>> dense = keras.layers.Dense
+        >>> model = keras.Sequential([keras.Input((4,)), dense(3, name="base"), dense(2, name="head")])
+        >>> trainer = tl.Trainer(model, tl.Freeze("base"), loss="mse", optimizer="adam", metrics=["mae"])
+        >>> history = trainer.fit((np.ones((8, 4)), np.ones((8, 2))), epochs=2, progress="none")
+        >>> sorted(history.history), trainer.step
+        (['loss', 'mae'], 2)
     """
 
     def __init__(
@@ -202,6 +210,15 @@ class Trainer(Readings):
             DisconnectedError: A variable that should train gets no gradient.
             NonFiniteError: A loss or a gradient is Inf or NaN.
             RuntimeError: Called inside `ema_weights()`, or within an epoch of this trainer.
+
+        Example:
+            >>> dense = keras.layers.Dense
+            >>> model = keras.Sequential([keras.Input((4,)), dense(3, name="base"), dense(2, name="head")])
+            >>> trainer = tl.Trainer(model, loss="mse")
+            >>> x, y = np.ones((32, 4)), np.ones((32, 2))
+            >>> history = trainer.fit((x, y), epochs=2, batch_size=16, validation_data=(x, y), progress="none")
+            >>> len(history.history["val_loss"]), trainer.epoch
+            (2, 2)
         """
         self._loop.check_idle()
         whole_number("epochs", epochs, 0)
@@ -241,6 +258,13 @@ class Trainer(Readings):
         Raises:
             DataError: The data is empty or does not fit the model.
             RuntimeError: Called within an epoch of this trainer, such as by a policy.
+
+        Example:
+            >>> dense = keras.layers.Dense
+            >>> model = keras.Sequential([keras.Input((4,)), dense(3, name="base"), dense(2, name="head")])
+            >>> trainer = tl.Trainer(model, loss="mse", metrics=["mae"])
+            >>> sorted(trainer.evaluate((np.ones((8, 4)), np.ones((8, 2))), progress="none"))
+            ['loss', 'mae']
         """
         self._loop.check_idle()
         batches = as_batches(data, batch_size=batch_size, steps=("steps", steps))
@@ -264,6 +288,14 @@ class Trainer(Readings):
 
         Raises:
             PolicyError, DataError, DisconnectedError, NonFiniteError, RuntimeError: As `fit` does.
+
+        Example:
+            >>> dense = keras.layers.Dense
+            >>> model = keras.Sequential([keras.Input((4,)), dense(3, name="base"), dense(2, name="head")])
+            >>> trainer = tl.Trainer(model, tl.Freeze("base"), loss="mse")
+            >>> logs = trainer.train_on_batch(np.ones((8, 4)), np.ones((8, 2)))
+            >>> list(logs), trainer.step
+            (['loss'], 1)
         """
         self._loop.check_idle()
         self._updates.averages.check_may_train()
@@ -286,6 +318,12 @@ class Trainer(Readings):
 
         Raises:
             DataError: The data is empty or does not fit the model.
+
+        Example:
+            >>> dense = keras.layers.Dense
+            >>> model = keras.Sequential([keras.Input((4,)), dense(3, name="base"), dense(2, name="head")])
+            >>> tl.Trainer(model).predict(np.ones((8, 4))).shape
+            (8, 2)
         """
         batches = as_batches(data, batch_size=batch_size, steps=("steps", steps))
         batches.lasts(1)

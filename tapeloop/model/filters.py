@@ -217,6 +217,12 @@ def glob(pattern: str) -> Filter:
     Raises:
         TypeError: `pattern` is no string.
         ValueError: A segment of it is empty.
+
+    Example:
+        >>> dense = keras.layers.Dense
+        >>> model = keras.Sequential([keras.Input((4,)), dense(3, name="base"), dense(2, name="head")])
+        >>> [variable.path for variable in tl.Trainer(model, tl.TrainOnly(tl.glob("*/bias"))).selection.trained]
+        ['base/bias', 'head/bias']
     """
     return Glob(pattern)
 
@@ -229,6 +235,14 @@ def of_type(*types: type) -> Filter:
 
     Raises:
         TypeError: There is none, or one of them is no class.
+
+    Example:
+        >>> layers = keras.layers
+        >>> inside = [layers.Dense(3, name="base"), layers.BatchNormalization(name="bn")]
+        >>> model = keras.Sequential([keras.Input((4,)), *inside])
+        >>> policy = tl.TrainOnly(tl.of_type(layers.BatchNormalization))
+        >>> [variable.path for variable in tl.Trainer(model, policy).selection.trained]
+        ['bn/gamma', 'bn/beta']
     """
     if not types or not all(isinstance(kind, type) for kind in types):
         raise TypeError(f"`of_type` takes one or more classes of layers. Received: {types!r}.")
@@ -243,6 +257,12 @@ def named(*names: str) -> Filter:
 
     Raises:
         TypeError: There is none, or one of them is no string.
+
+    Example:
+        >>> dense = keras.layers.Dense
+        >>> model = keras.Sequential([keras.Input((4,)), dense(3, name="base"), dense(2, name="head")])
+        >>> [variable.path for variable in tl.Trainer(model, tl.TrainOnly(tl.named("kernel"))).selection.trained]
+        ['base/kernel', 'head/kernel']
     """
     if not names or not all(isinstance(name, str) for name in names):
         raise TypeError(f"`named` takes one or more names of variables. Received: {names!r}.")
@@ -257,6 +277,13 @@ def under(submodel: Model) -> Filter:
 
     Raises:
         TypeError: It is none of these.
+
+    Example:
+        >>> dense = keras.layers.Dense
+        >>> model = keras.Sequential([keras.Input((4,)), dense(3, name="base"), dense(2, name="head")])
+        >>> policy = tl.TrainOnly(tl.under(model.layers[-1]) & ~tl.named("bias"))
+        >>> [variable.path for variable in tl.Trainer(model, policy).selection.trained]
+        ['head/kernel']
     """
     if not isinstance(submodel, (keras.Layer, tf.Module)):
         raise TypeError(f"`submodel` must be a Keras model or layer, or a `tf.Module`. Received: {submodel!r}.")
@@ -271,6 +298,13 @@ def matching(function: Callable[[VariableInfo], bool]) -> Filter:
 
     Raises:
         TypeError: It cannot be called.
+
+    Example:
+        >>> dense = keras.layers.Dense
+        >>> model = keras.Sequential([keras.Input((4,)), dense(3, name="base"), dense(2, name="head")])
+        >>> policy = tl.TrainOnly(tl.matching(lambda variable: variable.size > 6))
+        >>> [variable.path for variable in tl.Trainer(model, policy).selection.trained]
+        ['base/kernel']
     """
     if not callable(function):
         raise TypeError(f"`function` must take a `VariableInfo` and return a bool. Received: {function!r}.")

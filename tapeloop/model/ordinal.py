@@ -54,6 +54,12 @@ def first(n: int, *, of: Of) -> Filter:
     Raises:
         TypeError: `of` is neither.
         ValueError: `n` is no whole number of 1 or more.
+
+    Example:
+        >>> dense = keras.layers.Dense
+        >>> model = keras.Sequential([keras.Input((4,)), dense(3, name="base"), dense(2, name="head")])
+        >>> [variable.path for variable in tl.Trainer(model, tl.Freeze(tl.first(1, of=dense))).selection.trained]
+        ['head/kernel', 'head/bias']
     """
     return Ordinal("first", whole_number("n", n, 1), as_of(of))
 
@@ -68,6 +74,12 @@ def last(n: int, *, of: Of) -> Filter:
     Raises:
         TypeError: `of` is neither.
         ValueError: `n` is no whole number of 1 or more.
+
+    Example:
+        >>> dense = keras.layers.Dense
+        >>> model = keras.Sequential([keras.Input((4,)), dense(3, name="base"), dense(2, name="head")])
+        >>> [variable.path for variable in tl.Trainer(model, tl.TrainOnly(tl.last(1, of=dense))).selection.trained]
+        ['head/kernel', 'head/bias']
     """
     return Ordinal("last", whole_number("n", n, 1), as_of(of))
 

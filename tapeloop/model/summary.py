@@ -54,6 +54,20 @@ def paths(model: Model) -> None:
     Args:
         model: A Keras model or layer, a `tf.Module`, or a mapping from names to such. One that makes its variables in
             its first call shows them after it.
+
+    Example:
+        >>> dense = keras.layers.Dense
+        >>> model = keras.Sequential([keras.Input((4,)), dense(3, name="base"), dense(2, name="head")])
+        >>> tl.paths(model)
+        path         type        shape   Keras' flag
+        --------------------------------------------
+        (model)      Sequential
+        base         Dense
+        base/kernel  float32     (4, 3)  trainable
+        base/bias    float32     (3,)    trainable
+        head         Dense
+        head/kernel  float32     (3, 2)  trainable
+        head/bias    float32     (2,)    trainable
     """
     print("\n".join(_path_rows(Tree.of(model))))
 

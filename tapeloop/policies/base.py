@@ -36,6 +36,15 @@ class VariablePolicy:
 
     One that changes as training goes writes `at` instead. It is asked at the start of every epoch and, where `every` is
     set, every so many steps.
+
+    Example:
+        >>> class Vectors(tl.VariablePolicy):
+        ...     def group(self, variable):
+        ...         return "vectors" if len(variable.shape) == 1 else None
+        >>> dense = keras.layers.Dense
+        >>> model = keras.Sequential([keras.Input((4,)), dense(3, name="base"), dense(2, name="head")])
+        >>> [variable.path for variable in tl.Trainer(model, Vectors()).selection.trained]
+        ['base/bias', 'head/bias']
     """
 
     @property

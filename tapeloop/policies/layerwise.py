@@ -18,6 +18,13 @@ class LayerwiseDecay(VariablePolicy):
     group `"below"` with `rate ** (n + 1)`; what comes after, the head, is `"above"` with 1.
 
     Source: Clark et al., ELECTRA, 2020, appendix B; Bao et al., BEiT, 2021, section 3.1.
+
+    Example:
+        >>> dense = keras.layers.Dense
+        >>> model = keras.Sequential([keras.Input((4,)), dense(3, name="base"), dense(2, name="head")])
+        >>> trainer = tl.Trainer(model, tl.LayerwiseDecay(0.5, of=dense), optimizer=keras.optimizers.SGD(1.0))
+        >>> dict(trainer.learning_rates)
+        {'block0': 0.25, 'block1': 0.5}
     """
 
     rate: float

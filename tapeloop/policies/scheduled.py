@@ -20,7 +20,16 @@ UNITS = ("epoch", "step")
 
 @dataclass(frozen=True, init=False)
 class Phases(VariablePolicy):
-    """One policy after the other, each from the epoch (or step) that is its key."""
+    """One policy after the other, each from the epoch (or step) that is its key.
+
+    Example:
+        >>> dense = keras.layers.Dense
+        >>> model = keras.Sequential([keras.Input((4,)), dense(3, name="base"), dense(2, name="head")])
+        >>> trainer = tl.Trainer(model, tl.Phases({0: tl.Freeze("base"), 2: tl.TrainAll()}), loss="mse")
+        >>> history = trainer.fit((np.ones((8, 4)), np.ones((8, 2))), epochs=3, progress="none")
+        >>> [(phase.epoch, len(phase.selection.trained)) for phase in history.phases]
+        [(0, 2), (2, 4)]
+    """
 
     _phases: tuple[tuple[int, VariablePolicy], ...]
     _unit: str
@@ -70,6 +79,14 @@ class GradualUnfreeze(VariablePolicy):
     """Train the first stage, then the second too, then the third: `GradualUnfreeze(["head", "backbone/block3"])`.
 
     Source: Howard and Ruder, Universal Language Model Fine-tuning for Text Classification, 2018, section 3.3.
+
+    Example:
+        >>> dense = keras.layers.Dense
+        >>> model = keras.Sequential([keras.Input((4,)), dense(3, name="base"), dense(2, name="head")])
+        >>> trainer = tl.Trainer(model, tl.GradualUnfreeze(["head", "base"], every=2), loss="mse")
+        >>> history = trainer.fit((np.ones((8, 4)), np.ones((8, 2))), epochs=3, progress="none")
+        >>> [(phase.epoch, phase.policy) for phase in history.phases]
+        [(0, TrainOnly(glob('head'))), (2, TrainOnly(glob('head'), glob('base')))]
     """
 
     _stages: tuple[FilterLike, ...]
@@ -114,7 +131,17 @@ class GradualUnfreeze(VariablePolicy):
 
 @dataclass(frozen=True, init=False)
 class Cycle(VariablePolicy):
-    """Several policies in turn, and around again: `Cycle([policy, other], every=100)`."""
+    """Several policies in turn, and around again: `Cycle([policy, other], every=100)`.
+
+    Example:
+        >>> dense = keras.layers.Dense
+        >>> model = keras.Sequential([keras.Input((4,)), dense(3, name="base"), dense(2, name="head")])
+        >>> policy = tl.Cycle([tl.TrainOnly("head"), tl.TrainOnly("base")], every=2)
+        >>> trainer = tl.Trainer(model, policy, loss="mse")
+        >>> history = trainer.fit((np.ones((32, 4)), np.ones((32, 2))), batch_size=8, progress="none")
+        >>> [(phase.step, phase.policy) for phase in history.phases]
+        [(0, TrainOnly(glob('head'))), (2, TrainOnly(glob('base')))]
+    """
 
     _policies: tuple[VariablePolicy, ...]
     _each: int
@@ -161,6 +188,12 @@ class RandomSubset(VariablePolicy):
     """Train `k` submodels drawn at random, and others after a while.
 
     What is drawn follows from the seed and the number of the draw alone, so that a run that is resumed goes on alike.
+
+    Example:
+        >>> dense = keras.layers.Dense
+        >>> model = keras.Sequential([keras.Input((4,)), dense(3, name="base"), dense(2, name="head")])
+        >>> len(tl.Trainer(model, tl.RandomSubset(1, of=dense, every=100)).selection.trained)  # a kernel and a bias
+        2
     """
 
     _k: int

@@ -14,7 +14,14 @@ from tapeloop.policies.base import DEFAULT_GROUP, VariablePolicy
 
 @dataclass(frozen=True)
 class TrainAll(VariablePolicy):
-    """Train every variable that can train."""
+    """Train every variable that can train.
+
+    Example:
+        >>> dense = keras.layers.Dense
+        >>> model = keras.Sequential([keras.Input((4,)), dense(3, name="base"), dense(2, name="head")])
+        >>> tl.Trainer(model, tl.TrainAll()).selection
+        <Selection: default: 4 variables, 23 parameters>
+    """
 
     def group(self, variable: VariableInfo) -> str | None:
         return DEFAULT_GROUP
@@ -22,7 +29,14 @@ class TrainAll(VariablePolicy):
 
 @dataclass(frozen=True, init=False)
 class TrainOnly(VariablePolicy):
-    """Train what any of the filters means, and freeze the rest."""
+    """Train what any of the filters means, and freeze the rest.
+
+    Example:
+        >>> dense = keras.layers.Dense
+        >>> model = keras.Sequential([keras.Input((4,)), dense(3, name="base"), dense(2, name="head")])
+        >>> [variable.path for variable in tl.Trainer(model, tl.TrainOnly("head", "**/bias")).selection.trained]
+        ['base/bias', 'head/kernel', 'head/bias']
+    """
 
     _filters: tuple[Filter, ...]
 
@@ -44,7 +58,16 @@ class TrainOnly(VariablePolicy):
 
 @dataclass(frozen=True, init=False)
 class Freeze(VariablePolicy):
-    """Freeze what any of the filters means, and train the rest."""
+    """Freeze what any of the filters means, and train the rest.
+
+    Example:
+        >>> dense = keras.layers.Dense
+        >>> model = keras.Sequential([keras.Input((4,)), dense(3, name="base"), dense(2, name="head")])
+        >>> [variable.path for variable in tl.Trainer(model, tl.Freeze("base")).selection.trained]
+        ['head/kernel', 'head/bias']
+        >>> [variable.path for variable in tl.Trainer(model, tl.Freeze(*model.layers[:1])).selection.trained]
+        ['head/kernel', 'head/bias']
+    """
 
     _filters: tuple[Filter, ...]
 
@@ -70,7 +93,15 @@ class Freeze(VariablePolicy):
 
 @dataclass(frozen=True, init=False)
 class Groups(VariablePolicy):
-    """Train each filter's variables as a group of their own; what none means is frozen, and overlap is an error."""
+    """Train each filter's variables as a group of their own; what none means is frozen, and overlap is an error.
+
+    Example:
+        >>> dense = keras.layers.Dense
+        >>> model = keras.Sequential([keras.Input((4,)), dense(3, name="base"), dense(2, name="head")])
+        >>> policy = tl.Groups({"slow": "base", "fast": "head"}, multipliers={"slow": 0.1})
+        >>> dict(tl.Trainer(model, policy, optimizer=keras.optimizers.SGD(1.0)).learning_rates)
+        {'slow': 0.1, 'fast': 1.0}
+    """
 
     _groups: tuple[tuple[str, Filter], ...]
     _multipliers: tuple[tuple[str, float], ...]

@@ -1,0 +1,40 @@
+"""The examples in docstrings run, each by itself, and every public class and function has one or is excused."""
+
+import doctest
+import inspect
+
+import keras
+import numpy as np
+import pytest
+
+import tapeloop as tl
+
+# What users get from tapeloop and do not make: values, and errors.
+EXCUSED = {
+    "Filter", "Frontier", "GroupTape", "History", "Phase", "Progress", "Selection", "SubmodelInfo", "VariableInfo",
+    "TapeloopError", "CacheError", "DataError", "DisconnectedError", "NonFiniteError", "PolicyError",
+}  # fmt: skip
+VERBS = (
+    *("fit", "evaluate", "predict", "train_on_batch", "explain", "frontier", "ema_weights"),
+    *("compute_loss", "train_step", "follow"),
+)
+DOCUMENTED = {name: getattr(tl, name) for name in tl.__all__ if name not in EXCUSED}
+DOCUMENTED |= {f"Trainer.{name}": inspect.getattr_static(tl.Trainer, name) for name in VERBS}
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_an_example_runs(name):
+    documented = DOCUMENTED[name]
+    test = doctest.DocTestParser().get_doctest(
+        inspect.getdoc(documented), {"tl": tl, "keras": keras, "np": np, "__name__": "__main__"}, name, name, 0
+    )
+    assert test.examples
+    assert "Example:" in inspect.getdoc(documented)
+    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
+    said = []
+    runner.run(test, out=said.append)
+    assert runner.summarize(verbose=False).failed == 0, "".join(said)
+
+
+def test_who_is_excused_is_there():
+    assert EXCUSED.issubset(tl.__all__)
