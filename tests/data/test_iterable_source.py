@@ -102,8 +102,8 @@ class Broken(Exception):
     """The user's own."""
 
 
-def from_generator(number, error):
-    return breaking(number, error)
+def from_generator(number, error, batch):
+    return breaking(number, error, batch)
 
 
 @pytest.mark.parametrize("steps_per_call", [1, 2, "auto"])
@@ -112,24 +112,19 @@ def test_an_iterator_that_raises_raises_the_users_error_after_the_last_whole_ste
     error = Broken("the disk is gone")
     keras.utils.set_random_seed(0)
     trainer = trainer_of(models.functional(), optimizer="adam", steps_per_call=steps_per_call)
-    x, y = models.images(4)
-    global X, Y
-    before, (X, Y) = (X, Y), (x, y)
-    try:
-        with pytest.raises(Broken) as raised:
-            trainer.fit(make(5, error), progress="none", shuffle=False)
-        assert raised.value is error
-        assert any("batch 5 of `data` (the first is 0)" in note for note in error.__notes__)
-        keras.utils.set_random_seed(0)
-        other = trainer_of(models.functional(), optimizer="adam")
-        other.fit([(x, y)] * 5, progress="none")
-        assert trainer.step == other.step == 5
-        assert models.values(trainer.model) == models.values(other.model)
-        for each in (trainer, other):
-            each.fit([(x, y)] * 2, progress="none")
-        assert models.values(trainer.model) == models.values(other.model)
-    finally:
-        X, Y = before
+    batch = models.images(4)
+    with pytest.raises(Broken) as raised:
+        trainer.fit(make(5, error, batch), progress="none", shuffle=False)
+    assert raised.value is error
+    assert any("batch 5 of `data` (the first is 0)" in note for note in error.__notes__)
+    keras.utils.set_random_seed(0)
+    other = trainer_of(models.functional(), optimizer="adam")
+    other.fit([batch] * 5, progress="none")
+    assert trainer.step == other.step == 5
+    assert models.values(trainer.model) == models.values(other.model)
+    for each in (trainer, other):
+        each.fit([batch] * 2, progress="none")
+    assert models.values(trainer.model) == models.values(other.model)
 
 
 def test_a_dataset_that_raises_leaves_the_model_as_after_the_last_whole_step():

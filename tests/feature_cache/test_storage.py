@@ -75,7 +75,7 @@ WRITING = """
 import os, sys, time
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 import tapeloop as tl
-from tapeloop import store
+from tapeloop.feature_cache import storage
 from tests.support.cached import images, trainer_of
 from tests.support.classifiers import classifier
 add = storage._InFiles.add

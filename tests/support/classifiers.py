@@ -4,6 +4,7 @@ import keras
 import tensorflow as tf
 
 import tapeloop as tl
+from tapeloop.feature_cache.splitting import split
 
 layers = keras.layers
 N = 6
@@ -40,4 +41,4 @@ def cut_of(model, policy, batch, kind="train", random=False, **options):
     trainer.fit(batch, batch_size=N, progress="none")
     step = trainer._due({}, True).step if kind == "train" else trainer._evaluation()
     spec = tf.nest.map_structure(lambda value: tf.TensorSpec([None, *value.shape[1:]], value.dtype), batch)
-    return step.cut(spec, batch, random=random)
+    return split(step, spec, batch, random=random)

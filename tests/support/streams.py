@@ -19,13 +19,13 @@ def trainer_on(data, model=None, **options):
     return trainer
 
 
-def breaking(number, error):
+def breaking(number, error, batch=(X, Y)):
     for _ in range(number):
-        yield X, Y
+        yield batch
     raise error
 
 
-def from_pydataset(number, error, **options):
+def from_pydataset(number, error, batch=(X, Y), **options):
     class Breaking(keras.utils.PyDataset):
         def __len__(self):
             return 8
@@ -33,6 +33,6 @@ def from_pydataset(number, error, **options):
         def __getitem__(self, index):
             if index >= number:
                 raise error
-            return X, Y
+            return batch
 
     return Breaking(**options)
