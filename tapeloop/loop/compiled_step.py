@@ -9,14 +9,14 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import tensorflow as tf
 
 from tapeloop import _backend
 from tapeloop._backend import DRAWING, Note, has_stopped
 from tapeloop.data.batch import Features, after, open_spec_of
-from tapeloop.data.cursor import Arrays, Feed, Stream
+from tapeloop.data.cursor import Arrays, Feed, Stream, places_of
 from tapeloop.loop.pace import Pace
 from tapeloop.loop.step_counts import Tally, counted, limits
 from tapeloop.model.selection import Selection
@@ -27,6 +27,9 @@ from tapeloop.step.freezing import frozen
 from tapeloop.step.outcome import Split
 
 COMPILE_ERRORS = (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError, tf.errors.InternalError)
+
+
+TakeLogs: TypeAlias = Callable[[], dict[str, Any]]
 
 
 class Step:
@@ -117,17 +120,32 @@ class Step:
             failure = None
         return tally, failure and (feed.cause_of(failure) or failure)
 
-    def run_on(self, batch: Any, before: Tally, so_far: tuple[int, int]) -> tuple[Tally, BaseException | None]:
-        """Run one step on a batch in tensors; see `run`."""
-        counts, failure = before.start(*so_far), None
+    def run_on(
+        self, batch: Any, before: Tally, so_far: tuple[int, int], take_logs: TakeLogs
+    ) -> tuple[Tally, dict[str, Any], BaseException | None]:
+        """Run one step on a batch in tensors.
+
+        Args:
+            batch: The batch.
+            before: What the steps before came to.
+            so_far: How many steps and epochs were trained before.
+            take_logs: Returns what the step logged, and starts it anew; called inside the step.
+
+        Returns:
+            What the step came to, what it logged, and the exception that ended it, if one did.
+        """
+        counts, logs, failure = before.start(*so_far), dict[str, Any](), None
         try:
-            counts = self._alone(self, batch, counts) if self.is_driven else self._single(batch)(batch, counts)
+            if self.is_driven:
+                counts, logs = self._alone(self, batch, counts, take_logs)
+            else:
+                counts, logs = self._single(batch, take_logs)(batch, counts)
         except BaseException as error:
             failure = error
         tally = Tally.of(counts)
         if failure is not None and has_stopped(failure):
             tally, failure = tally.stopped(), None
-        return tally, failure
+        return tally, logs, failure
 
     def __call__(self, batch: Any) -> Any:
         """Run the body on a batch."""
@@ -183,8 +201,8 @@ class Step:
         # In the loop the body is a function of its own where it is compiled in another way than the loop.
         step = self._function if autograph or uses_xla else self._run
         self._looped = tf.function(functools.partial(self._loop, step), autograph=False)
-        self._on_batch = tf.function(functools.partial(self._alone, step), autograph=False)
-        self._singles: dict[Any, Any] = {}
+        self._singles: dict[str, Any] = {}
+        self._step = step
         self._is_on_trial = uses_xla and self._compilation.jit_compile == "auto"
         self._latest: tuple[weakref.ref[Feed], Any] | None = None
 
@@ -202,15 +220,18 @@ class Step:
             self._latest = weakref.ref(feed), looped
         return self._latest[1]
 
-    def _single(self, batch: Any) -> Any:
+    def _single(self, batch: Any, take_logs: TakeLogs) -> Any:
         """Return the step that is traced for batches like one, of any size; by their shapes, it is found at once."""
-        structure = tf.nest.map_structure(
-            lambda value: None if value is None else (value.dtype, *value.shape[1:]), batch
-        )
-        key = repr(structure)
+        leaves = tf.nest.flatten(batch)
+        key = str([None if value is None else (value.dtype, value.shape[1:]) for value in leaves])
+        key = f"{key} {places_of(batch)}"
         if key not in self._singles:
-            counts = tf.TensorSpec([6], tf.int64)
-            self._singles[key] = self._check(self._on_batch, open_spec_of(batch), counts)
+
+            def alone(batch: Any, counts: tf.Tensor) -> Any:
+                return self._alone(self._step, batch, counts, take_logs)
+
+            traced = tf.function(alone, autograph=False)
+            self._singles[key] = self._check(traced, open_spec_of(batch), tf.TensorSpec([6], tf.int64))
         return self._singles[key]
 
     def _loop(
@@ -251,14 +272,16 @@ class Step:
         counts, _ = tf.while_loop(goes_on, run, (counts, began))
         self._begun.assign(counts)
 
-    def _alone(self, step: Callable[[Any], Any], batch: Any, counts: tf.Tensor) -> tf.Tensor:
-        """Run one step, and return the counts after it."""
+    def _alone(
+        self, step: Callable[[Any], Any], batch: Any, counts: tf.Tensor, take_logs: TakeLogs
+    ) -> tuple[tf.Tensor, dict[str, Any]]:
+        """Run one step, and return the counts after it and what it logged."""
         with tf.device("CPU:0"):
             noted = self._begun.assign(counts)
         with tf.control_dependencies([noted]):
             ended = step(batch)
         with tf.device("CPU:0"):
-            return counted(counts, ended)
+            return counted(counts, ended), take_logs()
 
     def _run(self, batch: Any) -> Any:
         with self._around(), frozen(self.selection, self._note) as calls:

@@ -18,7 +18,7 @@ from tapeloop.loop.interrupts import deferred_interrupt
 from tapeloop.loop.nonfinite import Judge
 from tapeloop.loop.phases import Due
 from tapeloop.loop.progress import Display
-from tapeloop.loop.step_cache import Steps, TrainStep
+from tapeloop.loop.step_cache import Steps, TrainStep, on_the_host
 from tapeloop.loop.step_counts import Tally
 from tapeloop.policies.base import VariablePolicy
 
@@ -40,6 +40,7 @@ class Loop:
         self.last_logs: Mapping[str, Any] = {}
         self.history = History()
         self._on_batch: tuple[VariablePolicy, int, int, Due] | None = None
+        self._clean: Step | None = None  # what the last step on one batch has left nothing behind in
         self._steps = steps
         self._judge = judge
         self.runs = False
@@ -112,19 +113,23 @@ class Loop:
             self.history.add_phase(Phase(self.steps_done, self.epochs_done, due.policy, due.step.selection))
         assert self._on_batch is not None
         step = self._on_batch[3].step
-        self._steps.reset(step.kind, step.selection.tree)
+        if self._clean is not step:  # after a step on one batch, what it logs is reset already
+            self._steps.reset(step.kind, step.selection.tree)
+        self._clean = None
         self._steps.warn_stale(step)
         self.runs = True
         try:
             with deferred_interrupt():
                 before, so_far = self._judge.last, (self.steps_done, self.epochs_done)
-                tally, failure = step.run_on(batch, before, so_far)
+                take_logs = functools.partial(self._steps.take_logs, step.kind, step.selection)
+                tally, logs, failure = step.run_on(batch, before, so_far, take_logs)
                 self._take(step, tally)
         finally:
             self.runs = False
         if failure is not None:
             raise refusal(failure) or failure
-        return self._steps.logs(step.kind, [step.selection])[0]
+        self._clean = step
+        return {name: on_the_host(value) for name, value in logs.items()}
 
     def check_idle(self) -> None:
         """Check that no epoch is under way.
@@ -148,7 +153,7 @@ class Loop:
         choose: Callable[[Mapping[str, Any]], Due] | None = None,
     ) -> dict[str, Any]:
         """Run a step over one epoch of batches and return its logs; every so many steps, `choose` the step anew."""
-        kind, selections = step.kind, {step.selection: None}
+        kind, selections, self._clean = step.kind, {step.selection: None}, None
         self._steps.reset(kind, step.selection.tree)
         self._steps.warn_stale(step)
         self._judge.skipped_steps = 0

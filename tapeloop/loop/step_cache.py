@@ -234,6 +234,19 @@ class Steps:
         for metric in {id(metric): metric for metric in (*self._held_metrics(tree), *returned)}.values():
             metric.reset_state()
 
+    def take_logs(self, kind: str, selection: Selection) -> dict[str, Any]:
+        """Return what a step logged on one batch, and start all that it logs anew: inside the step."""
+        logged = self._metrics[kind, selection]
+        logs: dict[str, Any] = dict(self.means[kind].take(logged.scalar_names))
+        if logged.uses_compiled:
+            logs |= renamed(self._objective.results(), logged.returned)
+            self._objective.reset()
+        for name, metric in logged.by_name.items():
+            result = metric.result()
+            logs |= result if isinstance(result, Mapping) else {name: result}
+            metric.reset_state()
+        return logs
+
     def logs(self, kind: str, selections: Iterable[Selection]) -> tuple[dict[str, Any], int]:
         """Return what the steps of a kind for some selections logged since the reset, and over how many examples."""
         logs, examples = self.means[kind].results()
@@ -244,7 +257,7 @@ class Steps:
             for name, metric in logged.by_name.items():
                 result = metric.result()
                 logs |= result if isinstance(result, Mapping) else {name: result}
-        return {name: _on_the_host(value) for name, value in logs.items()}, examples
+        return {name: on_the_host(value) for name, value in logs.items()}, examples
 
     def note_number(self, name: str, value: Any) -> None:
         """Note that a step that is being traced has read a number among the trainer's attributes."""
@@ -278,7 +291,7 @@ class Steps:
             raise
 
 
-def _on_the_host(value: Any) -> Any:
+def on_the_host(value: Any) -> Any:
     """Return a log as a number, or as an array of several."""
     value = np.asarray(value)
     return value if value.ndim else float(value)

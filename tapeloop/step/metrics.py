@@ -23,12 +23,14 @@ class StepMetrics:
         by_name: Those that it returned, under the names that it gave, and those that it updated, under their own.
         uses_compiled: Whether it updates the metrics that the trainer was made with.
         returned: The names that it returned.
+        scalar_names: Those of them that are scalars, in their order.
     """
 
     def __init__(self) -> None:
         self.by_name: dict[str, keras.metrics.Metric] = {}
         self.uses_compiled = False
         self.returned: frozenset[str] = frozenset()
+        self.scalar_names: tuple[str, ...] = ()
 
     @contextlib.contextmanager
     def watching(self, held: Iterable[keras.metrics.Metric]) -> Iterator[Watch]:
@@ -59,7 +61,7 @@ class StepMetrics:
         for name, value in scalars.items():
             _check_scalar(kind, name, value)
         _check_not_read(kind, scalars, [*watch.held, *metrics.values()], watch)
-        self.returned = frozenset(returned)
+        self.returned, self.scalar_names = frozenset(returned), tuple(scalars)
         self.by_name = {**metrics}
         taken = {*returned, *(compiled if self.uses_compiled else ())}
         for metric in watch.updated:

@@ -48,6 +48,14 @@ class Means:
         means = {name: float(total / count) if count else math.nan for name, (total, count) in totals.items()}
         return means, int(sum(sums[-1] for sums in fetched.values()))
 
+    def take(self, names: tuple[str, ...]) -> dict[str, tf.Tensor]:
+        """Return the means of some scalars, NaN where nothing was taken in, and start them anew: inside a step."""
+        sums = self._sums[names].read_value()
+        means = sums[:-1] / sums[-1]
+        with tf.control_dependencies([means]):
+            self._sums[names].assign(tf.zeros_like(sums))
+        return dict(zip(names, tf.unstack(means, len(names)))) if names else {}
+
     def reset(self) -> None:
         """Start the means anew."""
         for sums in self._sums.values():

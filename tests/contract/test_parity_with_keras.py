@@ -107,7 +107,7 @@ def pairs():
             yield pytest.param(make, case, id=f"{make.__name__}-{case}", marks=[pytest.mark.slow] * slow)
 
 
-@pytest.mark.parametrize(("make", "case"), pairs())
+@pytest.mark.parametrize(("make", "case"), list(pairs()))
 def test_logs_are_those_of_fit(make, case):
     y, options = CASES[case]
     compare(make, (X, y), options)

@@ -61,7 +61,7 @@ def cases():
             yield pytest.param(name, options, id=f"{name}-{options}", marks=[pytest.mark.slow] * slow)
 
 
-@pytest.mark.parametrize(("name", "options"), cases())
+@pytest.mark.parametrize(("name", "options"), list(cases()))
 def test_what_is_computed_twice_ends_as_what_is_computed_once(name, options):
     make, filter_ = CHOSEN[name]
     once, loss_once, _ = ONCE(make, tuple(options.items()))
