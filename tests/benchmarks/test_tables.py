@@ -1,6 +1,7 @@
 """What the benchmark suite measures, and the figures that its tables show."""
 
 import dataclasses
+import json
 import pathlib
 import re
 
@@ -109,3 +110,10 @@ def test_the_documentation_shows_the_committed_figures(name):
     assert sorted(pictures) == sorted(path.name for path in folder.glob("*.png"))
     shown = ["step-time.png", "peak-memory.png", "depth.png", "batch.png", "width.png"]
     assert (folder / "report.md").read_text() == tables.report(results, shown)
+
+
+def test_the_readme_shows_the_figures_of_steps_on_one_batch():
+    cases = json.loads((ROOT / "benchmarks" / "results" / "on_batch.json").read_text())["cases"]
+    readme = (ROOT / "README.md").read_text()
+    mlp, mobilenet = (f"{case['ratio']:.2f}" for case in cases.values())
+    assert f"takes {mlp} of Keras' `train_on_batch` on the MLP and {mobilenet} on the" in readme
