@@ -11,11 +11,11 @@ demo: $(READY)
 
 # In a process for each core, since most of it is tracing, which uses one.
 test: $(READY)
-	TAPELOOP_EXAMPLES=24 $(BIN)/python -m pytest -m "not slow" -n auto
+	TAPELOOP_EXAMPLES=24 $(BIN)/python -m pytest -m "not slow" -n auto --dist worksteal
 
 # All of them, with more of the models that Hypothesis draws.
 test-all: $(READY)
-	TAPELOOP_EXAMPLES=100 $(BIN)/python -m pytest -n auto
+	TAPELOOP_EXAMPLES=100 $(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -25,12 +25,18 @@ def still():
     return keras.Model(inputs, layers.Dense(3, name="head")(layers.BatchNormalization()(base(inputs))))
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"microbatches": 3, "clip_norm": 1.0}, {"nonfinite": "ignore", "ema": 0.9}, {"remat": "base"}],
-    ids=str,
-)
-@pytest.mark.parametrize("how", [{"jit_compile": True}, {"run_eagerly": True}], ids=str)
+OPTIONS = [{}, {"microbatches": 3, "clip_norm": 1.0}, {"nonfinite": "ignore", "ema": 0.9}, {"remat": "base"}]
+
+
+def cases():
+    """Every option run eagerly and by XLA, the last two of them there slowly."""
+    for how in ({"jit_compile": True}, {"run_eagerly": True}):
+        for options in OPTIONS:
+            slow = "jit_compile" in how and options in OPTIONS[2:]
+            yield pytest.param(how, options, id=f"{how}-{options}", marks=[pytest.mark.slow] * slow)
+
+
+@pytest.mark.parametrize(("how", "options"), list(cases()))
 def test_xla_and_eager_steps_end_as_the_compiled_ones(how, options):
     results = []
     for running in ({"jit_compile": False}, how):
