@@ -185,3 +185,25 @@ def test_a_flag_that_is_off_holds_for_a_module_inside_too():
     assert [v.path for v in selection.trained] == ["head/kernel", "head/bias"]
     with pytest.raises(tl.PolicyError, match=r"Keras holds non-trainable.*Set `trainable = True` on their layers"):
         _ = tl.Trainer(model, tl.TrainOnly("holds"), loss="mse").selection
+
+
+class Counts(layers.Layer):
+    """Counts its calls, in any mode."""
+
+    def build(self, shape):
+        self.calls = self.add_weight(shape=(), initializer="zeros", trainable=False)
+
+    def call(self, x):
+        self.calls.assign_add(1.0)
+        return x
+
+
+@pytest.mark.parametrize("how", [{}, {"run_eagerly": True}], ids=str)
+def test_shared_state_does_not_move_in_the_calls_of_the_frozen_part(how):
+    counts = Counts()
+    trainer = tl.Trainer(shared(counts), tl.Freeze("base"), loss="mse", **how)
+    trainer.fit([(X, Y)] * 3, progress="none")
+    assert float(counts.calls) == 3.0  # once a step: in the head, and not in the base as well
+    trainer.policy = tl.TrainAll()
+    trainer.fit([(X, Y)] * 3, progress="none")
+    assert float(counts.calls) == 3.0 + 6.0
