@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from tapeloop.errors import PolicyError
-from tapeloop.loop.step_cache import Steps
+from tapeloop.loop.step_cache import StepCache
 from tapeloop.model.selection import Selection
 from tapeloop.model.tree import Model, Tree, VariableInfo, raw
 from tapeloop.optimization.following import checked_decay, paired
@@ -29,7 +29,7 @@ class Body:
 
     model: Model
     _policy: VariablePolicy
-    _steps: Steps
+    _steps: StepCache
     _objective: Objective
     _updates: Updates
 

@@ -8,15 +8,15 @@ from typing import Any
 
 from tapeloop.body import Body
 from tapeloop.data.batch import examples_of
-from tapeloop.data.given import Given
+from tapeloop.data.given import DataSpec
 from tapeloop.feature_cache import report
 from tapeloop.feature_cache.fill import open_spec
 from tapeloop.feature_cache.report import Frontier
 from tapeloop.feature_cache.splitting import split
-from tapeloop.loop.compiled_step import Step
-from tapeloop.loop.epochs import Loop
+from tapeloop.loop.compiled_step import CompiledStep
+from tapeloop.loop.epochs import EpochLoop
 from tapeloop.loop.history import History
-from tapeloop.loop.phases import Due, Selections
+from tapeloop.loop.phases import ActivePhase, PhaseTracker
 from tapeloop.model import summary
 from tapeloop.model.selection import Selection
 from tapeloop.optimization.optimizers import LearningRates
@@ -27,8 +27,8 @@ from tapeloop.step.clock import Clock
 class Readings(Body):
     """How far a trainer has come, what trains, and how it explains itself."""
 
-    _loop: Loop
-    _selections: Selections
+    _loop: EpochLoop
+    _selections: PhaseTracker
     _clock: Clock
 
     @property
@@ -149,7 +149,7 @@ class Readings(Body):
             ('base',)
         """
         self._loop.check_idle()
-        given = Given("data", data, batch_size, ("steps_per_epoch", None))
+        given = DataSpec("data", data, batch_size, ("steps_per_epoch", None))
         batches = given.batches()
         self._steps.build(self.model, batches.specs)
         spec, batch = open_spec(batches), next(batches.drawn())
@@ -164,9 +164,9 @@ class Readings(Body):
         progress = Progress(self._loop.steps_done, self._loop.epochs_done, self._loop.last_logs)
         return self._selections.held(self.policy, progress)
 
-    def _evaluation(self) -> Step:
+    def _evaluation(self) -> CompiledStep:
         return self._steps.other("eval", self._held())
 
-    def _due(self, logs: Mapping[str, Any], starting: bool) -> Due:
+    def _due(self, logs: Mapping[str, Any], starting: bool) -> ActivePhase:
         progress = Progress(self._loop.steps_done, self._loop.epochs_done, logs)
         return self._selections.due(self.policy, progress, starting=starting)

@@ -13,23 +13,23 @@ import tensorflow as tf
 from tapeloop._validation import whole_number
 from tapeloop.body import OVERRIDABLE, Body
 from tapeloop.data.batch import as_tensors, examples_of, open_spec_of
-from tapeloop.data.given import Given
-from tapeloop.data.loader import Batches, as_batches
-from tapeloop.data.sampler import Orders
+from tapeloop.data.given import DataSpec
+from tapeloop.data.loader import DataLoader, as_loader
+from tapeloop.data.sampler import Sampler
 from tapeloop.feature_cache.cache import FeatureCache
 from tapeloop.feature_cache.storage import Memory
-from tapeloop.loop.epochs import Loop
+from tapeloop.loop.epochs import EpochLoop
 from tapeloop.loop.history import History
-from tapeloop.loop.nonfinite import Judge
+from tapeloop.loop.nonfinite import NonFiniteHandler
 from tapeloop.loop.pace import Pace
-from tapeloop.loop.phases import Due, Selections
-from tapeloop.loop.progress import Display
-from tapeloop.loop.step_cache import Steps
+from tapeloop.loop.phases import ActivePhase, PhaseTracker
+from tapeloop.loop.progress import ProgressDisplay
+from tapeloop.loop.step_cache import StepCache
 from tapeloop.model.filters import FilterLike
 from tapeloop.model.suitability import check_one_device, check_own_step
 from tapeloop.model.tree import Model, Tree
 from tapeloop.optimization.clipping import Clipping
-from tapeloop.optimization.ema import Averages
+from tapeloop.optimization.ema import MovingAverages
 from tapeloop.optimization.microbatches import Microbatches
 from tapeloop.optimization.optimizers import Optimizers
 from tapeloop.optimization.updates import Updates
@@ -131,15 +131,15 @@ class Trainer(Readings):
         pieces = Microbatches(microbatches)
         if pieces.adapts or pieces.count > 1:
             self._objective.check_averages()
-        judge = Judge(nonfinite, max_skipped)
-        parts = Optimizers(optimizer), Clipping(clip_norm), pieces, Averages(ema)
+        judge = NonFiniteHandler(nonfinite, max_skipped)
+        parts = Optimizers(optimizer), Clipping(clip_norm), pieces, MovingAverages(ema)
         self._updates = Updates(*parts, looks=judge.looks, ends_at_bad=judge.patience == 0)
         bodies = {"train": self.train_step, "eval": self.eval_step, "predict": self._predict_step}
         # Python's `if` and `for` over tensors are the user's to write; converting our own code costs a second.
         how = Compilation(bool(overridden), jit_compile, run_eagerly, steps_per_call)
         self._clock = Clock()
         Pace(steps_per_call)  # which raises what is wrong with it
-        self._steps = Steps(
+        self._steps = StepCache(
             bodies,
             self._objective,
             self._updates,
@@ -151,8 +151,8 @@ class Trainer(Readings):
             self._is_plain,
             self._attributes,
         )
-        self._loop = Loop(self._steps, judge)
-        self._selections = Selections(model, self._steps, self._updates)
+        self._loop = EpochLoop(self._steps, judge)
+        self._selections = PhaseTracker(model, self._steps, self._updates)
         self._cached = Memory()
 
     def __reduce__(self) -> Any:
@@ -223,10 +223,10 @@ class Trainer(Readings):
         self._loop.check_idle()
         whole_number("epochs", epochs, 0)
         self._updates.averages.check_may_train()
-        steps, seed = ("steps_per_epoch", steps_per_epoch), Orders(shuffle, self._seed).seed
-        given = Given("data", data, batch_size, steps, class_weight, shuffle, seed)
+        steps, seed = ("steps_per_epoch", steps_per_epoch), Sampler(shuffle, self._seed).seed
+        given = DataSpec("data", data, batch_size, steps, class_weight, shuffle, seed)
         batches, validation = given.batches(given.orders(self.epoch)), None
-        judged = Given("validation_data", validation_data, batch_size, ("validation_steps", validation_steps))
+        judged = DataSpec("validation_data", validation_data, batch_size, ("validation_steps", validation_steps))
         if validation_data is not None:
             validation = judged.batches()
             validation.lasts(epochs)
@@ -238,11 +238,11 @@ class Trainer(Readings):
         self._steps.build(self.model, batches.specs)
         self._selections.check(self.policy)
 
-        def train(due: Due) -> Batches:
+        def train(due: ActivePhase) -> DataLoader:
             return cache.batches(due.step, given, batches, self.epoch, due.every_steps)
 
         judge = None if validation is None else functools.partial(cache.batches, given=judged, plain=validation)
-        return self._loop.fit(self._due, self._evaluation, train, judge, epochs, Display(progress))
+        return self._loop.fit(self._due, self._evaluation, train, judge, epochs, ProgressDisplay(progress))
 
     def evaluate(
         self, data: Any, *, batch_size: int = 32, steps: int | None = None, progress: str = "auto"
@@ -267,10 +267,10 @@ class Trainer(Readings):
             ['loss', 'mae']
         """
         self._loop.check_idle()
-        batches = as_batches(data, batch_size=batch_size, steps=("steps", steps))
+        batches = as_loader(data, batch_size=batch_size, steps=("steps", steps))
         batches.lasts(1)
         self._steps.build(self.model, batches.specs)
-        return self._loop.run(self._evaluation(), batches, Display(progress), "evaluation")
+        return self._loop.run(self._evaluation(), batches, ProgressDisplay(progress), "evaluation")
 
     def train_on_batch(self, x: Any, y: Any = None, sample_weight: Any = None) -> dict[str, Any]:
         """Train one step on one batch, for data that comes one batch at a time: online or reinforcement learning.
@@ -325,7 +325,7 @@ class Trainer(Readings):
             >>> tl.Trainer(model).predict(np.ones((8, 4))).shape
             (8, 2)
         """
-        batches = as_batches(data, batch_size=batch_size, steps=("steps", steps))
+        batches = as_loader(data, batch_size=batch_size, steps=("steps", steps))
         batches.lasts(1)
         self._steps.build(self.model, batches.specs, "predict")
         step = self._steps.other("predict", self._held())

@@ -51,7 +51,7 @@ def noting_assignments(variables: Sequence[tf.Variable], note: Note) -> Iterator
     with contextlib.ExitStack() as shadows:
         for variable in variables:
             for name in assigning_names(variable.__class__):
-                shadows.enter_context(shadowed(variable, name, _noting(variable, getattr(variable, name), note)))
+                shadows.enter_context(patched(variable, name, _noting(variable, getattr(variable, name), note)))
         yield
 
 
@@ -86,12 +86,12 @@ def read_once(variable: tf.Variable) -> Iterator[None]:
     def value() -> tf.Tensor:
         return shared[0] if shared else read()
 
-    with noting_assignments([variable], lambda _: shared.clear()), shadowed(variable, "value", value):
+    with noting_assignments([variable], lambda _: shared.clear()), patched(variable, "value", value):
         yield
 
 
 @contextlib.contextmanager
-def shadowed(target: Any, name: str, shadow: Any) -> Iterator[None]:
+def patched(target: Any, name: str, shadow: Any) -> Iterator[None]:
     """Let `target` find `shadow` under `name`, without the bookkeeping that Keras does when an attribute is set."""
     missing = object()
     own = vars(target).get(name, missing)  # such as a method that the user has replaced on this very object

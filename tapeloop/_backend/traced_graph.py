@@ -13,7 +13,7 @@ READING = frozenset({"ReadVariableOp", "ResourceGather", "ResourceGatherNd", "Va
 PYTHON = frozenset({"PyFunc", "PyFuncStateless", "EagerPyFunc"})  # of whose code a graph holds a number alone
 
 
-class Traced:
+class TracedGraph:
     """The graph of a traced function.
 
     Attributes:
@@ -62,7 +62,9 @@ class Traced:
         handles = [(op, given.name) for op in self.ops for given in op.inputs if given.dtype == tf.resource]
         return {name for op, name in handles if name in self.captures and not self.is_pure(op)}
 
-    def part(self, targets: Sequence[tf.Tensor], feeds: Sequence[tf.Tensor], effects: Collection[tf.Operation]) -> Part:
+    def part(
+        self, targets: Sequence[tf.Tensor], feeds: Sequence[tf.Tensor], effects: Collection[tf.Operation]
+    ) -> Subgraph:
         """Return what computes some tensors from others.
 
         Args:
@@ -97,7 +99,7 @@ class Traced:
                     waiting.append(given.op)
             waiting += [before for before in op.control_inputs if before.type == "NoOp"]  # an order goes through it
         nodes = [node for node in self.definition.node if node.name in found]
-        return Part(self, nodes, list(targets), list(feeds), used)
+        return Subgraph(self, nodes, list(targets), list(feeds), used)
 
     def _calls(self, op: tf.Operation) -> bool:
         return bool(_called(self._nodes[op.name]))
@@ -115,7 +117,7 @@ class Traced:
         return node.op in READING or (node.op not in PYTHON and not is_stateful(node.op))
 
 
-class Part:
+class Subgraph:
     """Part of a traced function, to be called in another.
 
     Attributes:
@@ -124,7 +126,7 @@ class Part:
 
     def __init__(
         self,
-        whole: Traced,
+        whole: TracedGraph,
         nodes: Sequence[Any],
         targets: Sequence[tf.Tensor],
         feeds: Sequence[tf.Tensor],

@@ -11,17 +11,17 @@ import numpy as np
 import tensorflow as tf
 
 from tapeloop.data.class_weight import ClassWeights
-from tapeloop.data.cursor import Arrays, Feed, Stream, on_device, places_of
-from tapeloop.data.sampler import Orders
+from tapeloop.data.cursor import ArrayReader, BatchCursor, IteratorReader, on_device, places_of
+from tapeloop.data.sampler import Sampler
 
 ON_DEVICE_BYTES = 2**30  # arrays up to this size lie on the device of the steps, larger ones in the host's memory
 
 
-class Gathered:
+class ArraySource:
     """Batches gathered in the graph from tensors in memory."""
 
     def __init__(
-        self, tensors: Any, batch_size: int, examples: int, orders: Orders, class_weights: ClassWeights | None
+        self, tensors: Any, batch_size: int, examples: int, orders: Sampler, class_weights: ClassWeights | None
     ) -> None:
         """Put the tensors where batches are to be gathered.
 
@@ -41,15 +41,15 @@ class Gathered:
         self._device = "CPU:0" if too_large and tf.config.list_logical_devices("GPU") else None
         self._tensors = tensors if self._device is None else tf.nest.map_structure(_on_the_host, tensors)
 
-    def feeds(self) -> Iterator[Feed]:
+    def feeds(self) -> Iterator[BatchCursor]:
         """Give the batches of one epoch."""
         order, batch_size = tf.constant(self._orders.next(self._examples), tf.int64), None
         if self._examples % self._batch_size:
             batch_size = tf.constant(self._batch_size, tf.int64)
         else:
             order = tf.reshape(order, [-1, self._batch_size])
-        source = Arrays(self._tensors, order, batch_size, self._device, self._class_weights)
-        yield Feed(source, math.ceil(self._examples / self._batch_size))
+        source = ArrayReader(self._tensors, order, batch_size, self._device, self._class_weights)
+        yield BatchCursor(source, math.ceil(self._examples / self._batch_size))
 
 
 def _on_the_host(value: Any) -> Any:
@@ -57,7 +57,7 @@ def _on_the_host(value: Any) -> Any:
         return tf.identity(value) if isinstance(value, tf.Tensor) else value
 
 
-class Dataset:
+class DatasetSource:
     """The batches of a `tf.data.Dataset`."""
 
     def __init__(self, data: tf.data.Dataset, places: Any, class_weights: ClassWeights | None) -> None:
@@ -78,18 +78,18 @@ class Dataset:
         cardinality = int(self.data.cardinality())
         return cardinality if cardinality >= 0 else None
 
-    def feeds(self) -> Iterator[Feed]:
+    def feeds(self) -> Iterator[BatchCursor]:
         """Give the batches of one epoch."""
-        yield Feed(Stream(iter(on_device(self.data)), self._places, self._class_weights), self.size)
+        yield BatchCursor(IteratorReader(iter(on_device(self.data)), self._places, self._class_weights), self.size)
 
 
-class Sparse:
-    """Batches of tensors some of which are sparse, which cannot be gathered; see `Gathered`."""
+class SparseSource:
+    """Batches of tensors some of which are sparse, which cannot be gathered; see `ArraySource`."""
 
     def __init__(
-        self, tensors: Any, batch_size: int, examples: int, orders: Orders, class_weights: ClassWeights | None
+        self, tensors: Any, batch_size: int, examples: int, orders: Sampler, class_weights: ClassWeights | None
     ) -> None:
-        """Keep the tensors; see `Gathered`."""
+        """Keep the tensors; see `ArraySource`."""
         self._data = tf.data.Dataset.from_tensor_slices(tuple(v for v in tf.nest.flatten(tensors) if v is not None))
         self._places = places_of(tensors)
         self._batch_size = batch_size
@@ -97,19 +97,19 @@ class Sparse:
         self._orders = orders
         self._class_weights = class_weights
 
-    def feeds(self) -> Iterator[Feed]:
+    def feeds(self) -> Iterator[BatchCursor]:
         """Give the batches of one epoch."""
         data, seed = self._data, self._orders.next_seed()
         if self._orders.shuffle:
             data = data.shuffle(self._examples, seed=seed)
         data = data.batch(self._batch_size).prefetch(tf.data.AUTOTUNE)
-        yield from Dataset(data, self._places, self._class_weights).feeds()
+        yield from DatasetSource(data, self._places, self._class_weights).feeds()
 
 
-class Slices:
+class FileSlices:
     """Batches read from arrays that lie in a file, which are not to be in memory all at once."""
 
-    def __init__(self, arrays: Any, batch_size: int, examples: int, orders: Orders) -> None:
+    def __init__(self, arrays: Any, batch_size: int, examples: int, orders: Sampler) -> None:
         """Keep the arrays, of so many examples each."""
         self._arrays = arrays
         self._batch_size = batch_size

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from tapeloop._backend import came_up_drawing
+from tapeloop._backend.assertions import came_up_drawing
 from tapeloop.data.batch import any_size, spec_of
 from tapeloop.data.class_weight import ClassWeights, _weighted
 
 
-class Arrays(NamedTuple):
+class ArrayReader(NamedTuple):
     """Batches cut from tensors that lie in memory.
 
     Attributes:
@@ -31,7 +31,7 @@ class Arrays(NamedTuple):
     device: str | None
     class_weights: ClassWeights | None
 
-    def signature(self) -> Arrays:
+    def signature(self) -> ArrayReader:
         """Return the signature of such batches cut from any number of examples."""
         tensors = tf.nest.map_structure(lambda value: None if value is None else any_size(value), self.tensors)
         return self._replace(tensors=tensors, order=any_size(self.order))
@@ -49,7 +49,7 @@ class Arrays(NamedTuple):
         return _weighted(batch, self.class_weights)
 
 
-class Stream(NamedTuple):
+class IteratorReader(NamedTuple):
     """Batches that an iterator gives.
 
     Attributes:
@@ -63,7 +63,7 @@ class Stream(NamedTuple):
     places: Any
     class_weights: ClassWeights | None
 
-    def signature(self) -> Stream:
+    def signature(self) -> IteratorReader:
         """Return the signature of such batches."""
         return self
 
@@ -81,7 +81,7 @@ class Stream(NamedTuple):
         return _weighted(batch, self.class_weights)
 
 
-class Feed:
+class BatchCursor:
     """A source of batches, and how far it has been drawn.
 
     Attributes:
@@ -94,7 +94,7 @@ class Feed:
 
     def __init__(
         self,
-        source: Arrays | Stream,
+        source: ArrayReader | IteratorReader,
         size: int | None,
         first: int = 0,
         cause: Callable[[], BaseException | None] = lambda: None,

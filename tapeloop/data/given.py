@@ -10,12 +10,12 @@ import keras
 import tensorflow as tf
 
 from tapeloop.data.class_weight import ClassWeights, class_weights_of
-from tapeloop.data.loader import Batches, as_batches, is_arrays
-from tapeloop.data.sampler import Orders
+from tapeloop.data.loader import DataLoader, as_loader, is_arrays
+from tapeloop.data.sampler import Sampler
 
 
 @dataclass(frozen=True)
-class Given:
+class DataSpec:
     """Data, and how it is to be gone through.
 
     Attributes:
@@ -57,17 +57,17 @@ class Given:
         """The weights of examples by class, as tensors."""
         return None if self.class_weight is None else class_weights_of(self.class_weight)
 
-    def orders(self, epoch: int) -> Orders:
+    def orders(self, epoch: int) -> Sampler:
         """Return the orders of epochs from this one on."""
-        return Orders(self.shuffle, self.seed, epoch)
+        return Sampler(self.shuffle, self.seed, epoch)
 
-    def batches(self, orders: Orders | None = None) -> Batches:
+    def batches(self, orders: Sampler | None = None) -> DataLoader:
         """Return batches of it, by default in the order in which it lies.
 
         Raises:
-            DataError, ValueError: As `as_batches` does.
+            DataError, ValueError: As `as_loader` does.
         """
-        return as_batches(
+        return as_loader(
             self.data,
             batch_size=self.batch_size,
             orders=orders,

@@ -11,13 +11,13 @@ import tensorflow as tf
 
 from tapeloop.data.batch import any_size, as_tensors, shapes, spec_of
 from tapeloop.data.class_weight import ClassWeights
-from tapeloop.data.cursor import Feed, Stream, on_device, places_of
+from tapeloop.data.cursor import BatchCursor, IteratorReader, on_device, places_of
 from tapeloop.errors import DataError
 
 AHEAD = 2  # batches that Python makes before they are drawn
 
 
-class Streamed:
+class IterableSource:
     """Feeds of what a Python iterable gives, one after the other.
 
     The shape of the first batch, its number of examples left open, is that of a feed. A batch of another shape ends it,
@@ -48,7 +48,7 @@ class Streamed:
         """Take so many batches at most from the source, though more are made ahead than are asked for."""
         self._source = itertools.islice(self._source, batches)
 
-    def feeds(self) -> Iterator[Feed]:
+    def feeds(self) -> Iterator[BatchCursor]:
         """Go through the source once.
 
         Raises:
@@ -64,8 +64,8 @@ class Streamed:
             waiting = [self._segment(batches, first, rest)]
             data = tf.data.Dataset.from_generator(functools.partial(_once, waiting), output_signature=self._specs)
             self._cause = None
-            source = Stream(iter(on_device(data.prefetch(AHEAD))), self._places, self._class_weights)
-            yield Feed(source, None, number, lambda: self._cause)
+            source = IteratorReader(iter(on_device(data.prefetch(AHEAD))), self._places, self._class_weights)
+            yield BatchCursor(source, None, number, lambda: self._cause)
             following = rest[0] if rest else None
 
     def _segment(

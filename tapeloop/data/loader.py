@@ -10,24 +10,24 @@ import keras
 import tensorflow as tf
 
 from tapeloop._validation import whole_number
-from tapeloop.data.array_source import Dataset, Gathered, Slices, Sparse, lies_in_file
+from tapeloop.data.array_source import ArraySource, DatasetSource, FileSlices, SparseSource, lies_in_file
 from tapeloop.data.batch import as_tensors, open_spec_of, shapes
 from tapeloop.data.class_weight import ClassWeights, class_weights_of
-from tapeloop.data.cursor import Feed
-from tapeloop.data.iterable_source import Streamed
+from tapeloop.data.cursor import BatchCursor
+from tapeloop.data.iterable_source import IterableSource
 from tapeloop.data.pydataset import PyDatasetBatches
-from tapeloop.data.sampler import Orders
+from tapeloop.data.sampler import Sampler
 from tapeloop.errors import DataError
 
 
 class Source(Protocol):
     """What can be gone through again and again."""
 
-    def feeds(self) -> Iterator[Feed]:
+    def feeds(self) -> Iterator[BatchCursor]:
         """Go through it once."""
 
 
-class Batches:
+class DataLoader:
     """Batches of data, gone through epoch by epoch.
 
     Attributes:
@@ -44,11 +44,11 @@ class Batches:
         self.fewest = fewest
         self._source = source
         self._steps_per_epoch = steps_per_epoch
-        self._feeds: Iterator[Feed] | None = None
-        self._feed: Feed | None = None
+        self._feeds: Iterator[BatchCursor] | None = None
+        self._feed: BatchCursor | None = None
         self._drawn = 0
 
-    def feed(self) -> Feed:
+    def feed(self) -> BatchCursor:
         """Return what the next batch comes from.
 
         Raises:
@@ -64,7 +64,7 @@ class Batches:
             raise self._empty()
         return self._feed
 
-    def epoch(self) -> Iterator[Feed]:
+    def epoch(self) -> Iterator[BatchCursor]:
         """Go through one epoch; with `steps_per_epoch`, on from where the last one ended, and around.
 
         Each feed is to be drawn from until nothing is left of what it allows.
@@ -100,7 +100,7 @@ class Batches:
         declared = self.feed().spec()
         yield open_spec_of(declared)
         source = self._source
-        if isinstance(source, Dataset):
+        if isinstance(source, DatasetSource):
             for batch in source.data.take(1):
                 yield open_spec_of(batch)
 
@@ -124,7 +124,7 @@ class Batches:
 
     def rewind(self) -> None:
         """Have the next epoch begin at the start of the data, where it can be gone through again."""
-        if not (isinstance(self._source, Streamed) and self._source.once):
+        if not (isinstance(self._source, IterableSource) and self._source.once):
             self.stop()
 
     def lasts(self, epochs: int) -> None:
@@ -134,7 +134,7 @@ class Batches:
             DataError: It is.
         """
         source = self._source
-        if not (isinstance(source, Streamed) and source.once):
+        if not (isinstance(source, IterableSource) and source.once):
             return
         if self._steps_per_epoch is not None:
             source.limit(self._steps_per_epoch * epochs)
@@ -156,15 +156,15 @@ class Batches:
         )
 
 
-def as_batches(
+def as_loader(
     data: Any,
     *,
     batch_size: int = 32,
-    orders: Orders | None = None,
+    orders: Sampler | None = None,
     steps: tuple[str, int | None] = ("steps_per_epoch", None),
     class_weight: Mapping[int, float] | None = None,
     name: str = "data",
-) -> Batches:
+) -> DataLoader:
     """Make batches of what a user passes as data.
 
     Args:
@@ -185,25 +185,25 @@ def as_batches(
     """
     batch_size = whole_number("batch_size", batch_size, 1)
     steps_name, per_epoch = steps[0], None if steps[1] is None else whole_number(*steps, 1)
-    orders = orders or Orders(shuffle=False)
+    orders = orders or Sampler(shuffle=False)
     weights = None if class_weight is None else class_weights_of(class_weight)
     if data is None:
         raise DataError(f"`{name}` is None. Pass a `tf.data.Dataset`, arrays `(x, y)`, or an iterable of batches.")
     if isinstance(data, tf.data.Dataset):
         if int(data.cardinality()) == tf.data.INFINITE_CARDINALITY and per_epoch is None:
             raise DataError(f"`{name}` never ends. Pass `{steps_name}`, or a dataset with an end, such as by `take`.")
-        dataset = Dataset(data, None, weights)
-        return Batches(dataset, dataset.size, per_epoch, name)
+        dataset = DatasetSource(data, None, weights)
+        return DataLoader(dataset, dataset.size, per_epoch, name)
     if isinstance(data, keras.utils.PyDataset):
         pairs = PyDatasetBatches(data, orders.next)
         if data.num_batches is None and per_epoch is None:
             raise DataError(f"`{name}` never ends. Pass `{steps_name}`, or give it a `num_batches`.")
-        return Batches(Streamed(pairs, name, weights), len(pairs) or None, per_epoch, name)
+        return DataLoader(IterableSource(pairs, name, weights), len(pairs) or None, per_epoch, name)
     if is_arrays(data):
         return _of_arrays(data, batch_size, orders, per_epoch, weights, name)
     if isinstance(data, Iterable):
         length = len(data) if isinstance(data, Sized) else 0
-        return Batches(Streamed(data, name, weights), length or None, per_epoch, name)
+        return DataLoader(IterableSource(data, name, weights), length or None, per_epoch, name)
     raise DataError(
         f"`{name}` must be a `tf.data.Dataset`, arrays `(x, y)`, a `keras.utils.PyDataset` or an iterable of "
         f"batches. Received: {data!r} of type {type(data).__name__}."
@@ -220,11 +220,11 @@ def is_arrays(data: Any) -> bool:
 def _of_arrays(
     data: Any,
     batch_size: int,
-    orders: Orders,
+    orders: Sampler,
     per_epoch: int | None,
     class_weights: ClassWeights | None,
     name: str,
-) -> Batches:
+) -> DataLoader:
     """Make batches of arrays, by where they lie and of what kind they are.
 
     Raises:
@@ -247,10 +247,10 @@ def _of_arrays(
     if in_file and any(isinstance(array, tf.SparseTensor) for array in given):
         raise DataError(f"`{name}` has arrays in files and sparse ones, which are not read in slices: make them dense.")
     if in_file:
-        source = Streamed(Slices(arrays, batch_size, examples, orders), name, class_weights)
+        source = IterableSource(FileSlices(arrays, batch_size, examples, orders), name, class_weights)
     elif any(isinstance(array, tf.SparseTensor) for array in given):
-        source = Sparse(arrays, batch_size, examples, orders, class_weights)
+        source = SparseSource(arrays, batch_size, examples, orders, class_weights)
     else:
-        source = Gathered(arrays, batch_size, examples, orders, class_weights)
+        source = ArraySource(arrays, batch_size, examples, orders, class_weights)
     fewest = examples % batch_size or min(examples, batch_size)
-    return Batches(source, math.ceil(examples / batch_size), per_epoch, name, fewest)
+    return DataLoader(source, math.ceil(examples / batch_size), per_epoch, name, fewest)

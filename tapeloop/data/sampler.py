@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 
-class Orders:
+class Sampler:
     """The order of examples in one epoch after the other.
 
     Attributes:

@@ -11,17 +11,17 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tapeloop._backend import Traced
+from tapeloop._backend.traced_graph import TracedGraph
 from tapeloop.data.batch import examples_of
 
 # By how much, relative to the largest number of a column, an example may come to something else beside others.
 TOLERANCE = {tf.float64: 1e-6, tf.float32: 1e-4, tf.float16: 1e-2, tf.bfloat16: 5e-2}
 
 
-class Rows:
+class IndependenceProbe:
     """A batch, and others in which some of its examples stand beside others, or beside none."""
 
-    def __init__(self, whole: Traced, batch: Any) -> None:
+    def __init__(self, whole: TracedGraph, batch: Any) -> None:
         """Keep the step and the batch, twice over where it has one example."""
         self._whole = whole
         doubled = int(examples_of(batch)) == 1

@@ -15,19 +15,19 @@ import numpy as np
 import tensorflow as tf
 
 from tapeloop._validation import whole_number
-from tapeloop.data.array_source import Sparse
+from tapeloop.data.array_source import SparseSource
 from tapeloop.data.batch import Features
-from tapeloop.data.given import Given
-from tapeloop.data.loader import Batches, as_batches
-from tapeloop.data.sampler import Orders
+from tapeloop.data.given import DataSpec
+from tapeloop.data.loader import DataLoader, as_loader
+from tapeloop.data.sampler import Sampler
 from tapeloop.errors import CacheError
 from tapeloop.feature_cache import fingerprint
 from tapeloop.feature_cache.fill import are_even, check_same, check_sample, computed, open_spec, seen_in
 from tapeloop.feature_cache.frontier import Cut
 from tapeloop.feature_cache.obstacles import Obstacle
 from tapeloop.feature_cache.splitting import moves_of, split
-from tapeloop.feature_cache.storage import FORMAT, Files, Kept, Memory, Writer, changed
-from tapeloop.loop.compiled_step import Step
+from tapeloop.feature_cache.storage import FORMAT, CachedFeatures, Files, Memory, Writer, changed
+from tapeloop.loop.compiled_step import CompiledStep
 from tapeloop.optimization.microbatches import Microbatches
 
 _LOG = logging.getLogger("tapeloop")
@@ -44,12 +44,12 @@ class _Ready:
         checksum: That of the frozen weights before the cut, when they were computed.
     """
 
-    step: Step
-    kept: Kept | None
+    step: CompiledStep
+    kept: CachedFeatures | None
     cut: Cut | None
     checksum: tuple[int, ...] | None
 
-    def holds(self, step: Step) -> bool:
+    def holds(self, step: CompiledStep) -> bool:
         """Tell whether they are a step's, and still what the weights make of the data."""
         return step is self.step and (self.cut is None or self.cut.checksum() == self.checksum)
 
@@ -86,7 +86,7 @@ class FeatureCache:
         self._ready: dict[str, _Ready] = {}
         self._moving: frozenset[int] = frozenset()
 
-    def check(self, data: Sequence[Given], microbatches: Microbatches, run_eagerly: bool) -> None:
+    def check(self, data: Sequence[DataSpec], microbatches: Microbatches, run_eagerly: bool) -> None:
         """Check that a fit is such that it can be cached, if it is to be.
 
         Raises:
@@ -114,8 +114,8 @@ class FeatureCache:
                 )
 
     def batches(
-        self, step: Step, given: Given, plain: Batches, epoch: int = 0, every_steps: int | None = None
-    ) -> Batches:
+        self, step: CompiledStep, given: DataSpec, plain: DataLoader, epoch: int = 0, every_steps: int | None = None
+    ) -> DataLoader:
         """Return the batches of an epoch: of features, or of the data where there are none for this step.
 
         Args:
@@ -147,19 +147,19 @@ class FeatureCache:
             check_sample(given, kept)
         tensors = kept.passed(epoch)
         if given.is_sparse:  # which `tf.data` shuffles
-            source = Sparse(Features(tensors), given.batch_size, len(tensors[0]), orders, None)
-            return Batches(source, math.ceil(len(tensors[0]) / given.batch_size), None, given.name)
+            source = SparseSource(Features(tensors), given.batch_size, len(tensors[0]), orders, None)
+            return DataLoader(source, math.ceil(len(tensors[0]) / given.batch_size), None, given.name)
         if given.is_arrays:
-            return as_batches(Features(tensors), batch_size=given.batch_size, orders=orders, name=given.name)
+            return as_loader(Features(tensors), batch_size=given.batch_size, orders=orders, name=given.name)
         if given.shuffles_batches or not are_even(kept.sizes):
             starts = np.cumsum([0, *kept.sizes])
             numbers = orders.next(len(kept.sizes)) if given.shuffles_batches else range(len(kept.sizes))
             apart = [Features(tuple(part[starts[n] : starts[n + 1]] for part in tensors)) for n in numbers]
-            return as_batches(apart, name=given.name)
-        again = Orders(kept.shuffled, given.seed, epoch)
-        return as_batches(Features(tensors), batch_size=kept.sizes[0], orders=again, name=given.name)
+            return as_loader(apart, name=given.name)
+        again = Sampler(kept.shuffled, given.seed, epoch)
+        return as_loader(Features(tensors), batch_size=kept.sizes[0], orders=again, name=given.name)
 
-    def _features(self, step: Step, given: Given) -> tuple[Kept | None, Cut | None]:
+    def _features(self, step: CompiledStep, given: DataSpec) -> tuple[CachedFeatures | None, Cut | None]:
         """Find or compute the features of some data for a step, and its cut; neither where it has no frontier."""
         assert self._store is not None
         batches = given.batches()
@@ -206,8 +206,15 @@ class FeatureCache:
             raise
 
     def _compute(
-        self, cut: Cut, given: Given, batches: Batches, views: int, seen: list[str], writer: Writer, ingredients: Any
-    ) -> Kept:
+        self,
+        cut: Cut,
+        given: DataSpec,
+        batches: DataLoader,
+        views: int,
+        seen: list[str],
+        writer: Writer,
+        ingredients: Any,
+    ) -> CachedFeatures:
         """Compute the features of some data, and keep them if the data is the same as when it was seen before."""
         assert self._store is not None
         shapes: list[tuple[int, ...]] = []
@@ -232,12 +239,12 @@ class FeatureCache:
         check_same(given, seen, again, sizes)
         return writer.finish(ingredients, sizes, again, again != seen)
 
-    def _said(self, given: Given, examples: int, views: int, cut: Cut) -> str:
+    def _said(self, given: DataSpec, examples: int, views: int, cut: Cut) -> str:
         times = f", {views} times" if views > 1 else ""
         return f"The features of {examples:,} examples of `{given.name}`, {cut.bytes:,} bytes each{times},"
 
 
-def _nothing(step: Step, given: Given, obstacles: list[Obstacle]) -> str:
+def _nothing(step: CompiledStep, given: DataSpec, obstacles: list[Obstacle]) -> str:
     said = "; ".join(map(str, obstacles))
     random = any("random" in obstacle.why for obstacle in obstacles)
     more = " `feature_cache_views=n` caches n passes of it, drawn once each." if random and step.kind == "train" else ""

@@ -11,23 +11,23 @@ import numpy as np
 import tensorflow as tf
 
 from tapeloop.data.batch import as_tensors, examples_of, open_spec_of
-from tapeloop.data.cursor import Arrays
-from tapeloop.data.given import Given
-from tapeloop.data.loader import Batches
+from tapeloop.data.cursor import ArrayReader
+from tapeloop.data.given import DataSpec
+from tapeloop.data.loader import DataLoader
 from tapeloop.errors import CacheError
 from tapeloop.feature_cache import fingerprint
 from tapeloop.feature_cache.batch_independence import flat
 from tapeloop.feature_cache.frontier import Cut
-from tapeloop.feature_cache.storage import Kept
+from tapeloop.feature_cache.storage import CachedFeatures
 
 ROWS_LOOKED_AT = 8  # examples of a batch that is looked at again
 AT_ONCE = 64  # batches of arrays whose features one call computes
 
 
-def computed(cut: Cut, batches: Batches) -> Iterator[tuple[Any, int, list[np.ndarray]]]:
+def computed(cut: Cut, batches: DataLoader) -> Iterator[tuple[Any, int, list[np.ndarray]]]:
     """Give the features of data batch by batch, with the batch and its size; where they can be gathered, of several."""
     source = batches.feed().source
-    if not isinstance(source, Arrays):
+    if not isinstance(source, ArrayReader):
         for batch in batches.drawn():
             yield batch, int(examples_of(batch)), [value.numpy() for value in cut.compute(*flat(batch))]
         return
@@ -41,7 +41,7 @@ def computed(cut: Cut, batches: Batches) -> Iterator[tuple[Any, int, list[np.nda
             feed.drawn(most)
 
 
-def check_same(given: Given, seen: Sequence[str], again: Sequence[str], sizes: Sequence[int]) -> None:
+def check_same(given: DataSpec, seen: Sequence[str], again: Sequence[str], sizes: Sequence[int]) -> None:
     """Check that data had the same examples both times, and can be shuffled anew if it was shuffled.
 
     Raises:
@@ -62,7 +62,7 @@ def check_same(given: Given, seen: Sequence[str], again: Sequence[str], sizes: S
         )
 
 
-def check_sample(given: Given, kept: Kept) -> None:
+def check_sample(given: DataSpec, kept: CachedFeatures) -> None:
     """Check, before an epoch on features, that some examples of data still are what the features were computed of.
 
     Only data that gives any batch by its number can be sampled: lists and `PyDataset`s. A few examples of a hundredth
@@ -96,7 +96,7 @@ def check_sample(given: Given, kept: Kept) -> None:
         data.on_epoch_end()
 
 
-def _digests_of(given: Given, batch: Any, rows: np.ndarray, size: int) -> list[str] | None:
+def _digests_of(given: DataSpec, batch: Any, rows: np.ndarray, size: int) -> list[str] | None:
     """Return the digests of some examples of a batch; None where it cannot be taken apart by examples."""
     tensors = as_tensors(batch, f"`{given.name}`")
     flat_batch = [value for value in tf.nest.flatten(tensors) if value is not None]
@@ -109,7 +109,7 @@ def _digests_of(given: Given, batch: Any, rows: np.ndarray, size: int) -> list[s
     return fingerprint.of_examples(some if weights is None else weights.applied(some))
 
 
-def seen_in(batches: Batches) -> tuple[list[str], list[int]]:
+def seen_in(batches: DataLoader) -> tuple[list[str], list[int]]:
     """Go through data once, and return the digests of its examples and the sizes of its batches."""
     examples, sizes = list[str](), list[int]()
     for batch in batches.drawn():
@@ -119,7 +119,7 @@ def seen_in(batches: Batches) -> tuple[list[str], list[int]]:
     return examples, sizes
 
 
-def open_spec(batches: Batches) -> Any:
+def open_spec(batches: DataLoader) -> Any:
     """Return the signature of batches with any number of examples: what has no open dimension mixes examples."""
     return open_spec_of(batches.feed().spec())
 

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tapeloop._backend import Part, Traced
+from tapeloop._backend.traced_graph import Subgraph, TracedGraph
 from tapeloop.data.batch import Features, examples_of, spec_of
-from tapeloop.feature_cache.batch_independence import Rows, flat
-from tapeloop.feature_cache.frozen_ops import Marks
+from tapeloop.feature_cache.batch_independence import IndependenceProbe, flat
+from tapeloop.feature_cache.frozen_ops import FrozenAnalysis
 from tapeloop.feature_cache.min_cut import smallest_cut
 from tapeloop.feature_cache.obstacles import Obstacle, obstacles
 from tapeloop.model.selection import Selection
@@ -38,9 +38,9 @@ class Cut:
 
     features: tuple[tf.Tensor, ...]
     bytes: int
-    before: Part
-    after: Part
-    whole: Traced
+    before: Subgraph
+    after: Subgraph
+    whole: TracedGraph
     submodels: tuple[SubmodelInfo, ...]
     drawn: frozenset[str]
     _sizes: tuple[tf.Tensor, ...]
@@ -96,7 +96,7 @@ class Cut:
 
 
 def find(
-    whole: Traced, selection: Selection, batch: Any, *, random: bool = False, moving: Collection[int] = ()
+    whole: TracedGraph, selection: Selection, batch: Any, *, random: bool = False, moving: Collection[int] = ()
 ) -> Cut | list[Obstacle]:
     """Find the frontier of a step, and there the cut with the fewest bytes an example.
 
@@ -113,8 +113,8 @@ def find(
     Returns:
         The cut, or what stands in the way of one.
     """
-    rows = Rows(whole, batch)
-    marks = Marks(whole, selection, random=random, moving=moving)
+    rows = IndependenceProbe(whole, batch)
+    marks = FrozenAnalysis(whole, selection, random=random, moving=moving)
     while True:
         region = _Region(whole, marks)
         if not region.heavy:
@@ -122,7 +122,7 @@ def find(
         unlike = rows.unlike(region.sized)
         if not unlike:
             break
-        marks = Marks(whole, selection, random=random, moving=moving, unsized=marks.unsized | unlike)
+        marks = FrozenAnalysis(whole, selection, random=random, moving=moving, unsized=marks.unsized | unlike)
     weights = rows.bytes(region.tensors, compares=not marks.drawn)
     chosen = smallest_cut(weights, region.edges, region.sources, region.boundary)
     if chosen is None:
@@ -151,7 +151,7 @@ class _Region:
         sized: The tensors that they are shapes of.
     """
 
-    def __init__(self, whole: Traced, marks: Marks) -> None:
+    def __init__(self, whole: TracedGraph, marks: FrozenAnalysis) -> None:
         self._marks = marks
         self.boundary: set[str] = set()
         self.sizes: dict[str, tf.Tensor] = {}
@@ -189,7 +189,7 @@ class _Region:
                 seen.add(here.name)
                 waiting += here.op.inputs
 
-    def _look_behind(self, whole: Traced, found: dict[str, tf.Tensor]) -> None:
+    def _look_behind(self, whole: TracedGraph, found: dict[str, tf.Tensor]) -> None:
         """Find what the outputs and effects of the step take of what is frozen."""
         marks, seen = self._marks, set()
         tensors, ops = list(whole.outputs), list(marks.effects_after)
@@ -217,7 +217,7 @@ def _size_like(size: tf.Tensor, feature: tf.Tensor) -> tf.Tensor:
     return tf.concat([tf.shape(feature, size.dtype)[:1], rest], 0)
 
 
-def _submodels(selection: Selection, before: Part, after: Part) -> tuple[SubmodelInfo, ...]:
+def _submodels(selection: Selection, before: Subgraph, after: Subgraph) -> tuple[SubmodelInfo, ...]:
     """Return the outermost submodels whose variables are read before the cut and not behind it."""
     read, kept = ({id(variable) for variable in part.variables} for part in (before, after))
     tree, found = selection.tree, list[SubmodelInfo]()

@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 import tensorflow as tf
 
-from tapeloop._backend import Traced
+from tapeloop._backend.traced_graph import TracedGraph
 from tapeloop.model.selection import Selection
 
 # Whose outputs have as many rows as there are values of a kind: examples come apart from their rows, or may.
@@ -15,7 +15,7 @@ COUNTING = frozenset({"Unique", "UniqueV2", "UniqueWithCounts", "UniqueWithCount
 SHAPES = frozenset({"Shape", "ShapeN", "Size", "Rank"})  # which look at no value
 
 
-class Marks:
+class FrozenAnalysis:
     """The marks of one traced step's tensors and ops.
 
     Attributes:
@@ -31,7 +31,7 @@ class Marks:
 
     def __init__(
         self,
-        whole: Traced,
+        whole: TracedGraph,
         selection: Selection,
         *,
         random: bool,

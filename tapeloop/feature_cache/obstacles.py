@@ -7,8 +7,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from tapeloop._backend import Traced
-from tapeloop.feature_cache.frozen_ops import Marks
+from tapeloop._backend.traced_graph import TracedGraph
+from tapeloop.feature_cache.frozen_ops import FrozenAnalysis
 from tapeloop.model.selection import Selection
 
 
@@ -28,7 +28,7 @@ class Obstacle:
         return f"`{self.what}` {self.why}" if self.what else f"it {self.why}"
 
 
-def obstacles(whole: Traced, selection: Selection, marks: Marks, most: int = 3) -> list[Obstacle]:
+def obstacles(whole: TracedGraph, selection: Selection, marks: FrozenAnalysis, most: int = 3) -> list[Obstacle]:
     """Return what comes first of what is not frozen, where it meets what depends on the batch alone."""
     infos = {id(variable.tf_variable): variable for variable in selection.tree.variables}
     found: list[Obstacle] = []
@@ -47,7 +47,7 @@ def obstacles(whole: Traced, selection: Selection, marks: Marks, most: int = 3) 
     return found[:most] or [Obstacle("", "reads no frozen weights on the way to what trains")]
 
 
-def _obstacle(whole: Traced, infos: dict[int, Any], origin: tf.Operation) -> Obstacle:
+def _obstacle(whole: TracedGraph, infos: dict[int, Any], origin: tf.Operation) -> Obstacle:
     handles = [given.name for given in origin.inputs if given.name in whole.variables]
     variable = whole.variables[handles[0]] if handles else None
     info = infos.get(id(variable))

@@ -6,10 +6,10 @@ import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
-from tapeloop._backend import Traced
+from tapeloop._backend.traced_graph import TracedGraph
 from tapeloop.feature_cache.frontier import Cut, find
 from tapeloop.feature_cache.obstacles import Obstacle
-from tapeloop.loop.compiled_step import Step
+from tapeloop.loop.compiled_step import CompiledStep
 
 
 @dataclass
@@ -25,11 +25,11 @@ class _Known:
     cuts: dict[tuple[str, bool, frozenset[int]], Cut] = field(default_factory=dict)
 
 
-_known: weakref.WeakKeyDictionary[Step, _Known] = weakref.WeakKeyDictionary()
+_known: weakref.WeakKeyDictionary[CompiledStep, _Known] = weakref.WeakKeyDictionary()
 
 
 def split(
-    step: Step, spec: Any, batch: Any, *, random: bool, moving: frozenset[int] = frozenset()
+    step: CompiledStep, spec: Any, batch: Any, *, random: bool, moving: frozenset[int] = frozenset()
 ) -> Cut | list[Obstacle]:
     """Find the frontier of a step, on whose features it then runs where it is fed them.
 
@@ -45,7 +45,7 @@ def split(
     """
     known, key = _known.setdefault(step, _Known()), (str(spec), random, moving)
     if key not in known.cuts:
-        whole = Traced(step.whole(spec), step.variables())
+        whole = TracedGraph(step.whole(spec), step.variables())
         known.moves = frozenset(id(whole.variables[name]) for name in whole.written() if name in whole.variables)
         found = find(whole, step.selection, batch, random=random, moving=moving)
         if not isinstance(found, Cut):
@@ -55,7 +55,7 @@ def split(
     return known.cuts[key]
 
 
-def moves_of(step: Step) -> frozenset[int]:
+def moves_of(step: CompiledStep) -> frozenset[int]:
     """Return the identities of the variables that a step assigns to, once its frontier was looked for."""
     known = _known.get(step)
     return frozenset() if known is None else known.moves

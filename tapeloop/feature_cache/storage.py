@@ -31,7 +31,7 @@ Ingredients = Mapping[str, str]
 
 
 @dataclass(frozen=True)
-class Kept:
+class CachedFeatures:
     """The features of some data.
 
     Attributes:
@@ -59,7 +59,7 @@ class Writer(Protocol):
     def add(self, rows: list[np.ndarray]) -> None:
         """Take in the features of a batch."""
 
-    def finish(self, ingredients: Ingredients, sizes: list[int], examples: list[str], shuffled: bool) -> Kept:
+    def finish(self, ingredients: Ingredients, sizes: list[int], examples: list[str], shuffled: bool) -> CachedFeatures:
         """Keep them, and return them."""
 
     def abandon(self) -> None:
@@ -70,9 +70,9 @@ class Memory:
     """Features in memory, the last of each data; names are `DATA-COMPUTATION-CONTENT`."""
 
     def __init__(self) -> None:
-        self._kept: dict[str, tuple[Ingredients, Kept]] = {}
+        self._kept: dict[str, tuple[Ingredients, CachedFeatures]] = {}
 
-    def find(self, name: str) -> tuple[Ingredients, Kept] | None:
+    def find(self, name: str) -> tuple[Ingredients, CachedFeatures] | None:
         """Return what is kept under a name, with what went into it."""
         return self._kept.get(name)
 
@@ -98,7 +98,7 @@ class Memory:
 
 
 class _InMemory:
-    def __init__(self, kept: dict[str, tuple[Ingredients, Kept]], name: str) -> None:
+    def __init__(self, kept: dict[str, tuple[Ingredients, CachedFeatures]], name: str) -> None:
         self._kept = kept
         self._name = name
         self._rows: list[list[np.ndarray]] = []
@@ -106,13 +106,13 @@ class _InMemory:
     def add(self, rows: list[np.ndarray]) -> None:
         self._rows.append(rows)
 
-    def finish(self, ingredients: Ingredients, sizes: list[int], examples: list[str], shuffled: bool) -> Kept:
+    def finish(self, ingredients: Ingredients, sizes: list[int], examples: list[str], shuffled: bool) -> CachedFeatures:
         arrays = []
         for place in range(len(self._rows[0])):
             arrays.append(tf.constant(np.concatenate([rows[place] for rows in self._rows])))
             for rows in self._rows:
                 rows[place] = rows[place][:0]
-        kept = Kept(tuple(arrays), tuple(sizes), tuple(examples), shuffled)
+        kept = CachedFeatures(tuple(arrays), tuple(sizes), tuple(examples), shuffled)
         self._kept[self._name] = ingredients, kept
         return kept
 
@@ -130,7 +130,7 @@ class Files:
         """Choose the folder, which is made when there is something to keep."""
         self._folder = pathlib.Path(folder).expanduser()
 
-    def find(self, name: str) -> tuple[Ingredients, Kept] | None:
+    def find(self, name: str) -> tuple[Ingredients, CachedFeatures] | None:
         """Return what is kept under a name, with what went into it; what is damaged is named and not returned."""
         place = self._folder / name
         if not place.is_dir():
@@ -143,7 +143,9 @@ class Files:
             if not rows or not said["arrays"] or any(one["shape"][0] != rows for one in said["arrays"]):
                 raise ValueError(f"its arrays have not the {rows} rows of its batches")
             arrays = tuple(_opened(place / one["file"], one) for one in said["arrays"])
-            return said["ingredients"], Kept(arrays, tuple(said["sizes"]), tuple(said["examples"]), said["shuffled"])
+            return said["ingredients"], CachedFeatures(
+                arrays, tuple(said["sizes"]), tuple(said["examples"]), said["shuffled"]
+            )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             _LOG.warning("The feature cache in %s is damaged (%s): it is computed anew.", place, error)
             return None
@@ -201,7 +203,7 @@ class _InFiles:
     def abandon(self) -> None:
         shutil.rmtree(self._making, ignore_errors=True)
 
-    def finish(self, ingredients: Ingredients, sizes: list[int], examples: list[str], shuffled: bool) -> Kept:
+    def finish(self, ingredients: Ingredients, sizes: list[int], examples: list[str], shuffled: bool) -> CachedFeatures:
         arrays: list[dict[str, Any]] = []
         for number, (shape, dtype, digested) in enumerate(zip(self._shapes, self._dtypes, self._digests)):
             path = self._making / f"{number}.bin"

@@ -13,12 +13,13 @@ from typing import Any, TypeAlias
 
 import tensorflow as tf
 
-from tapeloop import _backend
-from tapeloop._backend import DRAWING, Note, has_stopped
+from tapeloop._backend import assertions
+from tapeloop._backend.assertions import DRAWING, has_stopped
+from tapeloop._backend.patching import Note
 from tapeloop.data.batch import Features, after, open_spec_of
-from tapeloop.data.cursor import Arrays, Feed, Stream, places_of
+from tapeloop.data.cursor import ArrayReader, BatchCursor, IteratorReader, places_of
 from tapeloop.loop.pace import Pace
-from tapeloop.loop.step_counts import Tally, counted, limits
+from tapeloop.loop.step_counts import StepCounts, counted, limits
 from tapeloop.model.selection import Selection
 from tapeloop.optimization import untracked
 from tapeloop.step.clock import Clock
@@ -32,7 +33,7 @@ COMPILE_ERRORS = (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError, 
 TakeLogs: TypeAlias = Callable[[], dict[str, Any]]
 
 
-class Step:
+class CompiledStep:
     """A body compiled for one selection, and a loop around it that draws batches from a feed without the host.
 
     Both are traced once for each signature of a batch.
@@ -83,8 +84,8 @@ class Step:
         self.compile()
 
     def run(
-        self, feed: Feed, most: int, before: Tally, patience: int, so_far: tuple[int, int] = (0, 0)
-    ) -> tuple[Tally, BaseException | None]:
+        self, feed: BatchCursor, most: int, before: StepCounts, patience: int, so_far: tuple[int, int] = (0, 0)
+    ) -> tuple[StepCounts, BaseException | None]:
         """Run steps on the next batches of a feed, until something is for the host to do.
 
         Args:
@@ -112,7 +113,7 @@ class Step:
                 self._is_on_trial = False
         except BaseException as error:
             failure = error
-        tally = Tally.of(self._begun)
+        tally = StepCounts.of(self._begun)
         if failure is not None and has_stopped(failure):
             tally, failure = tally.stopped(), None
         feed.drawn(tally.batches)
@@ -121,8 +122,8 @@ class Step:
         return tally, failure and (feed.cause_of(failure) or failure)
 
     def run_on(
-        self, batch: Any, before: Tally, so_far: tuple[int, int], take_logs: TakeLogs
-    ) -> tuple[Tally, dict[str, Any], BaseException | None]:
+        self, batch: Any, before: StepCounts, so_far: tuple[int, int], take_logs: TakeLogs
+    ) -> tuple[StepCounts, dict[str, Any], BaseException | None]:
         """Run one step on a batch in tensors.
 
         Args:
@@ -142,7 +143,7 @@ class Step:
                 counts, logs = self._single(batch, take_logs)(batch, counts)
         except BaseException as error:
             failure = error
-        tally = Tally.of(counts)
+        tally = StepCounts.of(counts)
         if failure is not None and has_stopped(failure):
             tally, failure = tally.stopped(), None
         return tally, logs, failure
@@ -154,7 +155,7 @@ class Step:
         try:
             return self._traced(self._function, batch)
         except COMPILE_ERRORS as error:
-            reason = _backend.xla_refusal(error)
+            reason = assertions.xla_refusal(error)
             if self._compilation.jit_compile != "auto" or reason is None:
                 raise
             warnings.warn(
@@ -166,7 +167,7 @@ class Step:
             self.compile()
             return self(batch)
 
-    def trace(self, feed: Feed) -> None:
+    def trace(self, feed: BatchCursor) -> None:
         """Trace the loop for batches of a feed, which shows what is wrong before anything has moved."""
         if self._compilation.run_eagerly:
             return
@@ -204,14 +205,14 @@ class Step:
         self._singles: dict[str, Any] = {}
         self._step = step
         self._is_on_trial = uses_xla and self._compilation.jit_compile == "auto"
-        self._latest: tuple[weakref.ref[Feed], Any] | None = None
+        self._latest: tuple[weakref.ref[BatchCursor], Any] | None = None
 
     @property
     def is_driven(self) -> bool:
         """Whether the host runs step by step: because it is to, or because it must see how the first one ends."""
         return self._compilation.run_eagerly or self._is_on_trial
 
-    def _loop_over(self, feed: Feed) -> Any:
+    def _loop_over(self, feed: BatchCursor) -> Any:
         """Return the loop that is traced for batches of a feed; to look it up costs about as much as to call it."""
         if self._latest is None or self._latest[0]() is not feed:
             start, limit = tf.constant(0, tf.int64), limits(1, 0)
@@ -237,7 +238,7 @@ class Step:
     def _loop(
         self,
         step: Callable[[Any], Any],
-        source: Arrays | Stream,
+        source: ArrayReader | IteratorReader,
         start: tf.Tensor,
         counts: tf.Tensor,
         limit: tf.Tensor,
@@ -262,7 +263,7 @@ class Step:
                 noted, number = self._begun.assign(counts), start + counts[0]
             with tf.control_dependencies([noted]), tf.name_scope(DRAWING):
                 batch = source.batch(number)
-            with after(batch) if isinstance(source, Stream) else contextlib.nullcontext():
+            with after(batch) if isinstance(source, IteratorReader) else contextlib.nullcontext():
                 ended = step(batch)
             with tf.device("CPU:0"):
                 counts = counted(counts, ended)

@@ -8,22 +8,22 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tapeloop._backend import refusal
-from tapeloop.data.cursor import Feed
-from tapeloop.data.loader import Batches
+from tapeloop._backend.assertions import refusal
+from tapeloop.data.cursor import BatchCursor
+from tapeloop.data.loader import DataLoader
 from tapeloop.errors import DataError, TapeloopError
-from tapeloop.loop.compiled_step import Step
+from tapeloop.loop.compiled_step import CompiledStep
 from tapeloop.loop.history import History, LazyLogs, Phase
 from tapeloop.loop.interrupts import deferred_interrupt
-from tapeloop.loop.nonfinite import Judge
-from tapeloop.loop.phases import Due
-from tapeloop.loop.progress import Display
-from tapeloop.loop.step_cache import Steps, TrainStep, on_the_host
-from tapeloop.loop.step_counts import Tally
+from tapeloop.loop.nonfinite import NonFiniteHandler
+from tapeloop.loop.phases import ActivePhase
+from tapeloop.loop.progress import ProgressDisplay
+from tapeloop.loop.step_cache import CompiledTrainStep, StepCache, on_the_host
+from tapeloop.loop.step_counts import StepCounts
 from tapeloop.policies.base import VariablePolicy
 
 
-class Loop:
+class EpochLoop:
     """Runs a trainer's steps over data.
 
     Attributes:
@@ -34,25 +34,25 @@ class Loop:
         history: What all fits recorded.
     """
 
-    def __init__(self, steps: Steps, judge: Judge) -> None:
+    def __init__(self, steps: StepCache, judge: NonFiniteHandler) -> None:
         self.steps_done = 0
         self.epochs_done = 0
         self.last_logs: Mapping[str, Any] = {}
         self.history = History()
-        self._on_batch: tuple[VariablePolicy, int, int, Due] | None = None
-        self._clean: Step | None = None  # what the last step on one batch has left nothing behind in
+        self._on_batch: tuple[VariablePolicy, int, int, ActivePhase] | None = None
+        self._clean: CompiledStep | None = None  # what the last step on one batch has left nothing behind in
         self._steps = steps
         self._judge = judge
         self.runs = False
 
     def fit(
         self,
-        phases: Callable[[Mapping[str, Any], bool], Due],
-        evaluation: Callable[[], Step],
-        batches: Callable[[Due], Batches],
-        validation: Callable[[Step], Batches] | None,
+        phases: Callable[[Mapping[str, Any], bool], ActivePhase],
+        evaluation: Callable[[], CompiledStep],
+        batches: Callable[[ActivePhase], DataLoader],
+        validation: Callable[[CompiledStep], DataLoader] | None,
         epochs: int,
-        shown: Display,
+        shown: ProgressDisplay,
     ) -> History:
         """Train for some epochs, evaluating after each.
 
@@ -67,7 +67,7 @@ class Loop:
         """
         history = History()
 
-        def choose(logs: Mapping[str, Any], starting: bool = False) -> Due:
+        def choose(logs: Mapping[str, Any], starting: bool = False) -> ActivePhase:
             due = phases(logs, starting)
             phase = Phase(self.steps_done, self.epochs_done, due.policy, due.step.selection)
             history.add_phase(phase)
@@ -93,7 +93,7 @@ class Loop:
         return history
 
     def train_on_batch(
-        self, batch: Any, policy: VariablePolicy, phases: Callable[[Mapping[str, Any], bool], Due]
+        self, batch: Any, policy: VariablePolicy, phases: Callable[[Mapping[str, Any], bool], ActivePhase]
     ) -> dict[str, Any]:
         """Train one step on one batch, and return what it logged.
 
@@ -145,12 +145,12 @@ class Loop:
 
     def run(
         self,
-        step: Step,
-        batches: Batches,
-        shown: Display,
+        step: CompiledStep,
+        batches: DataLoader,
+        shown: ProgressDisplay,
         title: str,
         every_steps: int | None = None,
-        choose: Callable[[Mapping[str, Any]], Due] | None = None,
+        choose: Callable[[Mapping[str, Any]], ActivePhase] | None = None,
     ) -> dict[str, Any]:
         """Run a step over one epoch of batches and return its logs; every so many steps, `choose` the step anew."""
         kind, selections, self._clean = step.kind, {step.selection: None}, None
@@ -180,7 +180,7 @@ class Loop:
                     drawn += ran
                     shown.advance(ran, look)
             final, examples = look()
-            if isinstance(step, TrainStep):
+            if isinstance(step, CompiledTrainStep):
                 if self.steps_done == before:
                     final = dict.fromkeys(final, math.nan)
                 final |= self._judge.logs()
@@ -193,20 +193,20 @@ class Loop:
             shown.close()
         return final
 
-    def _take(self, step: TrainStep, tally: Tally) -> None:
+    def _take(self, step: CompiledTrainStep, tally: StepCounts) -> None:
         """Take in what steps came to."""
         self.steps_done += tally.moved
         self._judge.take(tally, step.transaction.guard, self.steps_done, self.epochs_done)
 
-    def _call(self, step: Step, feed: Feed, most: int, batches: Batches) -> int:
+    def _call(self, step: CompiledStep, feed: BatchCursor, most: int, batches: DataLoader) -> int:
         """Call the compiled loop once, and return on how many batches it ran a step."""
         with deferred_interrupt():
             began = time.perf_counter()
-            trains = isinstance(step, TrainStep)
-            before, so_far = self._judge.last if trains else Tally(), (self.steps_done, self.epochs_done)
+            trains = isinstance(step, CompiledTrainStep)
+            before, so_far = self._judge.last if trains else StepCounts(), (self.steps_done, self.epochs_done)
             tally, failure = step.run(feed, most, before, self._judge.patience, so_far)
             step.pace.took(tally.batches, time.perf_counter() - began)
-            if isinstance(step, TrainStep):
+            if isinstance(step, CompiledTrainStep):
                 self._take(step, tally)
         if failure is not None:
             failure = refusal(failure) or failure

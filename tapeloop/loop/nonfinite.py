@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from tapeloop._validation import whole_number
-from tapeloop.loop.step_counts import ANY, Tally
-from tapeloop.optimization.finite_check import Guard
+from tapeloop.loop.step_counts import ANY, StepCounts
+from tapeloop.optimization.finite_check import FiniteCheck
 
 MODES = ("raise", "skip", "ignore")
 
 
-class Judge:
+class NonFiniteHandler:
     """Decides what steps that were not finite mean for the run.
 
     Attributes:
@@ -31,7 +31,7 @@ class Judge:
         if mode not in MODES:
             raise ValueError(f"`nonfinite` must be one of {', '.join(map(repr, MODES))}. Received: {mode!r}.")
         self.skipped_steps = 0
-        self.last = Tally()
+        self.last = StepCounts()
         self.patience = {"raise": 0, "skip": whole_number("max_skipped", max_skipped, 1), "ignore": ANY}[mode]
         self._mode = mode
 
@@ -40,7 +40,7 @@ class Judge:
         """Whether what is not finite is looked for."""
         return self._mode != "ignore"
 
-    def take(self, tally: Tally, guard: Guard | None, step: int, epoch: int) -> None:
+    def take(self, tally: StepCounts, guard: FiniteCheck | None, step: int, epoch: int) -> None:
         """Take in what steps came to.
 
         Args:
@@ -55,7 +55,7 @@ class Judge:
         self.last = tally
         self.skipped_steps += tally.bad
         if guard is not None and tally.bad_in_a_row > self.patience:
-            self.last = Tally()
+            self.last = StepCounts()
             also = f"{self.patience} steps in a row were skipped before it, as many as may be. "
             raise guard.error(step, epoch, also if self._mode == "skip" else "")
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from tapeloop.loop.step_cache import Steps, TrainStep
+from tapeloop.loop.step_cache import CompiledTrainStep, StepCache
 from tapeloop.model.selection import Selection
 from tapeloop.model.tree import Model, Tree
 from tapeloop.optimization.updates import Updates
 from tapeloop.policies.base import Progress, VariablePolicy, is_value
-from tapeloop.policies.resolve import chain, select, selections_to_come
+from tapeloop.policies.resolve import chain, resolve, selections_to_come
 
 
 @dataclass(frozen=True)
-class Due:
+class ActivePhase:
     """What trains next.
 
     Attributes:
@@ -23,15 +23,15 @@ class Due:
         every_steps: At which multiples of steps it is to be asked anew within an epoch, or None.
     """
 
-    step: TrainStep
+    step: CompiledTrainStep
     policy: VariablePolicy
     every_steps: int | None
 
 
-class Selections:
+class PhaseTracker:
     """The selections of a model, as policies ask for them."""
 
-    def __init__(self, model: Model, steps: Steps, updates: Updates) -> None:
+    def __init__(self, model: Model, steps: StepCache, updates: Updates) -> None:
         """Keep what is needed.
 
         Args:
@@ -51,13 +51,13 @@ class Selections:
 
     def now(self, policy: VariablePolicy, progress: Progress) -> Selection:
         """Return what a policy selects of the model as it is now."""
-        return select(self._chain(policy, progress)[-1], Tree.of(self._model))
+        return resolve(self._chain(policy, progress)[-1], Tree.of(self._model))
 
     def held(self, policy: VariablePolicy, progress: Progress, *, trains: bool = False) -> Selection:
         """Return what trained last under a policy, of the model as it is now; it need not leave anything to train."""
         if self._held is not None and self._held[0] is policy:
-            return select(self._held[1], Tree.of(self._model), trains)
-        return select(self._chain(policy, progress)[-1], Tree.of(self._model), trains)
+            return resolve(self._held[1], Tree.of(self._model), trains)
+        return resolve(self._chain(policy, progress)[-1], Tree.of(self._model), trains)
 
     def check(self, policy: VariablePolicy) -> None:
         """Resolve what is known to come due.
@@ -69,7 +69,7 @@ class Selections:
         to_come = selections_to_come(policy, self._fresh)
         self._updates.optimizers.check(to_come, changing=True)
 
-    def due(self, policy: VariablePolicy, progress: Progress, *, starting: bool) -> Due:
+    def due(self, policy: VariablePolicy, progress: Progress, *, starting: bool) -> ActivePhase:
         """Return what trains next, everything that it needs being made.
 
         The model's flags are read at the start of an epoch; within one, a policy that held before gets its selection of
@@ -83,7 +83,7 @@ class Selections:
         kept = is_value(holding)
         selection = self._known.get(holding) if kept else None
         if selection is None:
-            selection = select(holding, self._fresh or Tree.of(self._model))
+            selection = resolve(holding, self._fresh or Tree.of(self._model))
             if kept:
                 self._known[holding] = selection
         if selection is not self._prepared:
@@ -92,7 +92,7 @@ class Selections:
             self._prepared = selection
         self._fresh = None
         every_steps = math.gcd(*(each.every for each in policies if each.every is not None))
-        return Due(self._steps.train(selection), holding, every_steps or None)
+        return ActivePhase(self._steps.train(selection), holding, every_steps or None)
 
     def _chain(self, policy: VariablePolicy, progress: Progress) -> list[VariablePolicy]:
         """Return the policies that lie within one another now. None is asked twice about the same moment.

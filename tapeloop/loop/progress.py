@@ -15,7 +15,7 @@ STYLES = ("auto", "bar", "lines", "none")
 COLUMNS = 80  # of a bar in a terminal that does not say how wide it is
 
 
-class Display:
+class ProgressDisplay:
     """The progress of one pass over the data after the other.
 
     What it shows is asked for only when it is shown, at most every `every_seconds`.

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tapeloop import _backend
-from tapeloop._backend import inlined_functions
+from tapeloop._backend import keras_internals
+from tapeloop._backend.patching import inlined_functions
 from tapeloop.data.batch import Features, examples_of
-from tapeloop.loop.compiled_step import Step
+from tapeloop.loop.compiled_step import CompiledStep
 from tapeloop.model.selection import Selection
 from tapeloop.model.tree import Model, Tree
 from tapeloop.optimization.updates import Updates
@@ -24,12 +24,12 @@ from tapeloop.step.compilation import Compilation
 from tapeloop.step.metrics import StepMetrics, layer_metrics, metrics_in, renamed
 from tapeloop.step.objective import Objective
 from tapeloop.step.remat import Remat
-from tapeloop.step.running_means import Means
+from tapeloop.step.running_means import RunningMeans
 
 MOST_STEPS = 64  # compiled steps kept, of those used last: a random policy has no end of selections
 
 
-class TrainStep(Step):
+class CompiledTrainStep(CompiledStep):
     """A step that trains, wholly or not at all.
 
     Attributes:
@@ -77,7 +77,7 @@ class TrainStep(Step):
         return super().__call__(batch)
 
 
-class Steps:
+class StepCache:
     """Makes and keeps a trainer's steps, each compiled once for a selection.
 
     Attributes:
@@ -115,7 +115,7 @@ class Steps:
         """
         self.tracing: tuple[str, Selection] | None = None
         self.building = False
-        self.means = {kind: Means() for kind in bodies}
+        self.means = {kind: RunningMeans() for kind in bodies}
         self._bodies = bodies
         self._objective = objective
         self._updates = updates
@@ -128,7 +128,7 @@ class Steps:
         self._attributes = attributes
         self._metrics: dict[tuple[str, Selection], StepMetrics] = {}
         self._numbers: dict[tuple[str, Selection], dict[str, Any]] = {}
-        self._kept: dict[tuple[str, Selection], Step] = {}
+        self._kept: dict[tuple[str, Selection], CompiledStep] = {}
         self._traces_gone = 0
         self._built: set[str] = set()  # the kinds of steps for which the model is built
 
@@ -157,10 +157,10 @@ class Steps:
                 self.building = False
         self._built.add(kind)
 
-    def train(self, selection: Selection) -> TrainStep:
+    def train(self, selection: Selection) -> CompiledTrainStep:
         """Return the step that trains a selection: the same one each time."""
         step = self._kept.get(("train", selection))
-        if not isinstance(step, TrainStep):
+        if not isinstance(step, CompiledTrainStep):
             body = functools.partial(self._body, "train", selection)
             parts = (
                 self._updates,
@@ -172,15 +172,15 @@ class Steps:
                 self._others,
             )
             transaction = Transaction(selection, *parts, self._compilation, self._is_plain)
-            step = TrainStep(transaction, self._compilation, self._clock, self._remat)
+            step = CompiledTrainStep(transaction, self._compilation, self._clock, self._remat)
         return self._keep(step)
 
-    def other(self, kind: str, selection: Selection) -> Step:
+    def other(self, kind: str, selection: Selection) -> CompiledStep:
         """Return the step that evaluates or predicts under a selection: the same one each time."""
         step = self._kept.get((kind, selection))
         if step is None:
             body = functools.partial(self._other, kind, selection)
-            step = Step(kind, body, selection, self._compilation, self._clock, own=self._kept_variables)
+            step = CompiledStep(kind, body, selection, self._compilation, self._clock, own=self._kept_variables)
         return self._keep(step)
 
     def trace_count(self) -> int:
@@ -206,7 +206,7 @@ class Steps:
     def _body(self, kind: str, selection: Selection, batch: Any) -> Any:
         """Run what the user wrote for a step of a kind."""
         for submodel in selection.tree.layers:
-            _backend.forget_added_losses(submodel.object)
+            keras_internals.forget_added_losses(submodel.object)
         logged = self._metrics.setdefault((kind, selection), StepMetrics())
         self._numbers.pop((kind, selection), None)
         self._objective.was_updated = False
@@ -264,7 +264,7 @@ class Steps:
         if self.tracing is not None and not tf.executing_eagerly():
             self._numbers.setdefault(self.tracing, {})[name] = value
 
-    def warn_stale(self, step: Step) -> None:
+    def warn_stale(self, step: CompiledStep) -> None:
         """Warn of numbers among the trainer's attributes that have changed since a step was traced with them."""
         read, now = self._numbers.get((step.kind, step.selection), {}), self._attributes()
         for name in [name for name, value in read.items() if name in now and not _is_same(now[name], value)]:

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tapeloop.step.outcome import Ended
+from tapeloop.step.outcome import StepOutcome
 
 ANY = np.iinfo(np.int64).max
 
 
 @dataclass(frozen=True)
-class Tally:
+class StepCounts:
     """What some steps came to.
 
     Attributes:
@@ -30,13 +30,13 @@ class Tally:
     bad_in_a_row: int = 0
 
     @classmethod
-    def of(cls, counts: Any) -> Tally:
+    def of(cls, counts: Any) -> StepCounts:
         """Return the tally that a tensor of counts holds."""
         return cls(*map(int, counts.numpy()[:4]))
 
-    def stopped(self) -> Tally:
+    def stopped(self) -> StepCounts:
         """Return the tally with one step more, at which `stop_unless` ended the run."""
-        return Tally(self.batches + 1, self.moved, self.bad + 1, self.bad_in_a_row + 1)
+        return StepCounts(self.batches + 1, self.moved, self.bad + 1, self.bad_in_a_row + 1)
 
     def start(self, step: int = 0, epoch: int = 0) -> tf.Tensor:
         """Return the counts with which the steps after these begin, and how far training has come before them."""
@@ -50,7 +50,7 @@ def limits(batches: int, bad_in_a_row: int) -> tf.Tensor:
         return tf.constant([batches - 1, ANY, ANY, bad_in_a_row, ANY, ANY], tf.int64)
 
 
-def counted(counts: tf.Tensor, ended: Ended | None) -> tf.Tensor:
+def counted(counts: tf.Tensor, ended: StepOutcome | None) -> tf.Tensor:
     """Return the counts after one step more.
 
     Args:

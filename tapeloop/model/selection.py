@@ -54,11 +54,8 @@ class Selection:
 
     @functools.cached_property
     def _key(self) -> tuple[object, ...]:
-        groups = frozenset(
-            (group, frozenset(id(variable.variable) for variable in variables))
-            for group, variables in self.groups.items()
-        )
-        return groups, frozenset(id(submodel.object) for submodel in self.inference)
+        groups = frozenset((group, frozenset(variables)) for group, variables in self.groups.items())
+        return groups, frozenset(self.inference)
 
     def __eq__(self, other: object) -> bool:
         return self._key == other._key if isinstance(other, Selection) else NotImplemented

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import keras
 import tensorflow as tf
 
-from tapeloop import _backend
+from tapeloop._backend import keras_internals
 
 Model: TypeAlias = Any  # keras.Layer | tf.Module | Mapping[str, "Model"]: Keras ships no types to check against
 Variable: TypeAlias = Any  # keras.Variable | tf.Variable
@@ -23,7 +23,7 @@ Variable: TypeAlias = Any  # keras.Variable | tf.Variable
 
 @dataclass(frozen=True, eq=False)
 class SubmodelInfo:
-    """A layer, model or module, and where it stands.
+    """A layer, model or module, and where it stands; equal to another that wraps the same object.
 
     Attributes:
         object: The layer, model or module itself; the mapping, for the root of several models.
@@ -33,6 +33,12 @@ class SubmodelInfo:
     object: Any = field(repr=False)
     paths: tuple[str, ...]
 
+    def __eq__(self, other: object) -> bool:
+        return self.object is other.object if isinstance(other, SubmodelInfo) else NotImplemented
+
+    def __hash__(self) -> int:
+        return id(self.object)
+
     @property
     def path(self) -> str:
         """The first of its paths."""
@@ -41,7 +47,7 @@ class SubmodelInfo:
 
 @dataclass(frozen=True, eq=False)
 class VariableInfo:
-    """A variable, and where it stands.
+    """A variable, and where it stands; equal to another that wraps the same object.
 
     Attributes:
         variable: The `keras.Variable` or `tf.Variable` itself.
@@ -58,6 +64,12 @@ class VariableInfo:
     trainable: bool
     seed: bool = False
     tree: Tree = field(init=False, repr=False)
+
+    def __eq__(self, other: object) -> bool:
+        return self.variable is other.variable if isinstance(other, VariableInfo) else NotImplemented
+
+    def __hash__(self) -> int:
+        return id(self.variable)
 
     @property
     def path(self) -> str:
@@ -287,7 +299,7 @@ def _children(parent: Any) -> Iterator[tuple[str, Any]]:
 
 def _layer_children(layer: keras.Layer) -> Iterator[tuple[str, Any]]:
     """Yield what Keras tracks in `layer`, and other state: by name in a graph of layers, else by attribute."""
-    sublayers = [child for child in _backend.sublayers(layer) if not isinstance(child, keras.layers.InputLayer)]
+    sublayers = [child for child in keras_internals.sublayers(layer) if not isinstance(child, keras.layers.InputLayer)]
     tracked = {id(child) for child in (*sublayers, *layer.variables)}
     graph = layer.layers if isinstance(layer, keras.Sequential) else getattr(layer, "operations", ())
     graph_ids = {id(child) for child in graph if id(child) in tracked}

@@ -8,7 +8,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from tapeloop import _backend
+from tapeloop._backend import tracing
 from tapeloop.errors import listed
 from tapeloop.model.tree import VariableInfo
 
@@ -37,7 +37,7 @@ def _cause(loss: tf.Tensor, variable: VariableInfo) -> str:
     if tf.executing_eagerly():
         return "the loss does not depend on it, or through a `stop_gradient`, an integer or NumPy"
     handle = variable.tf_variable.handle
-    read = next((inside for outside, inside in _backend.captures(loss.graph) if outside is handle), None)
+    read = next((inside for outside, inside in tracing.captures(loss.graph) if outside is handle), None)
     if read is None:
         return "not read where the loss is computed, its layer is not called there"
     route = _route(read, loss)

@@ -35,7 +35,7 @@ class _Average:
         return self.variable + kept * (self.value - self.variable)
 
 
-class Averages:
+class MovingAverages:
     """An average for each variable from when it first trains: `average += (1 - decay) * (value - average)`.
 
     It is that of the variable's whole way since then: where one is frozen for a while, what the updates would have made

@@ -11,7 +11,7 @@ from tapeloop.model.selection import Selection
 from tapeloop.model.tree import VariableInfo
 
 
-class Guard:
+class FiniteCheck:
     """Watches one selection's steps: the sum of each loss and gradient is finite just where all of it is.
 
     The sums of a step are added up in a tensor. What stands in a branch or a loop of the traced step has no tensor to

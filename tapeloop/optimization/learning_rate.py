@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tapeloop import _backend
+from tapeloop._backend import keras_internals
 
 
 class Rate:
@@ -23,7 +23,7 @@ class Rate:
         """
         self._optimizer = optimizer
         self._base = base
-        schedule = _backend.schedule_of(optimizer)
+        schedule = keras_internals.schedule_of(optimizer)
         self._schedule = None if schedule is None else Multiplied(schedule)
         if self._schedule is not None:
             optimizer.learning_rate = self._schedule
@@ -52,7 +52,7 @@ class Rate:
         if self._schedule is not None:
             self._schedule.multiplier.assign(setting)
         else:
-            variable = _backend.learning_rate_variable(self._optimizer)
+            variable = keras_internals.learning_rate_variable(self._optimizer)
             assert variable is not None
             variable.assign(setting)
 

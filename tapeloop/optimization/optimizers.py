@@ -9,8 +9,8 @@ from typing import Any, TypeAlias
 import keras
 import tensorflow as tf
 
-from tapeloop import _backend
-from tapeloop._backend import read_once, shadowed
+from tapeloop._backend import keras_internals
+from tapeloop._backend.patching import patched, read_once
 from tapeloop._validation import not_negative
 from tapeloop.errors import PolicyError
 from tapeloop.model.selection import Selection
@@ -88,7 +88,7 @@ class Cohort:
     def counts(self) -> tuple[tf.Variable, ...]:
         """What the optimizer keeps for all its variables together, but for its learning rate."""
         slots = {id(slot) for slots in self.slots.values() for slot in slots}
-        rate = _backend.learning_rate_variable(self.optimizer)
+        rate = keras_internals.learning_rate_variable(self.optimizer)
         return tuple(raw(v) for v in self.optimizer.variables if id(v) not in slots and v is not rate)
 
     def regroup(self, groups: tuple[str, ...]) -> None:
@@ -240,7 +240,7 @@ class Optimizers:
                 clipped = iter(together)
                 mine |= {part: [next(clipped) for _ in mine[part]] for part in parts}
             for cohort, group in parts:
-                with shadowed(cohort.optimizer, "global_clipnorm", None if len(parts) > 1 else norm):
+                with patched(cohort.optimizer, "global_clipnorm", None if len(parts) > 1 else norm):
                     self._apply(cohort, group, mine[cohort, group], spread=len(self._groups(cohort, selection)) > 1)
 
     def state(self, variables: Iterable[VariableInfo]) -> list[tf.Variable]:

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tapeloop import _backend
+from tapeloop._backend import keras_internals
 from tapeloop._validation import not_negative
 from tapeloop.errors import PolicyError
 from tapeloop.optimization.learning_rate import Multiplied
@@ -32,13 +32,13 @@ class Template:
             ValueError: Its learning rate is below 0, or not finite.
         """
         self.optimizer = _checked(optimizer)
-        schedule = _backend.schedule_of(self.optimizer)
+        schedule = keras_internals.schedule_of(self.optimizer)
         self.schedule = schedule.schedule if isinstance(schedule, Multiplied) else schedule
         self._rate = (
             None if schedule is not None else not_negative("learning_rate", float(self.optimizer.learning_rate))
         )
         self._seen = self._rate
-        self._config = None if self.optimizer.built else _backend.optimizer_config(self.optimizer, self.schedule)
+        self._config = None if self.optimizer.built else keras_internals.optimizer_config(self.optimizer, self.schedule)
         self._said = _settings(self.optimizer)
         self._is_taken = False
 
@@ -89,10 +89,10 @@ class Template:
         return not self._is_taken and not self.optimizer.built
 
     def _clone(self) -> keras.optimizers.Optimizer:
-        config = self._config or _backend.optimizer_config(self.optimizer, self.schedule)
+        config = self._config or keras_internals.optimizer_config(self.optimizer, self.schedule)
         kind = type(self.optimizer)
         try:
-            clone = _backend.clone_optimizer(self.optimizer, config)
+            clone = keras_internals.clone_optimizer(self.optimizer, config)
         except Exception as error:
             raise PolicyError(
                 f"A second {kind.__name__} is needed, for variables that train in another group or begin at another "
@@ -118,7 +118,7 @@ def _settings(optimizer: keras.optimizers.Optimizer) -> dict[str, Any]:
     for name, value in vars(optimizer).items():
         parts = tf.nest.flatten(value) if isinstance(value, (list, tuple, dict)) else [value]
         is_state = any(isinstance(part, (keras.Variable, tf.Variable)) for part in parts)
-        if name not in _backend.optimizer_bookkeeping() and not is_state:
+        if name not in keras_internals.optimizer_bookkeeping() and not is_state:
             found[name] = value
     return found
 

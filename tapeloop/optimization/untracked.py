@@ -13,8 +13,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from tapeloop import _backend
-from tapeloop._backend import Traced
+from tapeloop._backend import tracing
+from tapeloop._backend.traced_graph import TracedGraph
 
 BLOCKING = frozenset({"StopGradient", "PreventGradient"})
 
@@ -67,7 +67,7 @@ def warn(variables: Iterable[tf.Variable], used: Collection[int], functions: Ite
         return
     written: set[int] = set()
     for function in functions:
-        whole = Traced(function, suspects)
+        whole = TracedGraph(function, suspects)
         written |= {id(whole.variables[name]) for name in whole.written() if name in whole.variables}
     unknown = sorted({variable.name for variable in suspects if id(variable) not in written})
     if unknown:
@@ -81,7 +81,7 @@ def warn(variables: Iterable[tf.Variable], used: Collection[int], functions: Ite
 
 
 def _handles(graph: Any, ops: Iterable[tf.Operation]) -> Iterator[int]:
-    outside = {id(inner): id(outer) for outer, inner in _backend.captures(graph)}
+    outside = {id(inner): id(outer) for outer, inner in tracing.captures(graph)}
     for op in ops:
         for given in op.inputs:
             if given.dtype == tf.resource and id(given) in outside:

@@ -8,12 +8,12 @@ from typing import Any
 
 import tensorflow as tf
 
-from tapeloop._backend import stop_unless
+from tapeloop._backend.assertions import stop_unless
 from tapeloop.model.selection import Selection
 from tapeloop.model.tree import VariableInfo
 from tapeloop.optimization.clipping import Clipping
-from tapeloop.optimization.ema import Averages
-from tapeloop.optimization.finite_check import Guard, is_finite
+from tapeloop.optimization.ema import MovingAverages
+from tapeloop.optimization.finite_check import FiniteCheck, is_finite
 from tapeloop.optimization.following import Follow, Pair, move
 from tapeloop.optimization.loss_scale import LossScale
 from tapeloop.optimization.microbatches import Microbatches
@@ -25,7 +25,7 @@ Gradients = Sequence[tuple[tf.Tensor, VariableInfo]]
 
 
 @dataclass
-class Call:
+class PendingUpdate:
     """One `update` or `apply` of a step.
 
     Attributes:
@@ -49,7 +49,7 @@ class Call:
 
 
 @dataclass
-class Running:
+class StepContext:
     """A training step while it is traced, or run eagerly.
 
     Attributes:
@@ -67,10 +67,10 @@ class Running:
     """
 
     selection: Selection
-    guard: Guard | None
+    guard: FiniteCheck | None
     waits: bool = False
     graph: Any = None
-    calls: list[Call] = field(default_factory=list)
+    calls: list[PendingUpdate] = field(default_factory=list)
     follows: list[Follow] = field(default_factory=list)
     sums: list[tf.Tensor] = field(default_factory=list)
     used: set[int] = field(default_factory=set)
@@ -112,7 +112,7 @@ class Updates:
         optimizers: Optimizers,
         clipping: Clipping,
         microbatches: Microbatches,
-        averages: Averages,
+        averages: MovingAverages,
         *,
         looks: bool,
         ends_at_bad: bool,
@@ -132,7 +132,7 @@ class Updates:
         self.microbatches = microbatches
         self.averages = averages
         self.loss_scale: LossScale | None = None
-        self.running: Running | None = None
+        self.running: StepContext | None = None
         self.was_warned = False
         self._looks = looks
         self._ends_at_bad = ends_at_bad
@@ -155,9 +155,9 @@ class Updates:
         if self.loss_scale is None and any(layer.object.compute_dtype == "float16" for layer in selection.tree.layers):
             self.loss_scale = LossScale()
 
-    def new_guard(self, selection: Selection) -> Guard | None:
+    def new_guard(self, selection: Selection) -> FiniteCheck | None:
         """Return what is to watch the steps of a selection, or None where nothing is."""
-        return Guard(selection) if self._looks or self.loss_scale is not None else None
+        return FiniteCheck(selection) if self._looks or self.loss_scale is not None else None
 
     @property
     def ends_at_bad(self) -> bool:
@@ -181,7 +181,7 @@ class Updates:
         running = self.running
         assert running is not None
         nested = running.is_nested()
-        call = Call([variable for _, variable in gradients], nested)
+        call = PendingUpdate([variable for _, variable in gradients], nested)
         running.calls.append(call)
         if not running.waits:
             self.commit(running, len(running.calls), gradients, loss)
@@ -206,7 +206,7 @@ class Updates:
         else:
             running.follows.append(Follow(pairs, len(running.calls), decay))
 
-    def commit(self, running: Running, number: int, gradients: Gradients, loss: tf.Tensor | None) -> None:
+    def commit(self, running: StepContext, number: int, gradients: Gradients, loss: tf.Tensor | None) -> None:
         """Update variables by their gradients on the whole batch, unless something in the step was not finite.
 
         Args:

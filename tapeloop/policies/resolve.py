@@ -15,7 +15,7 @@ from tapeloop.model.tree import SubmodelInfo, Tree, VariableInfo
 from tapeloop.policies.base import Progress, VariablePolicy
 
 
-def select(policy: VariablePolicy, tree: Tree, trains: bool = True) -> Selection:
+def resolve(policy: VariablePolicy, tree: Tree, trains: bool = True) -> Selection:
     """Resolve a policy for a model.
 
     Args:
@@ -93,7 +93,7 @@ def selections_to_come(policy: VariablePolicy, tree: Tree) -> list[Selection]:
         if phase.phases():
             found += selections_to_come(phase, tree)
         elif type(phase).at is VariablePolicy.at:
-            found.append(select(phase, tree))
+            found.append(resolve(phase, tree))
     return found
 
 

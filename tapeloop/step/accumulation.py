@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from tapeloop._backend import require
+from tapeloop._backend.assertions import require
 from tapeloop.data.batch import examples_of, shapes, spec_of
 from tapeloop.errors import DataError
 from tapeloop.optimization.microbatches import Microbatches

@@ -9,19 +9,20 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tapeloop._backend import can_stop, noting_all_assignments
+from tapeloop._backend.assertions import can_stop
+from tapeloop._backend.patching import noting_all_assignments
 from tapeloop.data.batch import after, examples_of, spec_of
 from tapeloop.model.selection import Selection
 from tapeloop.optimization.finite_check import is_finite
 from tapeloop.optimization.following import move
-from tapeloop.optimization.updates import Call, Running, Updates
+from tapeloop.optimization.updates import PendingUpdate, StepContext, Updates
 from tapeloop.step.accumulation import Computed, averaged, check_alike, checked, piece_spec, plan, zeros_of
 from tapeloop.step.clock import Clock
 from tapeloop.step.compilation import Compilation
-from tapeloop.step.freezing import still
+from tapeloop.step.freezing import immutable_variables
 from tapeloop.step.objective import Objective
-from tapeloop.step.outcome import Ended, Split
-from tapeloop.step.running_means import Means
+from tapeloop.step.outcome import Split, StepOutcome
+from tapeloop.step.running_means import RunningMeans
 from tapeloop.step.snapshot import Snapshot
 
 
@@ -43,7 +44,7 @@ class Transaction:
         clock: Clock,
         objective: Objective,
         body: Callable[[Any], Any],
-        means: Means,
+        means: RunningMeans,
         kept: Callable[[], list[tf.Variable]],
         others: Callable[[], list[tf.Variable]],
         compilation: Compilation,
@@ -75,7 +76,7 @@ class Transaction:
         self._others = others
         self._compilation = compilation
         self._is_plain = is_plain
-        self._wholes: dict[int, Running] = {}
+        self._wholes: dict[int, StepContext] = {}
         self._written: set[Any] = set()
         self.used: set[int] = set()
         self.functions: list[Any] = []
@@ -83,7 +84,7 @@ class Transaction:
         self._last_update = 0
         self._keep_eagerly: Callable[[tf.Variable], None] | None = None  # while an eager step runs
 
-    def run(self, batch: Any, split: Split | None = None) -> Ended | None:
+    def run(self, batch: Any, split: Split | None = None) -> StepOutcome | None:
         """Trace a step, or run it eagerly.
 
         Args:
@@ -93,7 +94,7 @@ class Transaction:
         Raises:
             DataError: The batch has fewer examples than it is to be cut in pieces.
         """
-        running = self._updates.running = Running(self.selection, self.guard)
+        running = self._updates.running = StepContext(self.selection, self.guard)
         try:
             return self._run_eagerly(running, batch) if tf.executing_eagerly() else self._trace(running, batch, split)
         finally:
@@ -101,7 +102,7 @@ class Transaction:
 
     def whole(self, spec: Any) -> Any:
         """Trace what the user computes on a batch of a signature, to be cut."""
-        running = self._updates.running = Running(self.selection, self.guard)
+        running = self._updates.running = StepContext(self.selection, self.guard)
         running.may_stop = running.waits = self._may_stop()
         try:
             function = self._function(running, spec)
@@ -135,7 +136,7 @@ class Transaction:
         """
         self.microbatches.double(examples, self._last_update, error)
 
-    def _function(self, running: Running, spec: Any) -> Any:
+    def _function(self, running: StepContext, spec: Any) -> Any:
         """Trace what the user computes as a function of its own: it tells all that it touches before it runs."""
 
         def compute(part: Any) -> Any:
@@ -145,7 +146,7 @@ class Transaction:
         self.functions = [function]
         return function
 
-    def _trace(self, running: Running, batch: Any, split: Split | None) -> Ended | None:
+    def _trace(self, running: StepContext, batch: Any, split: Split | None) -> StepOutcome | None:
         examples = examples_of(batch)
         count = self._count(batch, examples)
         running.may_stop = count == 1 and self._may_stop()
@@ -177,7 +178,7 @@ class Transaction:
             seen = self._commit(running, result, batch)
         return self._settle(running, seen, kept.restore)
 
-    def _warn_if_nothing_updates(self, running: Running) -> None:
+    def _warn_if_nothing_updates(self, running: StepContext) -> None:
         """Say once that a step updates nothing, which a missing call of `update` is the likely cause of."""
         moves = any(variable.tf_variable.ref() in self._written for variable in self.selection.trained)
         if not running.calls and not moves and not self._updates.was_warned:
@@ -188,7 +189,7 @@ class Transaction:
                 stacklevel=2,
             )
 
-    def _run_eagerly(self, running: Running, batch: Any) -> Ended | None:
+    def _run_eagerly(self, running: StepContext, batch: Any) -> StepOutcome | None:
         examples = examples_of(batch)
         count = self._count(batch, examples)
         running.waits = count > 1
@@ -228,13 +229,13 @@ class Transaction:
             check_alike(batch)
         return min(count, examples) if self.microbatches.adapts and isinstance(examples, int) else count
 
-    def _begin(self, running: Running) -> Snapshot:
+    def _begin(self, running: StepContext) -> Snapshot:
         self._last_update = len(running.calls)
         if self.guard is not None and running.nests:
             self.guard.begin()
         return Snapshot(self._undoable if self.guard is not None else [])
 
-    def _compute(self, running: Running, part: Any) -> Any:
+    def _compute(self, running: StepContext, part: Any) -> Any:
         """Run the user's step on a batch or a piece of one; what its updates need is returned where they wait."""
         running.calls, running.follows, running.sums = [], [], []
         running.graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
@@ -250,7 +251,7 @@ class Transaction:
         mean = {"logs": logs, "losses": losses, "gradients": gradients, "decays": decays}
         return Computed(mean, [call.overwrites for call in running.calls])
 
-    def _commit(self, running: Running, computed: Computed, batch: Any) -> list[tf.Tensor]:
+    def _commit(self, running: StepContext, computed: Computed, batch: Any) -> list[tf.Tensor]:
         """Make the updates that waited, in their order, and let others follow them; see `_look`."""
 
         mean = computed.mean
@@ -269,7 +270,7 @@ class Transaction:
         return self._look(running, mean["logs"], batch)
 
     @tf.autograph.experimental.do_not_convert
-    def _look(self, running: Running, logs: Mapping[str, tf.Tensor], batch: Any) -> list[tf.Tensor]:
+    def _look(self, running: StepContext, logs: Mapping[str, tf.Tensor], batch: Any) -> list[tf.Tensor]:
         """Take in the logs, and return the sums of a step and whether they are finite.
 
         Nothing is returned where nobody watches, nor where a step that is not finite fails.
@@ -284,7 +285,7 @@ class Transaction:
         self.guard.keep(total)
         return [total, finite]
 
-    def _settle(self, running: Running, seen: list[tf.Tensor], undo: Callable[[], None]) -> Ended | None:
+    def _settle(self, running: StepContext, seen: list[tf.Tensor], undo: Callable[[], None]) -> StepOutcome | None:
         """Undo a step that was not finite, and return how it ended."""
         if self.guard is None or running.stops:
             return None
@@ -300,21 +301,21 @@ class Transaction:
             tf.cond(finite, lambda: tf.constant(False), undone)
         scale = self._updates.loss_scale
         if scale is None:
-            return Ended(finite, None)
+            return StepOutcome(finite, None)
         overflowed = ~finite & tf.math.is_finite(total[0]) & (scale.value > 1)
         scale.update(finite)
-        return Ended(finite, overflowed)
+        return StepOutcome(finite, overflowed)
 
-    def _exposed(self, running: Running, touched: Sequence[tf.Variable]) -> list[tf.Variable]:
+    def _exposed(self, running: StepContext, touched: Sequence[tf.Variable]) -> list[tf.Variable]:
         """List what a bad step must be undone in: all that it touches, but for what only its last update moves.
 
         That one does not happen in a bad step, whereas an earlier one has happened when a later one turns out bad.
         """
-        *earlier, last = running.calls or [Call([], nested=False)]
+        *earlier, last = running.calls or [PendingUpdate([], nested=False)]
         exposed = [target.tf_variable for follow in running.follows for target, _ in follow.pairs]
         exposed += self._updates.moved([v for call in (*earlier, *[last] * last.nested) for v in call.variables])
         aside = {variable.ref() for variable in self._updates.moved(self.selection.trained)}
-        aside |= {variable.tf_variable.ref() for variable in still(self.selection)}
+        aside |= {variable.tf_variable.ref() for variable in immutable_variables(self.selection)}
         aside -= self._written
         aside |= {variable.ref() for variable in self._bookkeeping()}
         if self._updates.ends_at_bad and not self.microbatches.adapts:  # before anybody could look at the metrics

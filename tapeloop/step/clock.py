@@ -9,7 +9,7 @@ class Clock:
     """How far a run has come, in a variable that a compiled loop keeps: counts, then the step and epoch before them.
 
     Attributes:
-        counts: `[batches, moved, bad, bad_in_a_row, step, epoch]`; the first four are those of a `Tally`.
+        counts: `[batches, moved, bad, bad_in_a_row, step, epoch]`; the first four are those of a `StepCounts`.
     """
 
     def __init__(self) -> None:

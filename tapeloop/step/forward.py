@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tapeloop._backend import require
+from tapeloop._backend.assertions import require
 from tapeloop.data.batch import shapes
 from tapeloop.errors import DataError, TapeloopError
 from tapeloop.model.tree import Model

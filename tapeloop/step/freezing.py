@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from tapeloop import _backend
-from tapeloop._backend import Note, assigning_names, inlined_functions, shadowed
+from tapeloop._backend import keras_internals, patching
+from tapeloop._backend.patching import Note, assigning_names, inlined_functions, patched
 from tapeloop.model.selection import Selection
 from tapeloop.model.tree import SubmodelInfo, VariableInfo
 from tapeloop.optimization.untracked import handles_read_since, op_count
@@ -38,20 +38,20 @@ def frozen(selection: Selection, note: Note = lambda variable: None) -> Iterator
         selection: What trains.
         note: Called with each variable of the model that is about to be assigned to.
     """
-    with inlined_functions(), inference_mode(selection) as calls, sealed(selection, calls, note):
+    with inlined_functions(), inference_mode(selection) as calls, read_only(selection, calls, note):
         yield calls
 
 
 @contextlib.contextmanager
-def sealed(selection: Selection, calls: Calls, note: Note) -> Iterator[None]:
+def read_only(selection: Selection, calls: Calls, note: Note) -> Iterator[None]:
     """Drop, inside this context, what layers assign to what is frozen; see `frozen`."""
-    immovable = set(still(selection))
+    immovable = set(immutable_variables(selection))
     with contextlib.ExitStack() as shadows:
         for variable in selection.tree.variables:
             tensor, is_still = variable.tf_variable, variable in immovable
             for name in assigning_names(tensor.__class__):
                 shadow = _sealing(tensor, getattr(tensor, name), calls, is_still, note)
-                shadows.enter_context(shadowed(tensor, name, shadow))
+                shadows.enter_context(patched(tensor, name, shadow))
         yield
 
 
@@ -131,10 +131,10 @@ def inference_mode(selection: Selection) -> Iterator[Calls]:
     with contextlib.ExitStack() as shadows:
         for submodel in selection.tree.layers:
             layer = submodel.object
-            for name in _backend.call_methods(layer):
+            for name in keras_internals.call_methods(layer):
                 shadow = _moded(layer, getattr(layer, name), calls, submodel in inference, submodel in idle)
-                shadows.enter_context(shadowed(layer, name, shadow))
-            shadows.enter_context(shadowed(layer, "add_loss", _unless_idle(calls, layer.add_loss)))
+                shadows.enter_context(patched(layer, name, shadow))
+            shadows.enter_context(patched(layer, "add_loss", _unless_idle(calls, layer.add_loss)))
         shadows.enter_context(_watched_modules(selection, calls))
         yield calls
 
@@ -143,17 +143,17 @@ def _moded(layer: keras.Layer, call: Callable[..., Any], calls: Calls, inference
     """Wrap `call` so that in inference mode it and all that it calls see `training=False`, and none of it gets out."""
 
     def shadow(*args: Any, **kwargs: Any) -> Any:
-        around = calls.within() or _Frame(_backend.inherited_training(layer), False, False)
+        around = calls.within() or _Frame(keras_internals.inherited_training(layer), False, False)
         forced = around.inference or inference
         if forced:
             args, kwargs = _without_training(call, args, kwargs)
-            _backend.inherit_training(layer, False)
+            keras_internals.inherit_training(layer, False)
         try:
-            with calls.entered(_Frame(_backend.inherited_training(layer), forced, around.idle or idle)):
+            with calls.entered(_Frame(keras_internals.inherited_training(layer), forced, around.idle or idle)):
                 return call(*args, **kwargs)
         finally:
             if forced:
-                _backend.inherit_training(layer, around.training)
+                keras_internals.inherit_training(layer, around.training)
 
     return shadow
 
@@ -197,7 +197,7 @@ def _watched_modules(selection: Selection, calls: Calls) -> Iterator[None]:
 
     with contextlib.ExitStack() as shadows:
         for kind in {type(submodel.object) for submodel in modules.values()}:
-            shadows.enter_context(_backend.class_attribute(kind, "__call__", watching(kind.__call__)))
+            shadows.enter_context(patching.class_attribute(kind, "__call__", watching(kind.__call__)))
         yield
 
 
@@ -205,7 +205,7 @@ def _is_plain_module(submodel: SubmodelInfo) -> bool:
     return isinstance(submodel.object, tf.Module) and not isinstance(submodel.object, keras.Layer)
 
 
-def still(selection: Selection) -> list[VariableInfo]:
+def immutable_variables(selection: Selection) -> list[VariableInfo]:
     """List what no layer may move: the frozen variables, and the state that stands in idle submodels alone.
 
     State that a frozen and a trained part share belongs to the trained one too, and moves with it.

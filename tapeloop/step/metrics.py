@@ -11,8 +11,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tapeloop import _backend
-from tapeloop._backend import shadowed
+from tapeloop._backend import keras_internals, tracing
+from tapeloop._backend.patching import patched
 from tapeloop.model.tree import Tree, raw
 
 
@@ -38,8 +38,8 @@ class StepMetrics:
         watch = Watch()
         with contextlib.ExitStack() as shadows:
             for metric in held:
-                shadows.enter_context(shadowed(metric, "update_state", watch.updating(metric)))
-                shadows.enter_context(shadowed(metric, "result", watch.reading(metric)))
+                shadows.enter_context(patched(metric, "update_state", watch.updating(metric)))
+                shadows.enter_context(patched(metric, "result", watch.reading(metric)))
             yield watch
 
     def scalars(self, kind: str, returned: Any, watch: Watch, compiled: Iterable[str]) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def metrics_in(value: Any) -> list[keras.metrics.Metric]:
 
 def layer_metrics(tree: Tree) -> list[keras.metrics.Metric]:
     """List the metrics that the layers of a model hold."""
-    return [metric for layer in tree.layers for metric in _backend.own_metrics(layer.object)]
+    return [metric for layer in tree.layers for metric in keras_internals.own_metrics(layer.object)]
 
 
 def _check_scalar(kind: str, name: Any, value: Any) -> None:
@@ -174,7 +174,7 @@ def _check_not_read(
 
 def _reads(value: tf.Tensor, handles: Mapping[int, keras.metrics.Metric]) -> bool:
     """Tell whether a tensor of a graph is computed of a variable with one of these handles."""
-    inside = {id(inner) for outer, inner in _backend.captures(value.graph) if id(outer) in handles}
+    inside = {id(inner) for outer, inner in tracing.captures(value.graph) if id(outer) in handles}
     seen: set[int] = set()
     waiting = [value.op] if inside else []
     while waiting:

@@ -10,7 +10,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tapeloop import _backend
+from tapeloop._backend import keras_internals, tracing
 from tapeloop.data.batch import shapes, spec_of
 from tapeloop.errors import DataError, TapeloopError
 from tapeloop.model.selection import Selection
@@ -64,7 +64,7 @@ class Objective:
         with _fitting(y, y_pred, sample_weight):
             if not self._stand_in.built:
                 specs = spec_of((y, y_pred, sample_weight))
-                _backend.outside_of_trace(lambda: self._build(*specs))
+                tracing.outside_of_trace(lambda: self._build(*specs))
             return self._stand_in.compute_loss(None, y, y_pred, sample_weight)
 
     def update(self, y: Any, y_pred: Any, sample_weight: Any) -> None:
@@ -159,7 +159,7 @@ def added_losses(selection: Selection) -> list[tf.Tensor]:
         tf.reduce_sum(tf.cast(loss, keras.config.floatx()))
         for submodel in selection.tree.layers
         if submodel not in selection.idle
-        for loss in _backend.added_losses(submodel.object)
+        for loss in keras_internals.added_losses(submodel.object)
     ]
     return losses + [_penalty(variable) for variable in selection.trained if variable.is_penalized]
 

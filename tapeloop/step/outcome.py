@@ -9,7 +9,7 @@ import tensorflow as tf
 from tapeloop.data.batch import Features
 
 
-class Ended(NamedTuple):
+class StepOutcome(NamedTuple):
     """How a step ended that somebody watched.
 
     Attributes:

@@ -9,8 +9,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tapeloop import _backend
-from tapeloop._backend import noting_assignments, shadowed
+from tapeloop._backend import keras_internals
+from tapeloop._backend.patching import noting_assignments, patched
 from tapeloop.errors import PolicyError
 from tapeloop.model.filters import (
     AnyOf,
@@ -80,9 +80,9 @@ class Remat:
         with contextlib.ExitStack() as shadows:
             for submodel in self.chosen(selection.tree):
                 layer = submodel.object
-                for name in _backend.call_methods(layer):
+                for name in keras_internals.call_methods(layer):
                     shadow = _recomputing(submodel, selection, getattr(layer, name))
-                    shadows.enter_context(shadowed(layer, name, shadow))
+                    shadows.enter_context(patched(layer, name, shadow))
             yield
 
 
@@ -108,7 +108,7 @@ def _recomputing(submodel: SubmodelInfo, selection: Selection, call: Callable[..
     layer = submodel.object
     held = [v for v in selection.tree.held[submodel] if isinstance(v.variable, keras.Variable)]
     trained = [(v, v.tf_variable) for v in held if v in selection.group_of]
-    still = [(v.variable, v.tf_variable) for v in held if v not in selection.group_of]
+    immutable_variables = [(v.variable, v.tf_variable) for v in held if v not in selection.group_of]
     plain = [v.tf_variable for v in selection.tree.held[submodel] if not isinstance(v.variable, keras.Variable)]
     again = False
 
@@ -118,14 +118,14 @@ def _recomputing(submodel: SubmodelInfo, selection: Selection, call: Callable[..
         flat = tf.nest.flatten((args, kwargs))
         places = _floating(flat)
         weights = [tensor.read_value() for _, tensor in trained]
-        found = [(variable, tensor.read_value()) for variable, tensor in still]
-        training = _backend.inherited_training(layer)
+        found = [(variable, tensor.read_value()) for variable, tensor in immutable_variables]
+        training = keras_internals.inherited_training(layer)
         outputs: list[Any] = []
 
         def run(*tensors: tf.Tensor) -> list[tf.Tensor]:
             given = list(flat)
             for place, tensor in zip(places, tensors):
-                _backend.copy_mask(flat[place], tensor)
+                keras_internals.copy_mask(flat[place], tensor)
                 given[place] = tensor
             inner_args, inner_kwargs = tf.nest.pack_sequence_as((args, kwargs), given)
             values = [*zip((v.variable for v, _ in trained), tensors[len(places) :]), *found]
@@ -142,7 +142,7 @@ def _recomputing(submodel: SubmodelInfo, selection: Selection, call: Callable[..
             nonlocal again
             again = True
             try:
-                with _backend.within_call(training), _Pure(values):
+                with keras_internals.within_call(training), _Pure(values):
                     return layer(*args, **kwargs)
             finally:
                 again = False
@@ -151,7 +151,7 @@ def _recomputing(submodel: SubmodelInfo, selection: Selection, call: Callable[..
         computed = tf.nest.flatten(tf.recompute_grad(run)(*(flat[place] for place in places), *weights))
         results = tf.nest.flatten(outputs[0])
         for place, tensor in zip(_floating(results), computed):
-            _backend.copy_mask(results[place], tensor)
+            keras_internals.copy_mask(results[place], tensor)
             results[place] = tensor
         return tf.nest.pack_sequence_as(outputs[0], results)
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import tensorflow as tf
 
-from tapeloop import _backend
+from tapeloop._backend import tracing
 
 
-class Means:
+class RunningMeans:
     """The running means of the scalars that a step returns, in variables, so that nothing is fetched unasked."""
 
     def __init__(self) -> None:
@@ -22,7 +22,7 @@ class Means:
         """Take in one step's values, counted by its examples, or not at all where `counts` is False."""
         names = tuple(values)
         if names not in self._sums:
-            _backend.outside_of_trace(functools.partial(self._make, names))
+            tracing.outside_of_trace(functools.partial(self._make, names))
         # In float64: a sum in float32 no longer notices its smallest terms once it is a few million times as large.
         scalars = [tf.reduce_mean(tf.cast(value, tf.float64)) for value in values.values()]
         added = tf.stack([*scalars, tf.ones((), tf.float64)]) * tf.cast(examples, tf.float64)

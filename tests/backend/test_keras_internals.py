@@ -4,7 +4,7 @@ import keras
 import pytest
 import tensorflow as tf
 
-from tapeloop import _backend
+from tapeloop._backend import keras_internals, patching, tracing
 
 layers = keras.layers
 
@@ -17,7 +17,7 @@ def test_sublayers_are_the_direct_ones_in_the_order_of_tracking():
             self.several = [keras.Sequential([layers.Dense(1)]), layers.Dropout(0.1)]
 
     holder = Holder()
-    assert _backend.sublayers(holder) == [holder.one, *holder.several]
+    assert keras_internals.sublayers(holder) == [holder.one, *holder.several]
 
 
 def test_the_mode_that_nested_layers_inherit_can_be_read_and_set():
@@ -34,8 +34,8 @@ def test_the_mode_that_nested_layers_inherit_can_be_read_and_set():
             self.inner = Inner()
 
         def call(self, x, training=None):
-            seen.append(_backend.inherited_training(self))
-            _backend.inherit_training(self, False)
+            seen.append(keras_internals.inherited_training(self))
+            keras_internals.inherit_training(self, False)
             return self.inner(x)
 
     Outer()(tf.zeros((1, 1)), training=True)
@@ -53,11 +53,13 @@ def test_a_call_that_is_repeated_inherits_a_mode_and_leaves_no_trace():
 
     inner = Inner()
     for training in (True, False):
-        with _backend.within_call(training):
+        with keras_internals.within_call(training):
             inner(tf.zeros((1, 1)))
     inner(tf.zeros((1, 1)))
     assert seen == [True, False, None]
-    assert len(_backend.added_losses(inner)) == 1  # the outermost call forgets those before, as it does elsewhere
+    assert (
+        len(keras_internals.added_losses(inner)) == 1
+    )  # the outermost call forgets those before, as it does elsewhere
 
 
 def test_a_repeated_call_in_a_stateless_scope_adds_no_losses():
@@ -68,9 +70,9 @@ def test_a_repeated_call_in_a_stateless_scope_adds_no_losses():
 
     layer = Adds()
     layer(tf.zeros((1, 1)))
-    with _backend.within_call(True), keras.StatelessScope():
+    with keras_internals.within_call(True), keras.StatelessScope():
         layer(tf.zeros((1, 1)))
-    assert len(_backend.added_losses(layer)) == 1
+    assert len(keras_internals.added_losses(layer)) == 1
 
 
 def test_a_mask_can_be_copied():
@@ -85,9 +87,9 @@ def test_a_mask_can_be_copied():
             seen.append(mask)
             return x
 
-    _backend.copy_mask(tf.zeros(1), copy)
+    keras_internals.copy_mask(tf.zeros(1), copy)
     Looks()(copy)
-    _backend.copy_mask(masked, copy)
+    keras_internals.copy_mask(masked, copy)
     Looks()(copy)
     assert seen[0] is None
     assert seen[1].numpy().tolist() == [[True, False]]
@@ -95,10 +97,10 @@ def test_a_mask_can_be_copied():
 
 def test_a_quantized_layer_is_run_by_another_method():
     dense = layers.Dense(2)
-    assert _backend.call_methods(dense) == ("call",)
+    assert keras_internals.call_methods(dense) == ("call",)
     dense(tf.zeros((1, 2)))
     dense.quantize("int8")
-    assert _backend.call_methods(dense) == ("call", "quantized_call")
+    assert keras_internals.call_methods(dense) == ("call", "quantized_call")
     ran = []
     object.__setattr__(dense, "quantized_call", lambda x: ran.append(x) or x)
     dense(tf.zeros((1, 2)))
@@ -118,10 +120,10 @@ def test_added_losses_are_a_layers_own():
     inner = Adds(2.0)
     outer = Adds(1.0, inner)
     outer(tf.zeros((1, 1)))
-    assert [float(loss) for loss in _backend.added_losses(outer)] == [1.0]
-    assert [float(loss) for loss in _backend.added_losses(inner)] == [2.0]
-    _backend.forget_added_losses(inner)
-    assert _backend.added_losses(inner) == []
+    assert [float(loss) for loss in keras_internals.added_losses(outer)] == [1.0]
+    assert [float(loss) for loss in keras_internals.added_losses(inner)] == [2.0]
+    keras_internals.forget_added_losses(inner)
+    assert keras_internals.added_losses(inner) == []
     assert inner.losses == []
 
 
@@ -132,12 +134,12 @@ def test_a_cloned_optimizer_keeps_what_its_config_does_not_say():
 
     for learning_rate in (Warmup(), lambda: 0.5):
         template = keras.optimizers.SGD(learning_rate, momentum=0.5)
-        clone = _backend.clone_optimizer(template, _backend.optimizer_config(template, learning_rate))
+        clone = keras_internals.clone_optimizer(template, keras_internals.optimizer_config(template, learning_rate))
         assert clone.momentum == 0.5
         assert float(clone.learning_rate) == float(template.learning_rate) == 0.5
     template = keras.optimizers.AdamW(0.25, weight_decay=0.5)
     template.exclude_from_weight_decay(var_names=["bias"])
-    clone = _backend.clone_optimizer(template, _backend.optimizer_config(template, None))
+    clone = keras_internals.clone_optimizer(template, keras_internals.optimizer_config(template, None))
     variable, bias = keras.Variable([1.0], name="kernel"), keras.Variable([1.0], name="bias")
     clone.build([variable, bias])
     clone.apply([tf.zeros(1), tf.zeros(1)])
@@ -151,7 +153,7 @@ def test_custom_objects_in_scope_reach_outside_of_a_trace():
 
     with keras.saving.custom_object_scope({"mine": mine}):
         got = []
-        _backend.outside_of_trace(lambda: got.append(keras.saving.get_registered_object("mine")))
+        tracing.outside_of_trace(lambda: got.append(keras.saving.get_registered_object("mine")))
     assert got == [mine]
 
 
@@ -162,13 +164,13 @@ def test_outside_of_a_trace_variables_are_made_unseen_and_errors_come_back():
     def traced():
         traces.append(1)
         if not made:
-            _backend.outside_of_trace(lambda: made.append(tf.Variable(1.0)))
+            tracing.outside_of_trace(lambda: made.append(tf.Variable(1.0)))
         return made[0] + 1.0
 
     assert float(traced()) == 2.0
     assert len(traces) == 1
     with pytest.raises(ZeroDivisionError):
-        _backend.outside_of_trace(lambda: 1 / 0)
+        tracing.outside_of_trace(lambda: 1 / 0)
 
 
 def test_the_effects_of_a_function_are_what_runs_unasked():
@@ -180,15 +182,15 @@ def test_the_effects_of_a_function_are_what_runs_unasked():
         return variable.read_value() + x
 
     function = assigning.get_concrete_function(tf.TensorSpec(()))
-    assert "AssignAddVariableOp" in {op.type for op in _backend.effects(function)}
-    assert "AddV2" not in {op.type for op in _backend.effects(function)}
+    assert "AssignAddVariableOp" in {op.type for op in tracing.effects(function)}
+    assert "AddV2" not in {op.type for op in tracing.effects(function)}
 
 
 def test_types_of_ops_are_told_apart_by_whether_they_are_stateful():
-    assert not _backend.is_stateful("MatMul")
-    assert not _backend.is_stateful("StatelessRandomUniformV2")
-    assert _backend.is_stateful("RandomUniform")
-    assert _backend.is_stateful("AssignVariableOp")
+    assert not tracing.is_stateful("MatMul")
+    assert not tracing.is_stateful("StatelessRandomUniformV2")
+    assert tracing.is_stateful("RandomUniform")
+    assert tracing.is_stateful("AssignVariableOp")
 
 
 def test_a_layers_own_metrics_are_neither_its_childrens_nor_those_of_compile():
@@ -198,8 +200,8 @@ def test_a_layers_own_metrics_are_neither_its_childrens_nor_those_of_compile():
     model.other = keras.metrics.Mean(name="other")
     model.compile("sgd", "mse", metrics=["mae"])
     model.fit(tf.zeros((1, 1)), tf.zeros((1, 1)), verbose=0)
-    assert _backend.own_metrics(model) == [model.other]
-    assert _backend.own_metrics(inner) == [inner.one]
+    assert keras_internals.own_metrics(model) == [model.other]
+    assert keras_internals.own_metrics(inner) == [inner.one]
 
 
 def test_a_class_has_another_attribute_for_a_while():
@@ -211,21 +213,21 @@ def test_a_class_has_another_attribute_for_a_while():
         pass
 
     for kind in (Base, Inherits):
-        with _backend.class_attribute(kind, "__call__", lambda self: "other"):
+        with patching.class_attribute(kind, "__call__", lambda self: "other"):
             assert kind()() == "other"
         assert kind()() == "base"
     assert "__call__" not in vars(Inherits)
 
 
 def test_the_rate_of_an_optimizer_is_a_variable_unless_it_follows_a_schedule():
-    rate = _backend.learning_rate_variable(keras.optimizers.SGD(0.5))
+    rate = keras_internals.learning_rate_variable(keras.optimizers.SGD(0.5))
     assert float(rate) == 0.5
     rate.assign(0.25)
-    assert _backend.learning_rate_variable(keras.optimizers.SGD(lambda: 0.5)) is None
+    assert keras_internals.learning_rate_variable(keras.optimizers.SGD(lambda: 0.5)) is None
 
 
 def test_the_bookkeeping_of_an_optimizer_is_none_of_its_settings():
-    names = _backend.optimizer_bookkeeping()
+    names = keras_internals.optimizer_bookkeeping()
     assert {"_variables", "_iterations", "built", "name"} <= names
     assert not {"momentum", "beta_1", "weight_decay", "clipnorm", "global_clipnorm"} & names
 
@@ -233,7 +235,7 @@ def test_the_bookkeeping_of_an_optimizer_is_none_of_its_settings():
 def test_every_method_that_assigns_to_a_variable_is_known():
     made = [tf.Variable(0.0)]
     tf.function(lambda: made.append(tf.Variable(0.0)) if len(made) < 2 else None).get_concrete_function()
-    methods = _backend.assigning_methods()
+    methods = patching.assigning_methods()
     for variable in (*made, keras.Variable(0.0).value):
         for name in ("assign", "assign_add", "assign_sub", "scatter_update", "_strided_slice_assign"):
             owner = next(kind for kind in type(variable).__mro__ if name in vars(kind))

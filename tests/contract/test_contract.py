@@ -9,7 +9,7 @@ import tensorflow as tf
 
 import tapeloop as tl
 from tapeloop.model.tree import Tree
-from tapeloop.policies.resolve import select
+from tapeloop.policies.resolve import resolve
 from tapeloop.step.freezing import frozen, inference_mode
 from tests.support import models
 
@@ -161,7 +161,7 @@ def test_trained_parts_still_run_in_training_mode_after_a_frozen_one():
             return self.drop(self.base(self.gain(inputs), training=False))
 
     model = models.built(Explicit())
-    selection = select(tl.Freeze("base"), Tree.of(model))
+    selection = resolve(tl.Freeze("base"), Tree.of(model))
     x = tf.constant(models.images(64)[0]) + 10.0
     dropped = lambda y: float(tf.reduce_mean(tf.cast(y == 0, tf.float32)))  # noqa: E731
     outside = dropped(model(x, training=False))
@@ -184,7 +184,7 @@ def test_a_layer_inside_a_frozen_one_that_keras_does_not_track_is_in_inference_m
     inputs = keras.Input((4,))
     model = keras.Model(inputs, keras.layers.Dense(2, name="head")(Hidden()(inputs)))
     x = tf.ones((8, 4))
-    with inference_mode(select(tl.TrainOnly("head"), Tree.of(model))):
+    with inference_mode(resolve(tl.TrainOnly("head"), Tree.of(model))):
         np.testing.assert_array_equal(model(x, training=True), model(x, training=False))
 
 
@@ -219,7 +219,7 @@ def test_the_users_own_override_of_call_runs_and_stays():
 def test_the_mode_is_lifted_when_the_step_raises():
     model = models.functional()
     own = {id(v.tf_variable): sorted(vars(v.tf_variable)) for v in Tree.of(model).variables}
-    with contextlib.suppress(ZeroDivisionError), frozen(select(tl.Freeze("base"), Tree.of(model))):
+    with contextlib.suppress(ZeroDivisionError), frozen(resolve(tl.Freeze("base"), Tree.of(model))):
         assert tf.config.functions_run_eagerly()
         raise ZeroDivisionError
     assert not tf.config.functions_run_eagerly()

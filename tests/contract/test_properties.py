@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import tapeloop as tl
 from tapeloop.model.tree import Tree
-from tapeloop.policies.resolve import select
+from tapeloop.policies.resolve import resolve
 from tests.support import models, recipes
 
 EXAMPLES = int(os.environ.get("TAPELOOP_EXAMPLES", "40"))
@@ -81,7 +81,7 @@ def test_what_trains_equals_a_step_written_by_hand(recipe, data):
     keras.utils.set_random_seed(0)
     model, twin = recipes.make(recipe), recipes.make(recipe)
     policy = drawn_policy(data, model)
-    selection = select(policy, Tree.of(model))
+    selection = resolve(policy, Tree.of(model))
     quieted(model, twin, selection)
     by_path = {variable.path: variable.variable for variable in Tree.of(twin).variables}
     trained = [by_path[variable.path] for variable in selection.trained]
@@ -103,9 +103,9 @@ def test_two_spellings_of_one_policy_are_one_selection(recipe, data):
     model = recipes.make(recipe)
     policy = drawn_policy(data, model) if data else tl.Freeze("block0")
     tree = Tree.of(model)
-    one = select(policy, tree)
+    one = resolve(policy, tree)
     names = {v.path for v in one.trained}
-    other = select(tl.TrainOnly(tl.matching(lambda v: v.path in names)), Tree.of(model))
+    other = resolve(tl.TrainOnly(tl.matching(lambda v: v.path in names)), Tree.of(model))
     assert one == other
     assert hash(one) == hash(other)
 

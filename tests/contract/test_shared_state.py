@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import tapeloop as tl
-from tapeloop.step.freezing import still
+from tapeloop.step.freezing import immutable_variables
 from tests.support import models, recipes
 
 layers = keras.layers
@@ -124,7 +124,7 @@ def test_shared_statistics_without_weights_move_in_the_trained_part():
     bn = layers.BatchNormalization(scale=False, center=False, momentum=0.5)
     model = shared(bn)
     trainer = tl.Trainer(model, tl.Freeze("base"), loss="mse", optimizer=keras.optimizers.SGD(0.0))
-    assert "moving_mean" not in {v.name for v in still(trainer.selection)}
+    assert "moving_mean" not in {v.name for v in immutable_variables(trainer.selection)}
     for _ in range(40):
         logs = trainer.fit([(X, Y)], progress="none").history
     evaluated = trainer.evaluate([(X, Y)], progress="none")

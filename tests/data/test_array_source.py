@@ -8,8 +8,8 @@ import tensorflow as tf
 
 import tapeloop as tl
 from tapeloop.data.array_source import ON_DEVICE_BYTES
-from tapeloop.data.loader import as_batches
-from tapeloop.data.sampler import Orders
+from tapeloop.data.loader import as_loader
+from tapeloop.data.sampler import Sampler
 from tests.support import models
 from tests.support.models import trainer_of
 
@@ -21,7 +21,7 @@ Y = np.arange(10)
 def rows(data, orders=None):
     """The examples of one epoch, batch by batch, as lists."""
     found = []
-    for x, y in as_batches(data, batch_size=4, orders=orders).drawn():
+    for x, y in as_loader(data, batch_size=4, orders=orders).drawn():
         x = tf.sparse.to_dense(x) if isinstance(x, tf.SparseTensor) else x
         found.append((x.to_list() if isinstance(x, tf.RaggedTensor) else x.numpy().tolist(), y.numpy().tolist()))
     return found
@@ -70,7 +70,7 @@ KINDS = {
 def test_batches_of_every_kind_are_those_of_the_array(kind, tmp_path):
     data = KINDS[kind](tmp_path), Y
     assert rows(data) == rows((X, Y))
-    shuffled = [row for x, y in rows(data, Orders(True, 3)) for row in zip(x, y)]
+    shuffled = [row for x, y in rows(data, Sampler(True, 3)) for row in zip(x, y)]
     assert sorted(shuffled, key=lambda row: row[1]) == list(zip(X.tolist(), Y.tolist()))
     assert [label for _, label in shuffled] != Y.tolist()
 
@@ -91,7 +91,7 @@ def test_training_on_every_kind_is_training_on_the_array(kind, tmp_path):
 
 def test_the_order_is_one_of_the_seed_and_the_epoch():
     def orders(seed, epoch=0, count=2):
-        drawn = Orders(True, seed, epoch)
+        drawn = Sampler(True, seed, epoch)
         return [drawn.next(9).tolist() for _ in range(count)]
 
     assert sorted(orders(1)[0]) == list(range(9))
@@ -122,8 +122,8 @@ def test_two_fits_see_the_orders_of_one():
 def test_arrays_that_a_device_would_not_hold_stay_with_the_host(monkeypatch):
     monkeypatch.setattr("tapeloop.data.array_source.ON_DEVICE_BYTES", X.nbytes)
     monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind: [kind])
-    assert next(as_batches((X, Y))._source.feeds()).source.device == "CPU:0"
-    assert next(as_batches(X)._source.feeds()).source.device is None
+    assert next(as_loader((X, Y))._source.feeds()).source.device == "CPU:0"
+    assert next(as_loader(X)._source.feeds()).source.device is None
     assert ON_DEVICE_BYTES == 2**30
 
 
@@ -163,18 +163,18 @@ def test_arrays_of_any_length_share_two_traces():
 def test_arrays_in_files_go_with_others(tmp_path):
     frame, ragged = Frame(), tf.ragged.constant([[value] for value in X[:, 0]])
     for other in (frame, tf.constant(X), ragged):
-        batches = as_batches(({"a": memmap(tmp_path), "b": other}, Y), batch_size=4, orders=Orders(True, 3))
+        batches = as_loader(({"a": memmap(tmp_path), "b": other}, Y), batch_size=4, orders=Sampler(True, 3))
         for x, y in batches.drawn():
             others = x["b"].to_tensor() if other is ragged else x["b"]
             np.testing.assert_array_equal(x["a"][:, 0], others[:, 0])
             np.testing.assert_array_equal(x["a"], X[y.numpy()])
     with pytest.raises(tl.DataError, match="has arrays in files and sparse ones"):
-        as_batches((memmap(tmp_path), tf.sparse.from_dense(X)))
+        as_loader((memmap(tmp_path), tf.sparse.from_dense(X)))
 
 
 def test_two_fits_of_sparse_arrays_see_the_orders_of_one():
     def orders(*epochs):
-        batches = [as_batches((tf.sparse.from_dense(X), Y), orders=Orders(True, 3, epoch)) for epoch, _ in epochs]
+        batches = [as_loader((tf.sparse.from_dense(X), Y), orders=Sampler(True, 3, epoch)) for epoch, _ in epochs]
         return [
             y.numpy().tolist()
             for each, (_, count) in zip(batches, epochs)

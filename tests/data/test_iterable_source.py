@@ -8,8 +8,8 @@ import pytest
 import tensorflow as tf
 
 import tapeloop as tl
-from tapeloop.data.loader import as_batches
-from tapeloop.data.sampler import Orders
+from tapeloop.data.loader import as_loader
+from tapeloop.data.sampler import Sampler
 from tests.support import models
 from tests.support.models import trainer_of
 from tests.support.streams import X, Y, breaking, from_pydataset, network, trainer_on
@@ -163,7 +163,7 @@ def test_an_iterator_gives_as_many_batches_as_are_asked_for_and_keeps_the_rest()
 
 @pytest.mark.parametrize("options", [{}, {"workers": 2}, {"workers": 2, "use_multiprocessing": True}], ids=str)
 def test_workers_give_the_batches_in_order(options):
-    batches = as_batches(Numbered(**options))
+    batches = as_loader(Numbered(**options))
     for _ in range(2):
         assert [int(batch[0]) for batch in batches.drawn()] == list(range(6))
 
@@ -178,7 +178,7 @@ class Numbered(keras.utils.PyDataset):
 
 def test_a_pydataset_is_shuffled_by_the_seed():
     def order(seed):
-        batches = as_batches(Numbered(), orders=Orders(True, seed))
+        batches = as_loader(Numbered(), orders=Sampler(True, seed))
         return [[int(batch[0]) for batch in batches.drawn()] for _ in range(2)]
 
     one, two = order(1)

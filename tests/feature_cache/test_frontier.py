@@ -101,7 +101,7 @@ class Mixing(layers.Layer):
         return (inputs - tf.reduce_mean(inputs, 0, keepdims=True)) * self.scale
 
 
-class Running(layers.Layer):
+class StepContext(layers.Layer):
     """Each example is seen with those before it."""
 
     def build(self, shape):
@@ -111,14 +111,14 @@ class Running(layers.Layer):
         return tf.cumsum(inputs, 0) * self.scale
 
 
-class Sized(Running):
+class Sized(StepContext):
     """Each example is seen by the number of all."""
 
     def call(self, inputs):
         return inputs / tf.cast(tf.shape(inputs)[0], tf.float32) * self.scale
 
 
-class Rare(Running):
+class Rare(StepContext):
     """Each example is seen by what is in the batch, which comes up in few."""
 
     def call(self, inputs):
@@ -148,7 +148,7 @@ def test_a_cut_has_a_row_for_each_example_that_is_its_alone():
         cut = cut_of(model, tl.TrainOnly("head"), images())
         assert [submodel.path for submodel in cut.submodels] == ["base"]
         assert same(cut, images())
-    for kind in (Running, Sized):
+    for kind in (StepContext, Sized):
         (obstacle,) = cut_of(classifier(behind=[kind(name="mixing")]), tl.TrainOnly("head"), images())
         assert "mixing" in str(obstacle)
         assert "the other examples of a batch" in str(obstacle)

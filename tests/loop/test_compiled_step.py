@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 import tapeloop as tl
-from tapeloop.loop.compiled_step import Step
+from tapeloop.loop.compiled_step import CompiledStep
 from tapeloop.step.clock import Clock
 from tapeloop.step.compilation import Compilation
 from tests.support import models
@@ -66,7 +66,7 @@ class WhereThereIsAGPU(Compilation):
 
 
 def step_of(body, compilation):
-    return Step("train", body, trainer_of().selection, compilation, Clock())
+    return CompiledStep("train", body, trainer_of().selection, compilation, Clock())
 
 
 def strange(batch):

@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 import tapeloop as tl
-from tapeloop.loop.compiled_step import Step
+from tapeloop.loop.compiled_step import CompiledStep
 from tests.support import models
 from tests.support.models import trainer_of
 
@@ -108,14 +108,14 @@ def test_how_many_steps_a_call_runs_changes_nothing(steps_per_call):
 
 def calls_of(trainer, data, monkeypatch, **options):
     """How many steps each call of the loop may run, and did."""
-    seen, run = [], Step.run
+    seen, run = [], CompiledStep.run
 
     def noting(self, feed, most, before, *more):
         tally, failure = run(self, feed, most, before, *more)
         seen.append(tally.batches)
         return tally, failure
 
-    monkeypatch.setattr(Step, "run", noting)
+    monkeypatch.setattr(CompiledStep, "run", noting)
     trainer.fit(data, progress="none", **options)
     return seen
 

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from tapeloop.loop.progress import Display
+from tapeloop.loop.progress import ProgressDisplay
 
 
 class Clock:
@@ -22,7 +22,7 @@ def run(style, stream, **options):
         asked.append(clock.now)
         return {"loss": 0.5, "accuracy": 0.25}, 8 * round(clock.now / 0.03)
 
-    progress = Display(style, stream=stream, clock=clock, **options)
+    progress = ProgressDisplay(style, stream=stream, clock=clock, **options)
     progress.start("epoch 1/2", 10)
     for _ in range(10):
         clock.now += 0.03
@@ -69,7 +69,7 @@ def test_none_is_silent():
 
 def test_a_pass_that_raises_leaves_a_closed_bar():
     stream = io.StringIO()
-    progress = Display("bar", stream=stream)
+    progress = ProgressDisplay("bar", stream=stream)
     progress.start("epoch", 3)
     progress.close()
     progress.close()
@@ -78,7 +78,7 @@ def test_a_pass_that_raises_leaves_a_closed_bar():
 
 def test_other_styles_are_refused():
     with pytest.raises(ValueError, match=r"`progress` must be one of 'auto', 'bar', 'lines', 'none'. Received: 'loud'"):
-        Display("loud")
+        ProgressDisplay("loud")
 
 
 class WritesOnly:

@@ -8,7 +8,7 @@ import tensorflow as tf
 import tapeloop as tl
 from tapeloop.model.tree import Tree
 from tapeloop.optimization.optimizers import Optimizers
-from tapeloop.policies.resolve import select
+from tapeloop.policies.resolve import resolve
 from tests.support import models
 
 layers = keras.layers
@@ -282,7 +282,7 @@ def test_one_that_cannot_be_made_again_is_refused():
 def test_every_optimizer_of_keras_can_be_cloned(name):
     tree = Tree.of(models.functional())
     optimizers = Optimizers(name)
-    optimizers.prepare(select(tl.Groups({"h": "head", "b": "base"}), tree))
+    optimizers.prepare(resolve(tl.Groups({"h": "head", "b": "base"}), tree))
     assert len(optimizers.cohorts) == 2
 
 

@@ -6,7 +6,7 @@ import tensorflow as tf
 import tapeloop as tl
 from tapeloop.model.tree import Tree
 from tapeloop.optimization.optimizers import Optimizers
-from tapeloop.policies.resolve import select
+from tapeloop.policies.resolve import resolve
 from tests.support import models
 
 
@@ -25,7 +25,7 @@ def tree():
 )
 def test_each_variable_is_charged_for_its_own_state(optimizer, state_bytes, tree):
     optimizers = Optimizers(optimizer)
-    optimizers.prepare(select(tl.Freeze("base"), tree))
+    optimizers.prepare(resolve(tl.Freeze("base"), tree))
     by_path = {variable.path: optimizers.state_bytes(variable) for variable in tree.variables}
     assert by_path["head/kernel"] == state_bytes
     assert by_path["base/conv/kernel"] == 0
@@ -37,7 +37,7 @@ NAMES = ["adam", "adamw", "adafactor", "lion", "nadam", "ftrl", "rmsprop", "adam
 @pytest.mark.parametrize("name", [*NAMES, *(["muon"] if hasattr(keras.optimizers, "Muon") else [])])
 def test_no_state_is_left_out(name, tree):
     optimizers = Optimizers(name)
-    optimizers.prepare(select(tl.TrainAll(), tree))
+    optimizers.prepare(resolve(tl.TrainAll(), tree))
     (cohort,) = optimizers.cohorts
     counted = {id(slot) for slots in cohort.slots.values() for slot in slots}
     assert {slot.name for slot in cohort.optimizer.variables if id(slot) not in counted} <= {
@@ -48,7 +48,7 @@ def test_no_state_is_left_out(name, tree):
 def test_the_first_cohort_has_the_very_optimizer_and_the_next_a_clone(tree):
     template = keras.optimizers.SGD(0.5, momentum=0.25)
     optimizers = Optimizers(template)
-    optimizers.prepare(select(tl.Groups({"h": "head", "b": "base"}), tree))
+    optimizers.prepare(resolve(tl.Groups({"h": "head", "b": "base"}), tree))
     first, second = (cohort.optimizer for cohort in optimizers.cohorts)
     assert first is template
     assert second is not template
@@ -56,7 +56,7 @@ def test_the_first_cohort_has_the_very_optimizer_and_the_next_a_clone(tree):
 
 
 def test_one_optimizer_for_each_group(tree):
-    selection = select(tl.Groups({"h": "head", "b": "base"}), tree)
+    selection = resolve(tl.Groups({"h": "head", "b": "base"}), tree)
     optimizers = Optimizers({"h": keras.optimizers.SGD(1.0), "b": keras.optimizers.SGD(0.5)})
     optimizers.prepare(selection)
     before = {variable: variable.tf_variable.numpy() for variable in selection.trained}
@@ -68,7 +68,7 @@ def test_one_optimizer_for_each_group(tree):
 
 def test_who_joins_later_starts_its_own_count_and_who_stays_keeps_its_state(tree):
     optimizers = Optimizers(keras.optimizers.Adam(0.1))
-    head, everything = select(tl.Freeze("base"), tree), select(tl.TrainAll(), tree)
+    head, everything = resolve(tl.Freeze("base"), tree), resolve(tl.TrainAll(), tree)
     optimizers.prepare(head)
     for _ in range(3):
         optimizers.apply(head, ones(head))
@@ -90,7 +90,7 @@ def test_the_optimizers_must_be_for_the_groups(tree):
     with pytest.raises(
         tl.PolicyError, match=r"The groups are \['backbone', 'head'\], the optimizers are for \['head', 'neck'\]"
     ):
-        optimizers.prepare(select(tl.Groups({"head": "head", "backbone": "base"}), tree))
+        optimizers.prepare(resolve(tl.Groups({"head": "head", "backbone": "base"}), tree))
     assert not optimizers.cohorts
 
 
@@ -116,7 +116,7 @@ def test_what_would_act_behind_the_groups_back_is_refused(optimizer, text):
 
 def test_weight_decay_touches_nothing_frozen(tree):
     optimizers = Optimizers(keras.optimizers.AdamW(0.1, weight_decay=0.5))
-    selection = select(tl.Freeze("base"), tree)
+    selection = resolve(tl.Freeze("base"), tree)
     optimizers.prepare(selection)
     before = {variable.path: variable.tf_variable.numpy().tobytes() for variable in selection.frozen}
     optimizers.apply(selection, ones(selection))

@@ -14,7 +14,7 @@ GROUPS = tl.Groups({"base": "base", "head": "head"})
 SGD = {"base": keras.optimizers.SGD(1.0), "head": keras.optimizers.SGD(1.0)}
 
 
-def still():
+def quiet_model():
     """A base and a head of dense layers, with nothing random or stateful in them."""
     keras.utils.set_random_seed(0)
     base = keras.Sequential([keras.Input((4,)), layers.Dense(5, activation="tanh", name="dense")], name="base")
@@ -38,7 +38,7 @@ def by_hand(model, factor=1.0):
 
 def moved(trainer_type=tl.Trainer, policy=GROUPS, model=None, **options):
     """By how much one step with a rate of 1 moves each weight: the gradient that was applied."""
-    model = model or still()
+    model = model or quiet_model()
     before = model.get_weights()
     options.setdefault("optimizer", SGD)
     trainer_type(model, policy, loss=models.cross_entropy(), **options).fit([batch()], progress="none")
@@ -62,14 +62,14 @@ class TwoTapes(tl.Trainer):
 @pytest.mark.parametrize("kind", [tl.Trainer, TwoTapes])
 @pytest.mark.parametrize("options", [{}, {"microbatches": 4}, {"run_eagerly": True}], ids=str)
 def test_clipping_is_to_one_norm_over_all_that_an_update_touches(kind, options):
-    gradients = by_hand(still())
+    gradients = by_hand(quiet_model())
     norm = np.sqrt(sum((g**2).sum() for g in gradients))
     assert_close(moved(kind, clip_norm=float(norm / 3), **options), [g / 3 for g in gradients])
     assert_close(moved(kind, clip_norm=float(norm * 3), **options), gradients)
 
 
 def test_clipping_by_group_leaves_other_groups_alone():
-    gradients = by_hand(still())
+    gradients = by_hand(quiet_model())
     norm = np.sqrt(sum((g**2).sum() for g in gradients[2:]))
     expected = [*gradients[:2], *(g / 2 for g in gradients[2:])]
     assert_close(moved(clip_norm={"head": float(norm / 2)}), expected)
@@ -89,7 +89,7 @@ class Apart(tl.Trainer):
 
 @pytest.mark.parametrize("options", [{}, {"microbatches": 4}, {"run_eagerly": True}], ids=str)
 def test_gradients_may_be_taken_and_applied_apart(options):
-    gradients = by_hand(still())
+    gradients = by_hand(quiet_model())
     assert_close(moved(Apart, **options), [*(0 * g for g in gradients[:2]), *(2 * g for g in gradients[2:])])
 
 
@@ -126,7 +126,7 @@ def penalized(model):
 
 
 def test_tapes_nest_for_second_order():
-    model = still()
+    model = quiet_model()
     expected = penalized(model)
     policy = tl.TrainOnly("**/kernel")  # no bias of the head, which the penalty does not depend on
     kernels = [expected[0], 0 * expected[1], expected[2], 0 * expected[3]]
@@ -147,7 +147,7 @@ class Watching(tl.Trainer):
 
 
 def test_a_tape_may_watch_inputs_and_last():
-    model = still()
+    model = quiet_model()
     x, y = map(tf.constant, batch())
     with tf.GradientTape() as tape:
         tape.watch(x)
@@ -209,7 +209,7 @@ def step_of(body):
         def train_step(self, batch):
             return body(self, *batch)
 
-    return Custom(still(), GROUPS, loss=models.cross_entropy(), optimizer=SGD)
+    return Custom(quiet_model(), GROUPS, loss=models.cross_entropy(), optimizer=SGD)
 
 
 def loss_of(trainer, x, y):
@@ -278,7 +278,7 @@ def test_verbs_outside_of_a_step_that_trains(verb):
             return getattr(self, verb)(*arguments)
 
     with pytest.raises(RuntimeError, match=rf"`{verb}` was called outside a step that trains"):
-        Evaluating(still()).evaluate([batch()], progress="none")
+        Evaluating(quiet_model()).evaluate([batch()], progress="none")
 
 
 @pytest.mark.parametrize(

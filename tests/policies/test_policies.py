@@ -6,7 +6,7 @@ import tensorflow as tf
 
 import tapeloop as tl
 from tapeloop.model.tree import Tree
-from tapeloop.policies.resolve import select
+from tapeloop.policies.resolve import resolve
 from tests.support import models
 
 
@@ -16,7 +16,7 @@ def tree():
 
 
 def groups(policy, tree):
-    return {name: [v.path for v in variables] for name, variables in select(policy, tree).groups.items()}
+    return {name: [v.path for v in variables] for name, variables in resolve(policy, tree).groups.items()}
 
 
 HEAD = ["head/kernel", "head/bias"]
@@ -48,14 +48,14 @@ def test_what_trains(policy, expected, tree):
 
 @pytest.mark.parametrize("policy", [tl.TrainAll(), tl.Freeze("base"), tl.Groups({"h": "head"}), Kernels()])
 def test_every_variable_stands_in_exactly_one_place(policy, tree):
-    selection = select(policy, tree)
+    selection = resolve(policy, tree)
     assert sorted(v.path for v in (*selection.trained, *selection.frozen, *selection.non_trainable)) == sorted(
         v.path for v in tree.variables
     )
 
 
 def inference(policy, model):
-    return [submodel.path for submodel in select(policy, Tree.of(model)).inference]
+    return [submodel.path for submodel in resolve(policy, Tree.of(model)).inference]
 
 
 def test_a_submodel_of_which_nothing_trains_runs_in_inference_mode_with_all_in_it():
@@ -85,7 +85,7 @@ def test_a_batch_normalization_without_scale_and_offset_follows_what_is_around_i
 def test_what_keras_holds_non_trainable_is_never_asked_about_and_runs_in_inference_mode():
     model = models.functional()
     model.get_layer("base").trainable = False
-    selection = select(tl.TrainAll(), Tree.of(model))
+    selection = resolve(tl.TrainAll(), Tree.of(model))
     assert groups(tl.TrainAll(), Tree.of(model)) == {"default": HEAD}
     assert "base/bn" in inference(tl.TrainAll(), model)
     rules = {variable.path: rule for variable, rule in selection.rules.items()}
@@ -116,22 +116,22 @@ def test_a_layer_shared_by_a_frozen_and_a_trained_submodel_follows_both():
 
 def test_selections_are_equal_when_the_same_trains_however_it_was_said(tree):
     model = models.functional()
-    first = select(tl.Freeze("base"), Tree.of(model))
-    second = select(tl.TrainOnly(tl.of_type(keras.layers.Dense)), Tree.of(model))
+    first = resolve(tl.Freeze("base"), Tree.of(model))
+    second = resolve(tl.TrainOnly(tl.of_type(keras.layers.Dense)), Tree.of(model))
     assert first == second
     assert hash(first) == hash(second)
-    assert first != select(tl.TrainAll(), Tree.of(model))
-    assert first != select(tl.Groups({"other": "head"}), Tree.of(model))
-    assert first != select(tl.Freeze("base"), tree)
+    assert first != resolve(tl.TrainAll(), Tree.of(model))
+    assert first != resolve(tl.Groups({"other": "head"}), Tree.of(model))
+    assert first != resolve(tl.Freeze("base"), tree)
     assert first != "base"
 
 
 def test_a_selection_says_how_much_trains(tree):
-    assert select(tl.Freeze("base"), tree).describe() == (
+    assert resolve(tl.Freeze("base"), tree).describe() == (
         "default: 2 variables, 195 parameters; frozen: 4 variables, 48 parameters; "
         "non-trainable: 3 variables, 10 parameters"
     )
-    assert repr(select(tl.Freeze("base"), tree)).startswith("<Selection: default: 2 variables")
+    assert repr(resolve(tl.Freeze("base"), tree)).startswith("<Selection: default: 2 variables")
 
 
 def test_policies_are_values_that_read_as_written():
@@ -201,14 +201,14 @@ class Says(tl.VariablePolicy):
 )
 def test_what_cannot_be_resolved(make, policy, text):
     with pytest.raises(tl.PolicyError, match=text):
-        select(policy(), Tree.of(make()))
+        resolve(policy(), Tree.of(make()))
 
 
 def test_a_model_that_keras_holds_non_trainable_as_a_whole():
     model = models.functional()
     model.trainable = False
     with pytest.raises(tl.PolicyError, match="Keras holds every variable of the model non-trainable"):
-        select(tl.TrainAll(), Tree.of(model))
+        resolve(tl.TrainAll(), Tree.of(model))
 
 
 def test_a_policy_without_group_says_what_to_write(tree):
@@ -216,7 +216,7 @@ def test_a_policy_without_group_says_what_to_write(tree):
         pass
 
     with pytest.raises(NotImplementedError, match=r"Empty must write `group\(self, variable\)`"):
-        select(Empty(), tree)
+        resolve(Empty(), tree)
 
 
 @pytest.mark.parametrize(

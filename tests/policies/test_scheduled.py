@@ -4,7 +4,7 @@ import pytest
 
 import tapeloop as tl
 from tapeloop.model.tree import Tree
-from tapeloop.policies.resolve import chain, select
+from tapeloop.policies.resolve import chain, resolve
 from tests.support.blocks import blocks
 
 A, B, C = tl.TrainOnly("a"), tl.TrainOnly("b"), tl.TrainOnly("c")
@@ -57,7 +57,7 @@ def test_a_random_subset_follows_from_seed_and_draw_alone():
 
     def drawn(seed, step):
         policy = chain(tl.RandomSubset(2, of="block*", every=10, seed=seed), tl.Progress(step))[-1]
-        return sorted({variable.path.split("/")[0] for variable in select(policy, tree).trained})
+        return sorted({variable.path.split("/")[0] for variable in resolve(policy, tree).trained})
 
     assert all(len(drawn(0, step)) == 2 for step in range(0, 100, 10))
     assert drawn(0, 0) == drawn(0, 9)
@@ -67,7 +67,7 @@ def test_a_random_subset_follows_from_seed_and_draw_alone():
 
 
 def test_layerwise_decay_by_hand():
-    selection = select(tl.LayerwiseDecay(0.5, of="block*"), Tree.of(blocks(3)))
+    selection = resolve(tl.LayerwiseDecay(0.5, of="block*"), Tree.of(blocks(3)))
     assert dict(selection.multipliers) == {
         "below": 1 / 16,
         "block0": 1 / 8,
@@ -143,9 +143,9 @@ def test_wrong_uses(make, error, text):
 def test_what_cannot_be_drawn_or_counted():
     tree = Tree.of(blocks())
     with pytest.raises(tl.PolicyError, match=r"asked for 9 submodels of 'block\*', but the model has 4"):
-        select(chain(tl.RandomSubset(9, of="block*", every=1), tl.Progress())[-1], tree)
+        resolve(chain(tl.RandomSubset(9, of="block*", every=1), tl.Progress())[-1], tree)
     with pytest.raises(tl.PolicyError, match=r"found no submodel that holds variables"):
-        select(tl.LayerwiseDecay(0.5, of="stage*"), tree)
+        resolve(tl.LayerwiseDecay(0.5, of="stage*"), tree)
 
 
 def test_an_at_must_return_a_policy_that_settles():
@@ -172,4 +172,4 @@ def test_a_multiplier_is_one_number_for_a_group():
             return 1.0 if variable.name == "bias" else 2.0
 
     with pytest.raises(tl.PolicyError, match=r"`Uneven.multiplier` must return one number for each group"):
-        select(Uneven(), Tree.of(blocks()))
+        resolve(Uneven(), Tree.of(blocks()))

@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 import tapeloop as tl
-from tapeloop._backend import can_stop
+from tapeloop._backend.assertions import can_stop
 from tests.support.inspect import everything
 
 layers = keras.layers

@@ -6,11 +6,11 @@ import tensorflow as tf
 import tapeloop as tl
 from tapeloop.data.batch import shapes
 from tapeloop.step.objective import Objective
-from tapeloop.step.running_means import Means
+from tapeloop.step.running_means import RunningMeans
 
 
 def test_means_are_weighted_and_start_anew():
-    means = Means()
+    means = RunningMeans()
     assert means.results() == ({}, 0)
     means.update({"loss": tf.constant(1.0)}, tf.constant(3.0))
     means.update({"loss": tf.constant(5.0)}, tf.constant(1.0))
@@ -26,7 +26,7 @@ def test_means_are_weighted_and_start_anew():
 
 
 def test_making_the_variables_costs_no_second_trace():
-    means, objective, traces = Means(), Objective("mse", None, ["mae", "accuracy"], None, None), []
+    means, objective, traces = RunningMeans(), Objective("mse", None, ["mae", "accuracy"], None, None), []
 
     @tf.function
     def step(y):
