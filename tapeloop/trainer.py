@@ -2,56 +2,62 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from tapeloop._validation import whole_number
-from tapeloop.body import OVERRIDABLE, Body
 from tapeloop.data.batch import as_tensors, examples_of, open_spec_of
 from tapeloop.data.given import DataSpec
-from tapeloop.data.loader import DataLoader, as_loader
+from tapeloop.data.loader import as_loader
 from tapeloop.data.sampler import Sampler
 from tapeloop.feature_cache.cache import FeatureCache
+from tapeloop.feature_cache.cached_data import CachedData
+from tapeloop.feature_cache.report import Frontier, frontier_of
 from tapeloop.feature_cache.storage import Memory
 from tapeloop.loop.epochs import EpochLoop
+from tapeloop.loop.fit_data import FitData
 from tapeloop.loop.history import History
 from tapeloop.loop.nonfinite import NonFiniteHandler
 from tapeloop.loop.pace import Pace
-from tapeloop.loop.phases import ActivePhase, PhaseTracker
+from tapeloop.loop.phases import PhaseTracker
 from tapeloop.loop.progress import ProgressDisplay
+from tapeloop.loop.state import TrainerState
 from tapeloop.loop.step_cache import StepCache
+from tapeloop.model import summary
 from tapeloop.model.filters import FilterLike
+from tapeloop.model.selection import Selection
 from tapeloop.model.suitability import check_one_device, check_own_step
 from tapeloop.model.tree import Model, Tree
 from tapeloop.optimization.clipping import Clipping
 from tapeloop.optimization.ema import MovingAverages
+from tapeloop.optimization.loss_scale import LossScale
 from tapeloop.optimization.microbatches import Microbatches
-from tapeloop.optimization.optimizers import Optimizers
+from tapeloop.optimization.optimizers import LearningRates, Optimizers
 from tapeloop.optimization.updates import Updates
 from tapeloop.policies.base import VariablePolicy
 from tapeloop.policies.static import TrainAll
-from tapeloop.readings import Readings
-from tapeloop.step.accumulation import check_pieces
-from tapeloop.step.clock import Clock
-from tapeloop.step.compilation import Compilation
+from tapeloop.step.accumulation import cut
+from tapeloop.step.attributes import UserAttributes
 from tapeloop.step.objective import Objective
+from tapeloop.step.plan import Compilation, StepParts
 from tapeloop.step.remat import Remat
+from tapeloop.step.user_step import OVERRIDABLE, UserStep
 
 
-class Trainer(Readings):
+class Trainer(UserStep):
     """Trains what a policy selects of a model, and leaves the rest bit-identical.
 
-    In research code, subclass it and override the one of `forward`, `compute_loss`, `train_step` and `eval_step` that
-    gives the control needed.
+    In research code, subclass it and override `forward`, `compute_loss`, `train_step` or `eval_step`, from least to
+    most control.
 
     Attributes:
         model: The model as it was passed.
-        policy: What trains. Assign another between two fits: state is carried over, and nothing else need be done.
+        state: Everything that the run needs to continue, beside the model.
 
     Example:
         >>> dense = keras.layers.Dense
@@ -89,29 +95,31 @@ class Trainer(Readings):
         Args:
             model: A Keras model or layer, a `tf.Module`, or a mapping from names to such.
             policy: What trains; by default all that can.
-            loss: A loss as `keras.Model.compile` takes it. Not needed where `compute_loss` or `train_step` is
-                overridden, or where layers add losses.
-            optimizer: A Keras optimizer or its name, or a mapping with one for each group. It is used as it is, and
-                cloned for variables that train in another group or begin at another time.
+            loss: A loss as `keras.Model.compile` takes it. It is not needed if `compute_loss` or `train_step` is
+                overridden, or if layers add losses.
+            optimizer: A Keras optimizer or its name, or a mapping with one for each group. The trainer uses the very
+                object, and clones it for variables that train in another group or begin at another time.
             metrics: Metrics as `keras.Model.compile` takes them.
             weighted_metrics: Metrics to which sample weights apply, likewise.
-            loss_weights: Weights of the losses of several outputs, likewise.
+            loss_weights: The weights of the losses of several outputs, likewise.
             clip_norm: The norm to which the gradients of an update are clipped together, or one for each of some
                 groups.
-            microbatches: In how many pieces a batch is cut, computed one after the other and averaged by examples, for
-                one update: the large batch's result, but for layers and losses that look across a batch, in a fraction
-                of its memory. `"auto"` begins with 1 and doubles it when a step runs out of memory, which is repeated.
-            nonfinite: What an Inf or NaN in a loss or a gradient does, the step having changed nothing: `"raise"`
-                stops, `"skip"` goes on and counts `skipped_steps` in the logs; `"ignore"` does not look.
-            max_skipped: How many steps in a row may be skipped before that raises.
+            microbatches: The number of pieces that a batch is cut in. They are computed one after the other and
+                averaged by examples, for one update: the large batch's result, except for layers and losses that look
+                across a batch, in a fraction of its memory. `"auto"` tries the first batch of each fit and phase: if
+                it runs out of memory, the step is undone and the number doubled.
+            nonfinite: What an Inf or NaN in a loss or a gradient does; the step has changed nothing. `"raise"` stops,
+                `"skip"` goes on and logs `skipped_steps`, `"ignore"` does not look.
+            max_skipped: The number of steps in a row that may be skipped before `"skip"` raises.
             ema: The decay of an exponential moving average of what trains, such as 0.999; see `ema_weights`.
-            remat: Submodels whose activations are computed again for the gradient instead of kept: a path glob that
-                names them, a class, a layer, or a list of these.
-            jit_compile: Whether XLA compiles the steps; `"auto"`: on a GPU, where it can.
-            run_eagerly: Whether steps are run op by op in Python, for breakpoints and prints.
-            steps_per_call: How many steps the compiled loop runs before the host looks; `"auto"`: for about 0.2 s.
-            ignore_model_step: Whether a `train_step`, `test_step`, `compute_loss` or `compute_metrics` that the model
-                itself overrides for Keras' `fit` may be left aside.
+            remat: Submodels whose activations are computed again for the gradient instead of kept: a path glob, a
+                class, a layer, or a list of these.
+            jit_compile: Whether XLA compiles the steps; `"auto"`: on a GPU, if XLA can.
+            run_eagerly: Whether steps run op by op in Python, for breakpoints and prints.
+            steps_per_call: The number of steps that the loop in the graph runs before the host looks; `"auto"`: for
+                about 0.2 s.
+            ignore_model_step: Whether the trainer may ignore a `train_step`, `test_step`, `compute_loss` or
+                `compute_metrics` that the model itself overrides for Keras' `fit`.
             seed: The seed by which arrays are shuffled.
 
         Raises:
@@ -119,52 +127,38 @@ class Trainer(Readings):
             ValueError: An option has a value that it cannot have, the model has a step of its own, or it was made
                 under a distribution strategy.
         """
-        overridden = {name for name in OVERRIDABLE if getattr(type(self), name) is not getattr(Body, name)}
+        overridden = {name for name in OVERRIDABLE if getattr(type(self), name) is not vars(UserStep)[name]}
         check_one_device(Tree.of(model))
         if not ignore_model_step:
             check_own_step(model, overridden, type(self).__name__)
-        self.model = model
-        self.policy = TrainAll() if policy is None else policy
+        Pace(steps_per_call)  # raises if the number is wrong
         self._seed = None if seed is None else whole_number("seed", seed, 0)
         names = getattr(model, "output_names", None)
-        self._objective = Objective(loss, loss_weights, metrics, weighted_metrics, names)
-        pieces = Microbatches(microbatches)
-        if pieces.adapts or pieces.count > 1:
-            self._objective.check_averages()
-        judge = NonFiniteHandler(nonfinite, max_skipped)
-        parts = Optimizers(optimizer), Clipping(clip_norm), pieces, MovingAverages(ema)
-        self._updates = Updates(*parts, looks=judge.looks, ends_at_bad=judge.patience == 0)
-        bodies = {"train": self.train_step, "eval": self.eval_step, "predict": self._predict_step}
-        # Python's `if` and `for` over tensors are the user's to write; converting our own code costs a second.
-        how = Compilation(bool(overridden), jit_compile, run_eagerly, steps_per_call)
-        self._clock = Clock()
-        Pace(steps_per_call)  # which raises what is wrong with it
-        self._steps = StepCache(
-            bodies,
-            self._objective,
-            self._updates,
-            self._clock,
-            how,
-            Remat(remat),
-            self._kept,
-            self._others,
-            self._is_plain,
-            self._attributes,
+        objective = Objective(loss, loss_weights, metrics, weighted_metrics, names)
+        handler = NonFiniteHandler(nonfinite, max_skipped)
+        self.state = TrainerState(Optimizers(optimizer), MovingAverages(ema), LossScale(), Microbatches(microbatches))
+        if self.state.microbatches.adapts or self.state.microbatches.count > 1:
+            objective.check_averages()
+        parts = StepParts(
+            bodies={"train": self.train_step, "eval": self.eval_step, "predict": self._predict_step},
+            objective=objective,
+            updates=Updates(self.state.optimizers, Clipping(clip_norm), self.state.averages, self.state.loss_scale),
+            attributes=UserAttributes(vars(self), model),
+            # Python's `if` and `for` over tensors are the user's to write; converting our own code costs a second.
+            compilation=Compilation(bool(overridden), jit_compile, run_eagerly, steps_per_call),
+            remat=Remat(remat),
+            is_plain=self._is_plain,
+            looks=handler.mode != "ignore",
+            ends_at_bad=handler.mode == "raise",
         )
-        self._loop = EpochLoop(self._steps, judge)
-        self._selections = PhaseTracker(model, self._steps, self._updates)
-        self._cached = Memory()
+        super().__init__(model, parts)
+        steps = StepCache(parts, self.state.microbatches)
+        phases = PhaseTracker(model, steps, self.state)
+        self._loop = EpochLoop(steps, phases, self.state, handler)
+        self._features = Memory()
+        self.policy = TrainAll() if policy is None else policy
 
-    def __reduce__(self) -> Any:
-        """Refuse to be pickled or copied.
-
-        Raises:
-            TypeError: Always.
-        """
-        raise TypeError(
-            f"A {type(self).__name__} cannot be pickled or copied: it holds compiled steps. Save the model, as by "
-            "`trainer.model.save(path)`, or make another trainer of it."
-        )
+    # Running it
 
     def fit(
         self,
@@ -186,18 +180,19 @@ class Trainer(Readings):
         Args:
             data: A `tf.data.Dataset` of batches, arrays `(inputs, targets[, sample_weight])`, a
                 `keras.utils.PyDataset`, or any other iterable of batches. Arrays are NumPy's, tensors (ragged and
-                sparse ones too), data frames, or files such as `np.memmap`.
-            epochs: How many epochs more.
+                sparse ones too), data frames, or files such as `np.memmap`, with the examples as first dimension.
+            epochs: The number of epochs more.
             batch_size: Examples per batch, for arrays.
             shuffle: Whether arrays, and the batches of a `PyDataset`, are shuffled anew each epoch.
             steps_per_epoch: Batches per epoch, for data without end.
             class_weight: Weights of examples by the class of their target; other classes have the weight 1.
             validation_data: Data to evaluate after each epoch.
             validation_steps: Batches per evaluation, for data without end.
-            feature_cache: Where what is frozen and comes first in the model is kept, so that it is computed once for
-                each example and not once an epoch: `"memory"`, or the path of a folder, which later runs use too.
-            feature_cache_views: How many passes of it are kept where the model augments at random first: each epoch
-                sees one of them, and no others are ever drawn.
+            feature_cache: Where the features of the frozen part that comes first in the model are kept, so that they
+                are computed once for each example and not once an epoch: `"memory"`, or the path of a folder, which
+                later runs use too.
+            feature_cache_views: If the model augments at random first: how many augmented versions of each example
+                are stored. Epochs cycle through them: less variety, more speed.
             progress: `"auto"`, `"bar"`, `"lines"` or `"none"`.
 
         Returns:
@@ -212,8 +207,7 @@ class Trainer(Readings):
             RuntimeError: Called inside `ema_weights()`, or within an epoch of this trainer.
 
         Example:
-            >>> dense = keras.layers.Dense
-            >>> model = keras.Sequential([keras.Input((4,)), dense(3, name="base"), dense(2, name="head")])
+            >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
             >>> trainer = tl.Trainer(model, loss="mse")
             >>> x, y = np.ones((32, 4)), np.ones((32, 2))
             >>> history = trainer.fit((x, y), epochs=2, batch_size=16, validation_data=(x, y), progress="none")
@@ -222,27 +216,21 @@ class Trainer(Readings):
         """
         self._loop.check_idle()
         whole_number("epochs", epochs, 0)
-        self._updates.averages.check_may_train()
-        steps, seed = ("steps_per_epoch", steps_per_epoch), Sampler(shuffle, self._seed).seed
-        given = DataSpec("data", data, batch_size, steps, class_weight, shuffle, seed)
-        batches, validation = given.batches(given.orders(self.epoch)), None
+        self.state.averages.check_may_train()
+        self.state.shuffle_seed = Sampler(shuffle, self._seed).seed
+        steps = ("steps_per_epoch", steps_per_epoch)
+        spec = DataSpec("data", data, batch_size, steps, class_weight, shuffle, self.state.shuffle_seed)
         judged = DataSpec("validation_data", validation_data, batch_size, ("validation_steps", validation_steps))
-        if validation_data is not None:
-            validation = judged.batches()
-            validation.lasts(epochs)
-            validation.check()
-        batches.lasts(epochs)
-        check_pieces(self._updates.microbatches, batches.fewest)
-        cache = FeatureCache(self._cached, feature_cache, feature_cache_views)
-        cache.check([given, judged], self._updates.microbatches, self._steps.run_eagerly)
-        self._steps.build(self.model, batches.specs)
-        self._selections.check(self.policy)
-
-        def train(due: ActivePhase) -> DataLoader:
-            return cache.batches(due.step, given, batches, self.epoch, due.every_steps)
-
-        judge = None if validation is None else functools.partial(cache.batches, given=judged, plain=validation)
-        return self._loop.fit(self._due, self._evaluation, train, judge, epochs, ProgressDisplay(progress))
+        given = spec, None if validation_data is None else judged, self.state.epoch, epochs
+        cache = FeatureCache(self._features, feature_cache, feature_cache_views)
+        passes = FitData(*given) if feature_cache is None else CachedData(cache, *given)
+        fewest, pieces = passes.loader.fewest, self.state.microbatches
+        if fewest is not None and not pieces.adapts:
+            cut(fewest, pieces.count)  # raises if the smallest batch is too small
+        cache.check([spec, judged], pieces, self._parts.compilation.run_eagerly)
+        self._loop.steps.build(self.model, passes.loader.specs)
+        self._loop.phases.check()
+        return self._loop.fit(passes, epochs, ProgressDisplay(progress))
 
     def evaluate(
         self, data: Any, *, batch_size: int = 32, steps: int | None = None, progress: str = "auto"
@@ -252,7 +240,7 @@ class Trainer(Readings):
         Args:
             data: The data.
             batch_size: Examples per batch, for arrays.
-            steps: How many batches, for data without end.
+            steps: The number of batches, for data without end.
             progress: As for `fit`.
 
         Raises:
@@ -260,17 +248,16 @@ class Trainer(Readings):
             RuntimeError: Called within an epoch of this trainer, such as by a policy.
 
         Example:
-            >>> dense = keras.layers.Dense
-            >>> model = keras.Sequential([keras.Input((4,)), dense(3, name="base"), dense(2, name="head")])
+            >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
             >>> trainer = tl.Trainer(model, loss="mse", metrics=["mae"])
             >>> sorted(trainer.evaluate((np.ones((8, 4)), np.ones((8, 2))), progress="none"))
             ['loss', 'mae']
         """
         self._loop.check_idle()
-        batches = as_loader(data, batch_size=batch_size, steps=("steps", steps))
-        batches.lasts(1)
-        self._steps.build(self.model, batches.specs)
-        return self._loop.run(self._evaluation(), batches, ProgressDisplay(progress), "evaluation")
+        loader = as_loader(data, batch_size=batch_size, steps=("steps", steps))
+        loader.lasts(1)
+        self._loop.steps.build(self.model, loader.specs)
+        return self._loop.evaluate(self._loop.evaluation(), loader, ProgressDisplay(progress), "evaluation")
 
     def train_on_batch(self, x: Any, y: Any = None, sample_weight: Any = None) -> dict[str, Any]:
         """Train one step on one batch, for data that comes one batch at a time: online or reinforcement learning.
@@ -279,7 +266,7 @@ class Trainer(Readings):
         `trainable` flags are read at the first batch, and after each `fit`.
 
         Args:
-            x: The inputs, with the batch as the first dimension; without `y`, a whole batch as `train_step` takes it.
+            x: The inputs, with the batch as first dimension; without `y`, a whole batch as `train_step` takes it.
             y: The targets.
             sample_weight: The weights of the examples.
 
@@ -290,22 +277,19 @@ class Trainer(Readings):
             PolicyError, DataError, DisconnectedError, NonFiniteError, RuntimeError: As `fit` does.
 
         Example:
-            >>> dense = keras.layers.Dense
-            >>> model = keras.Sequential([keras.Input((4,)), dense(3, name="base"), dense(2, name="head")])
-            >>> trainer = tl.Trainer(model, tl.Freeze("base"), loss="mse")
+            >>> trainer = tl.Trainer(keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)]), loss="mse")
             >>> logs = trainer.train_on_batch(np.ones((8, 4)), np.ones((8, 2)))
             >>> list(logs), trainer.step
             (['loss'], 1)
         """
         self._loop.check_idle()
-        self._updates.averages.check_may_train()
+        self.state.averages.check_may_train()
         given = x if y is None and sample_weight is None else (x, y) if sample_weight is None else (x, y, sample_weight)
-        batch = as_tensors(given, "the batch")
-        if self._updates.microbatches.count > 1:
-            examples = examples_of(batch)
-            check_pieces(self._updates.microbatches, examples if isinstance(examples, int) else None)
-        self._steps.build(self.model, lambda: iter([open_spec_of(batch)]))
-        return self._loop.train_on_batch(batch, self.policy, self._due)
+        batch, pieces = as_tensors(given, "the batch"), self.state.microbatches
+        if pieces.count > 1 and not pieces.adapts and isinstance(examples_of(batch), int):
+            cut(examples_of(batch), pieces.count)  # raises if the batch is too small
+        self._loop.steps.build(self.model, lambda: iter([open_spec_of(batch)]))
+        return self._loop.train_on_batch(batch)
 
     def predict(self, data: Any, *, batch_size: int = 32, steps: int | None = None) -> Any:
         """Return the model's outputs on data as NumPy arrays, examples first.
@@ -314,7 +298,121 @@ class Trainer(Readings):
             data: All that `fit` takes; of batches `(inputs, targets, ...)` the inputs count. Several inputs in arrays
                 are a dict, or `([first, second],)`.
             batch_size: Examples per batch, for arrays.
-            steps: How many batches, for data without end.
+            steps: The number of batches, for data without end.
+
+        Raises:
+            DataError: The data is empty or does not fit the model.
+
+        Example:
+            >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+            >>> tl.Trainer(model).predict(np.ones((8, 4))).shape
+            (8, 2)
+        """
+        loader = as_loader(data, batch_size=batch_size, steps=("steps", steps))
+        loader.lasts(1)
+        self._loop.steps.build(self.model, loader.specs, "predict")
+        step = self._loop.steps.get("predict", self._loop.phases.held())
+        outputs = [tf.nest.map_structure(lambda output: np.atleast_1d(output), step(b)) for b in loader.drawn()]
+        return tf.nest.map_structure(lambda *arrays: np.concatenate(arrays), *outputs)
+
+    # Reading it
+
+    @property
+    def policy(self) -> VariablePolicy:
+        """What trains. Assign another policy between two fits: state is carried over, nothing else need be done."""
+        return self._parts.policy
+
+    @policy.setter
+    def policy(self, policy: VariablePolicy) -> None:
+        if not isinstance(policy, VariablePolicy):
+            raise TypeError(
+                "`policy` must be a `VariablePolicy`, such as `Freeze('backbone')`. "
+                f"Received: {policy!r} of type {type(policy).__name__}."
+            )
+        self._parts.policy = policy
+
+    @property
+    def selection(self) -> Selection:
+        """What trains, by the policy and the model as they are now."""
+        return self._loop.phases.held(trains=True) if self._loop.runs else self._loop.phases.now()
+
+    @property
+    def learning_rates(self) -> LearningRates:
+        """The learning rate of each group that trains now: `trainer.learning_rates["head"] = 1e-4` sets one."""
+        return LearningRates(self.state.optimizers, self.selection)
+
+    @property
+    def loss_scale(self) -> float | None:
+        """The current float16 loss scale, or None."""
+        return None if self.state.loss_scale.value is None else float(self.state.loss_scale.value)
+
+    @property
+    def microbatches(self) -> int:
+        """The number of pieces that a batch is cut in now."""
+        return self.state.microbatches.count
+
+    @property
+    def step(self) -> Any:
+        """The number of steps trained, over all fits; inside a step, a scalar tensor of `tf.int64`."""
+        return self.state.step if self._parts.context is None else self._parts.context.step()
+
+    @property
+    def epoch(self) -> Any:
+        """The number of epochs trained, over all fits; inside a step, a scalar tensor of `tf.int64`."""
+        return self.state.epoch if self._parts.context is None else self._parts.context.epoch()
+
+    @property
+    def history(self) -> History:
+        """What all fits recorded, of every epoch that was finished."""
+        return self.state.history
+
+    @property
+    def trace_count(self) -> int:
+        """How often a training step was traced: once for each selection and signature of batches."""
+        return self._loop.steps.trace_count()
+
+    @contextlib.contextmanager
+    def ema_weights(self) -> Iterator[None]:
+        """Give what has trained its averaged values inside this context, to evaluate or save with; after, its own.
+
+        Raises:
+            RuntimeError: The trainer has no `ema`, or has not trained yet.
+
+        Example:
+            >>> x, y = np.ones((8, 4)), np.ones((8, 2))
+            >>> trainer = tl.Trainer(keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)]), loss="mse", ema=0.9)
+            >>> history = trainer.fit((x, y), progress="none")
+            >>> with trainer.ema_weights():
+            ...     logs = trainer.evaluate((x, y), progress="none")
+        """
+        with self.state.averages.swap(self.state.step):
+            yield
+
+    def explain(self, depth: int = 3) -> str:
+        """Return a table of what trains, what is frozen, by which rule, in which mode and at what cost.
+
+        Args:
+            depth: The number of levels of submodels shown; below the first, only if they differ inside.
+
+        Example:
+            >>> dense = keras.layers.Dense
+            >>> model = keras.Sequential([keras.Input((4,)), dense(3, name="base"), dense(2, name="head")])
+            >>> print(tl.Trainer(model, tl.Freeze("base")).explain().splitlines()[2])
+            base              15  -        frozen  Freeze: glob('base')  inference              0 B
+        """
+        selection = self.selection
+        self.state.optimizers.prepare(selection, changing=True)
+        return summary.explain(selection, self.state.optimizers.state_bytes, depth)
+
+    def frontier(self, data: Any, *, batch_size: int = 32) -> Frontier:
+        """Return the part of a training step that `fit(feature_cache=...)` computes once for each example.
+
+        That part is frozen, comes first, and gives the same for an example whenever it comes. What the cache would
+        save is measured on a batch of the data; nothing moves.
+
+        Args:
+            data: The data, which may be all that `fit` takes and can be gone through again.
+            batch_size: Examples per batch, for arrays.
 
         Raises:
             DataError: The data is empty or does not fit the model.
@@ -322,12 +420,22 @@ class Trainer(Readings):
         Example:
             >>> dense = keras.layers.Dense
             >>> model = keras.Sequential([keras.Input((4,)), dense(3, name="base"), dense(2, name="head")])
-            >>> tl.Trainer(model).predict(np.ones((8, 4))).shape
-            (8, 2)
+            >>> trainer = tl.Trainer(model, tl.Freeze("base"), loss="mse")
+            >>> trainer.frontier((np.ones((8, 4), "float32"), np.ones((8, 2), "float32"))).submodels
+            ('base',)
         """
-        batches = as_loader(data, batch_size=batch_size, steps=("steps", steps))
-        batches.lasts(1)
-        self._steps.build(self.model, batches.specs, "predict")
-        step = self._steps.other("predict", self._held())
-        outputs = [tf.nest.map_structure(lambda output: np.atleast_1d(output), step(b)) for b in batches.drawn()]
-        return tf.nest.map_structure(lambda *arrays: np.concatenate(arrays), *outputs)
+        self._loop.check_idle()
+        loader = DataSpec("data", data, batch_size, ("steps_per_epoch", None)).batches()
+        self._loop.steps.build(self.model, loader.specs)
+        return frontier_of(self._loop.phases.due(starting=True).step, loader)
+
+    def __reduce__(self) -> Any:
+        """Refuse to be pickled or copied.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError(
+            f"A {type(self).__name__} cannot be pickled or copied: it holds compiled steps. Save the model, as by "
+            "`trainer.model.save(path)`, or make another trainer of it."
+        )

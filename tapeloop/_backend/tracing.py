@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
-import keras
 import tensorflow as tf
-from keras.src.backend.common import global_state
+from tensorflow.python.eager import context
 from tensorflow.python.framework import op_def_registry
 
 
@@ -28,30 +27,15 @@ def is_stateful(op: str) -> bool:
     return bool(op_def_registry.get(op).is_stateful)
 
 
-def outside_of_trace(make: Callable[[], None]) -> None:
-    """Call `make`, which makes variables, as if no function were being traced.
+@contextlib.contextmanager
+def untraced() -> Iterator[None]:
+    """Run eagerly inside this context, though a function is being traced, and make variables unseen by its trace.
 
-    `tf.init_scope` lifts the variables out of the graph, but `tf.function` still sees them being made and traces a
-    second time for it. What is being traced is known to the tracing thread alone, so another thread is free of it;
-    Keras keeps the dtype policy and the custom objects in scope by thread too, which is why they are handed over.
+    `tf.init_scope` lifts variables out of the graph, but `tf.function` still sees them being made, by the creators that
+    stand on the graph, and traces a second time for it. Another graph has no creators.
     """
-    failures: list[Exception] = []
-    policy = keras.config.dtype_policy()
-    custom_objects = global_state.get_global_attribute("custom_objects_scope_dict") or {}
-
-    def run() -> None:
-        keras.config.set_dtype_policy(policy)
-        try:
-            with keras.saving.custom_object_scope(custom_objects):
-                make()
-        except Exception as failure:
-            failures.append(failure)
-
-    thread = threading.Thread(target=run, name="tapeloop-outside-of-trace")
-    thread.start()
-    thread.join()
-    if failures:
-        raise failures[0]
+    with tf.init_scope(), tf.Graph().as_default(), context.eager_mode():
+        yield
 
 
 def captures(graph: Any) -> list[tuple[Any, tf.Tensor]]:

@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from tapeloop._backend.traced_graph import Subgraph, TracedGraph
-from tapeloop.data.batch import Features, examples_of, spec_of
+from tapeloop.data.batch import Features, examples_of
 from tapeloop.feature_cache.batch_independence import IndependenceProbe, flat
 from tapeloop.feature_cache.frozen_ops import FrozenAnalysis
 from tapeloop.feature_cache.min_cut import smallest_cut
@@ -83,7 +83,7 @@ class Cut:
 
     def rest_for(self, features: Any) -> Any:
         """Return a function of features like these that runs the rest of the step, to be called in a traced one."""
-        return tf.function(functools.partial(self.rest), autograph=False).get_concrete_function(spec_of(features))
+        return tf.function(functools.partial(self.rest), autograph=False).get_concrete_function(features)
 
     def rest(self, features: Features) -> Any:
         """Run the rest of the step, in a function that is being traced, and return what the step returns."""

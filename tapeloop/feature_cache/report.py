@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import tensorflow as tf
 
-from tapeloop.data.batch import Features
+from tapeloop.data.batch import Features, examples_of
+from tapeloop.data.loader import DataLoader
 from tapeloop.errors import listed
 from tapeloop.feature_cache.batch_independence import flat
+from tapeloop.feature_cache.fill import open_spec
 from tapeloop.feature_cache.frontier import Cut
-from tapeloop.feature_cache.obstacles import Obstacle
+from tapeloop.feature_cache.splitting import split
+from tapeloop.loop.compiled_step import CompiledStep
 from tapeloop.step.snapshot import Snapshot
 
 ROUNDS = 5
@@ -58,14 +61,13 @@ class Frontier:
         )
 
 
-def frontier(found: Cut | Sequence[Obstacle], batch: Any, examples: int | None) -> Frontier:
-    """Report what was found.
-
-    Args:
-        found: Where a step is cut, or what stands in the way.
-        batch: A batch to measure with; what the step leaves behind is put back.
-        examples: How many examples the data has.
-    """
+def frontier_of(step: CompiledStep, loader: DataLoader) -> Frontier:
+    """Report the frontier of a training step on data; what the step leaves behind is put back."""
+    spec, batch = open_spec(loader), next(loader.drawn())
+    size = int(examples_of(batch))
+    last = size if loader.fewest is None else loader.fewest
+    examples = None if loader.per_epoch is None else (loader.per_epoch - 1) * size + last
+    found = split(step, spec, batch, random=False)
     if not isinstance(found, Cut):
         return Frontier(examples=examples, obstacles=tuple(map(str, found)))
     paths = tuple(submodel.path for submodel in found.submodels)
@@ -85,7 +87,7 @@ def _share(cut: Cut, batch: Any) -> float:
             shares.append(early / (early + late))
         return statistics.median(shares[1:])
     finally:
-        kept.restore()
+        kept.roll_back()
 
 
 def _seconds(run: Callable[[], Any]) -> float:

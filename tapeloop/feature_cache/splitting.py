@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +13,7 @@ from tapeloop._backend.traced_graph import TracedGraph
 from tapeloop.feature_cache.frontier import Cut, find
 from tapeloop.feature_cache.obstacles import Obstacle
 from tapeloop.loop.compiled_step import CompiledStep
+from tapeloop.step.plan import StepPlan
 
 
 @dataclass
@@ -19,10 +23,12 @@ class _Known:
     Attributes:
         moves: The identities of the variables that it assigns to.
         cuts: Its cuts, by the signature of batches, whether randomness may come before, and what another step moves.
+        rests: What plans the rest of the step behind each cut.
     """
 
     moves: frozenset[int] = frozenset()
     cuts: dict[tuple[str, bool, frozenset[int]], Cut] = field(default_factory=dict)
+    rests: dict[tuple[str, bool, frozenset[int]], Callable[[Any], StepPlan]] = field(default_factory=dict)
 
 
 _known: weakref.WeakKeyDictionary[CompiledStep, _Known] = weakref.WeakKeyDictionary()
@@ -45,14 +51,22 @@ def split(
     """
     known, key = _known.setdefault(step, _Known()), (str(spec), random, moving)
     if key not in known.cuts:
-        whole = TracedGraph(step.whole(spec), step.variables())
+        plan = step.plan(spec)
+        variables = [v.tf_variable for v in step.selection.tree.variables] + step.planner.parts.attributes.variables()
+        whole = TracedGraph(plan.functions[0], variables)
         known.moves = frozenset(id(whole.variables[name]) for name in whole.written() if name in whole.variables)
         found = find(whole, step.selection, batch, random=random, moving=moving)
         if not isinstance(found, Cut):
             return found
         known.cuts[key] = found
-    step.split_at(known.cuts[key])
+        known.rests[key] = functools.partial(_plan_rest, plan, found)
+    step.split_at(known.rests[key])
     return known.cuts[key]
+
+
+def _plan_rest(plan: StepPlan, cut: Cut, features: Any) -> StepPlan:
+    """Return the plan of a step that computes only the rest behind its cut, on features of this signature."""
+    return dataclasses.replace(plan, compute=cut.rest_for(features))
 
 
 def moves_of(step: CompiledStep) -> frozenset[int]:

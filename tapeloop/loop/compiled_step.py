@@ -1,9 +1,8 @@
-"""A selection and a body become a compiled step. Nothing here knows a policy."""
+"""A planned step becomes a compiled step, with a loop around it that draws batches without the host."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import math
 import warnings
@@ -13,226 +12,197 @@ from typing import Any, TypeAlias
 
 import tensorflow as tf
 
-from tapeloop._backend import assertions
-from tapeloop._backend.assertions import DRAWING, has_stopped
-from tapeloop._backend.patching import Note
-from tapeloop.data.batch import Features, after, open_spec_of
+from tapeloop._backend.assertions import DRAWING, has_stopped, xla_refusal
+from tapeloop.data.batch import Features, after, examples_of, open_spec_of, spec_of
 from tapeloop.data.cursor import ArrayReader, BatchCursor, IteratorReader, places_of
 from tapeloop.loop.pace import Pace
-from tapeloop.loop.step_counts import StepCounts, counted, limits
-from tapeloop.model.selection import Selection
-from tapeloop.optimization import untracked
-from tapeloop.step.clock import Clock
-from tapeloop.step.compilation import Compilation
-from tapeloop.step.freezing import frozen
-from tapeloop.step.outcome import Split
+from tapeloop.loop.step_counts import StepCounts, counted, counts_before, limits
+from tapeloop.optimization.microbatches import Microbatches
+from tapeloop.step import atomic
+from tapeloop.step.accumulation import accumulate, compute_in_pieces
+from tapeloop.step.plan import Planner, StepPlan
 
 COMPILE_ERRORS = (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError, tf.errors.InternalError)
 
-
 TakeLogs: TypeAlias = Callable[[], dict[str, Any]]
+Before: TypeAlias = tuple[int, int, int]  # consecutive skipped steps, the step and the epoch before a call
 
 
 class CompiledStep:
-    """A body compiled for one selection, and a loop around it that draws batches from a feed without the host.
-
-    Both are traced once for each signature of a batch.
+    """The steps of one kind for one selection, compiled once for each signature of batches.
 
     Attributes:
-        selection: What trains and what runs in inference mode while the body is traced.
+        planner: What plans them.
         kind: `"train"`, `"eval"` or `"predict"`.
-        trace_count: How often the body was traced.
-        pace: How many steps a call of the loop runs.
+        selection: What trains.
+        trace_count: The number of signatures that were traced.
+        pace: The number of steps that a call of the loop runs.
     """
 
-    def __init__(
-        self,
-        kind: str,
-        body: Callable[[Any], Any],
-        selection: Selection,
-        compilation: Compilation,
-        clock: Clock,
-        around: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
-        own: Callable[[], list[tf.Variable]] = list,
-        note: Note = lambda variable: None,
-    ) -> None:
-        """Make the step.
+    def __init__(self, planner: Planner, microbatches: Microbatches) -> None:
+        """Make the step; nothing is traced yet.
 
         Args:
-            kind: `"train"`, `"eval"` or `"predict"`.
-            body: What is compiled: a function of a batch. In a loop it returns how the step ended, or None.
-            selection: What trains.
-            compilation: How it is compiled.
-            clock: Where the loop keeps how far it has come.
-            around: What else holds while the body is traced.
-            own: Gives the variables that the body may read beside the model's.
-            note: Called with each variable of the model that the body assigns to.
+            planner: What plans it.
+            microbatches: The number of pieces that the batches of a training step are cut in.
         """
-        self.kind = kind
-        self.selection = selection
+        self.planner = planner
+        self.kind = planner.kind
+        self.selection = planner.selection
         self.trace_count = 0
-        self.pace = Pace(compilation.steps_per_call)
-        self._body = body
-        self._compilation = compilation
-        self._around = around
-        self._own = own
-        self._note = note
-        self._used: set[int] = set()
-        self._is_on_trial = False
-        self._split: Split | None = None
-        self._begun = clock.counts
-        self.compile()
+        self.pace = Pace(planner.parts.compilation.steps_per_call)
+        self._microbatches = microbatches if self.kind == "train" else Microbatches(1)
+        self._counts = planner.parts.clock.counts
+        self._uses_xla = planner.parts.compilation.uses_xla
+        self._plan_rest: Callable[[Any], StepPlan] | None = None
+        self._is_tried = False
+        self.forget()
 
     def run(
-        self, feed: BatchCursor, most: int, before: StepCounts, patience: int, so_far: tuple[int, int] = (0, 0)
+        self, cursor: BatchCursor, most: int, before: Before, max_consecutive: int
     ) -> tuple[StepCounts, BaseException | None]:
-        """Run steps on the next batches of a feed, until something is for the host to do.
+        """Run steps on the next batches of a cursor, until the host has something to do.
 
         Args:
-            feed: Where batches come from.
-            most: How many steps at most.
-            before: What the steps before came to.
-            patience: How many bad steps in a row are gone on after.
-            so_far: How many steps and epochs were trained before.
+            cursor: Where batches come from.
+            most: The highest number of steps.
+            before: How far the run has come.
+            max_consecutive: The number of bad steps in a row after which the loop goes on.
 
         Returns:
-            What the steps came to, and the exception that ended them, if one did: that of the last step, which then
-            does not count, or of the data.
+            How the steps ended, and the exception that ended the loop, if there was one: that of the last step, which
+            then does not count, or of the data.
         """
-        start, limit = tf.constant(feed.position, tf.int64), limits(1 if self._is_on_trial else most, patience)
+        start, limit = tf.constant(cursor.position, tf.int64), limits(1 if self._is_on_trial else most, max_consecutive)
         seconds = tf.constant(self.pace.seconds, tf.float64)
-        self._begun.assign(before.start(*so_far))
+        self._counts.assign(counts_before(*before))
         failure: BaseException | None = None
         try:
-            if not self.is_driven:
-                self._loop_over(feed)(feed.source, start, self._begun.read_value(), limit, seconds)
+            args = cursor.source, start, self._counts.read_value(), limit, seconds
+            if self._is_driven:
+                self._loop(functools.partial(self._run_from_host, cursor.spec), *args)
             else:
-                if self._is_on_trial:
-                    self.trace(feed)
-                self._loop(self, feed.source, start, self._begun.read_value(), limit, seconds)
-                self._is_on_trial = False
+                self._loop_over(cursor)(*args)
         except BaseException as error:
             failure = error
-        tally = StepCounts.of(self._begun)
-        if failure is not None and has_stopped(failure):
-            tally, failure = tally.stopped(), None
-        feed.drawn(tally.batches)
-        if isinstance(failure, tf.errors.OutOfRangeError) and feed.has_ended(failure):
+        counts, failure = _with_stop(StepCounts.of(self._counts), failure)
+        cursor.drawn(counts.batches)
+        if isinstance(failure, tf.errors.OutOfRangeError) and cursor.has_ended(failure):
             failure = None
-        return tally, failure and (feed.cause_of(failure) or failure)
+        return counts, failure and (cursor.cause_of(failure) or failure)
 
     def run_on(
-        self, batch: Any, before: StepCounts, so_far: tuple[int, int], take_logs: TakeLogs
+        self, batch: Any, before: Before, take_logs: TakeLogs
     ) -> tuple[StepCounts, dict[str, Any], BaseException | None]:
         """Run one step on a batch in tensors.
 
         Args:
             batch: The batch.
-            before: What the steps before came to.
-            so_far: How many steps and epochs were trained before.
-            take_logs: Returns what the step logged, and starts it anew; called inside the step.
+            before: How far the run has come.
+            take_logs: Returns what the step logged, and resets it; called inside the step.
 
         Returns:
-            What the step came to, what it logged, and the exception that ended it, if one did.
+            How the step ended, what it logged, and the exception that ended it, if there was one.
         """
-        counts, logs, failure = before.start(*so_far), dict[str, Any](), None
+        counts, logs, failure = counts_before(*before), dict[str, Any](), None
         try:
-            if self.is_driven:
-                counts, logs = self._alone(self, batch, counts, take_logs)
+            if self._is_driven:
+                step = functools.partial(self._run_from_host, lambda: spec_of(batch))
+                counts, logs = self._alone(step, batch, counts, take_logs)
             else:
                 counts, logs = self._single(batch, take_logs)(batch, counts)
         except BaseException as error:
             failure = error
-        tally = StepCounts.of(counts)
-        if failure is not None and has_stopped(failure):
-            tally, failure = tally.stopped(), None
-        return tally, logs, failure
+        ended, failure = _with_stop(StepCounts.of(counts), failure)
+        return ended, logs, failure
 
     def __call__(self, batch: Any) -> Any:
-        """Run the body on a batch."""
-        if self._compilation.run_eagerly:
-            return self._run(batch)
-        try:
-            return self._traced(self._function, batch)
-        except COMPILE_ERRORS as error:
-            reason = assertions.xla_refusal(error)
-            if self._compilation.jit_compile != "auto" or reason is None:
-                raise
-            warnings.warn(
-                f"XLA cannot compile the {self.kind} step because of {reason}: going on without XLA. "
-                "`jit_compile=False` says so from the start.",
-                stacklevel=2,
-            )
-            self._compilation = dataclasses.replace(self._compilation, jit_compile=False)
-            self.compile()
-            return self(batch)
+        """Run one step on a batch from the host."""
+        return self._run_from_host(lambda: spec_of(batch), batch)
 
-    def trace(self, feed: BatchCursor) -> None:
-        """Trace the loop for batches of a feed, which shows what is wrong before anything has moved."""
-        if self._compilation.run_eagerly:
-            return
-        if self.is_driven and not self._is_on_trial:
-            self._check(self._function, feed.spec())
-        else:
-            self._loop_over(feed)
+    def trace(self, cursor: BatchCursor) -> None:
+        """Trace the loop for the batches of a cursor, which shows what is wrong before anything has moved."""
+        if not self.planner.parts.compilation.run_eagerly:
+            self._loop_over(cursor)
 
-    def whole(self, spec: Any) -> Any:
-        """Trace the body by itself for batches of a signature, and return the function."""
-        with self._around(), frozen(self.selection, self._note) as calls:
-            function = self._whole(spec)
-        self._used |= calls.read
-        self._warn_untracked(function)
-        return function
+    def plan(self, spec: Any) -> StepPlan:
+        """Plan the step for batches of a signature, or for features of them."""
+        if isinstance(spec, Features):
+            assert self._plan_rest is not None
+            return self._plan_rest(spec)
+        count, adapts = self._microbatches.count, self._microbatches.adapts
+        if count == 1:
+            return self.planner.plan(spec, deferred=self.planner.may_fail())
+        return accumulate(functools.partial(self.planner.plan, deferred=True), spec, count, at_most=adapts)
 
-    def variables(self) -> list[tf.Variable]:
-        """Return the variables of the model, and those that the body may read beside them."""
-        return [*(variable.tf_variable for variable in self.selection.tree.variables), *self._own()]
+    def split_at(self, plan_rest: Callable[[Any], StepPlan]) -> None:
+        """Run on features if a cursor gives them: `plan_rest` plans the rest of the step for their signature."""
+        if self._plan_rest not in (None, plan_rest):
+            self.forget()  # what is traced is the rest behind another split
+        self._plan_rest = plan_rest
 
-    def split_at(self, split: Split) -> None:
-        """Run on features from now on where it is fed them: only what of the body comes behind a split."""
-        if self._split not in (None, split):
-            self.compile()  # what is traced is the rest behind another split
-        self._split = split
-
-    def compile(self) -> None:
+    def forget(self) -> None:
         """Forget all traces."""
-        # TensorFlow counts traces by code, and would warn that all steps together retrace: a partial is one of a kind.
-        autograph, uses_xla = self._compilation.autograph, self._compilation.uses_xla
-        self._function = tf.function(functools.partial(self._run), autograph=autograph, jit_compile=uses_xla or None)
-        # In the loop the body is a function of its own where it is compiled in another way than the loop.
-        step = self._function if autograph or uses_xla else self._run
-        self._looped = tf.function(functools.partial(self._loop, step), autograph=False)
+        self._steps: dict[str, Callable[[Any], Any]] = {}
+        self._loops: dict[str, Any] = {}
         self._singles: dict[str, Any] = {}
-        self._step = step
-        self._is_on_trial = uses_xla and self._compilation.jit_compile == "auto"
+        self._functions: dict[str, Any] = {}
         self._latest: tuple[weakref.ref[BatchCursor], Any] | None = None
 
-    @property
-    def is_driven(self) -> bool:
-        """Whether the host runs step by step: because it is to, or because it must see how the first one ends."""
-        return self._compilation.run_eagerly or self._is_on_trial
+    def try_again(self) -> None:
+        """Have `microbatches="auto"` find its number anew from the next batch on."""
+        self._is_tried = self._is_tried and not self._microbatches.adapts
 
-    def _loop_over(self, feed: BatchCursor) -> Any:
-        """Return the loop that is traced for batches of a feed; to look it up costs about as much as to call it."""
-        if self._latest is None or self._latest[0]() is not feed:
-            start, limit = tf.constant(0, tf.int64), limits(1, 0)
-            args = start, self._begun.read_value(), limit, tf.constant(math.inf, tf.float64)
-            looped = self._check(self._looped, feed.source.signature(), *args)
-            self._latest = weakref.ref(feed), looped
+    @property
+    def _is_on_trial(self) -> bool:
+        """Whether the host has to see how the next step ends: XLA may refuse it, or it may run out of memory."""
+        tries_xla = self._uses_xla and self.planner.parts.compilation.jit_compile == "auto"
+        return not self._is_tried and (tries_xla or self._microbatches.adapts)
+
+    @property
+    def _is_driven(self) -> bool:
+        """Whether the host runs step by step."""
+        return self._is_on_trial or self.planner.parts.compilation.run_eagerly
+
+    def _step(self, spec: Any) -> Callable[[Any], Any]:
+        """Return the step for batches of a signature: planned and built if the signature is new."""
+        key = str(spec)
+        if key not in self._steps:
+            plan = self.plan(spec)
+            step = atomic.build(self.planner, plan) if self.kind == "train" else self.planner.evaluate(plan)
+            self._steps[key] = tf.function(step, autograph=False, jit_compile=True) if self._uses_xla else step
+            self.trace_count += 1
+        return self._steps[key]
+
+    def _compiled(self, spec: Any) -> Any:
+        """Return the step for batches of a signature as a function that the host can call."""
+        key = str(spec)
+        if key not in self._functions:
+            self._functions[key] = tf.function(self._step(spec), autograph=False).get_concrete_function(spec)
+        return self._functions[key]
+
+    def _loop_over(self, cursor: BatchCursor) -> Any:
+        """Return the loop that is traced for the batches of a cursor."""
+        if self._latest is None or self._latest[0]() is not cursor:
+            source = cursor.source.signature()
+            key = str(tf.nest.map_structure(_described, source))
+            if key not in self._loops:
+                loop = tf.function(functools.partial(self._loop, self._step(cursor.spec())), autograph=False)
+                start, counts, limit = tf.constant(0, tf.int64), self._counts.read_value(), limits(1, 0)
+                args = source, start, counts, limit, tf.constant(math.inf, tf.float64)
+                self._loops[key] = loop.get_concrete_function(*args)
+            self._latest = weakref.ref(cursor), self._loops[key]
         return self._latest[1]
 
     def _single(self, batch: Any, take_logs: TakeLogs) -> Any:
-        """Return the step that is traced for batches like one, of any size; by their shapes, it is found at once."""
+        """Return the step that is traced for batches like this batch, of any size."""
         leaves = tf.nest.flatten(batch)
-        key = str([None if value is None else (value.dtype, value.shape[1:]) for value in leaves])
-        key = f"{key} {places_of(batch)}"
+        key = f"{[None if value is None else (value.dtype, value.shape[1:]) for value in leaves]} {places_of(batch)}"
         if key not in self._singles:
-
-            def alone(batch: Any, counts: tf.Tensor) -> Any:
-                return self._alone(self._step, batch, counts, take_logs)
-
-            traced = tf.function(alone, autograph=False)
-            self._singles[key] = self._check(traced, open_spec_of(batch), tf.TensorSpec([6], tf.int64))
+            spec = open_spec_of(batch)
+            step = self._step(spec)
+            alone = tf.function(lambda batch, counts: self._alone(step, batch, counts, take_logs), autograph=False)
+            self._singles[key] = alone.get_concrete_function(spec, tf.TensorSpec([6], tf.int64))
         return self._singles[key]
 
     def _loop(
@@ -244,10 +214,10 @@ class CompiledStep:
         limit: tf.Tensor,
         seconds: tf.Tensor,
     ) -> None:
-        """Run steps until the counts pass the limit, or, after one step at least, the time is over.
+        """Run steps until the counts pass the limit or, after at least one step, the time is over.
 
-        The counts are noted before each step, for the case that it fails. The time is looked at where the steps run:
-        data may turn slow in the middle of a call that was planned when it was fast.
+        The counts are noted before each step, in case it fails. The time is looked at where the steps run: data may
+        turn slow in the middle of a call that was planned when it was fast.
         """
         with tf.device("CPU:0"):
             began = tf.timestamp()
@@ -260,68 +230,99 @@ class CompiledStep:
         def run(counts: tf.Tensor, now: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
             del now
             with tf.device("CPU:0"):
-                noted, number = self._begun.assign(counts), start + counts[0]
+                noted, number = self._counts.assign(counts), start + counts[0]
             with tf.control_dependencies([noted]), tf.name_scope(DRAWING):
                 batch = source.batch(number)
             with after(batch) if isinstance(source, IteratorReader) else contextlib.nullcontext():
-                ended = step(batch)
+                outcome = step(batch)
             with tf.device("CPU:0"):
-                counts = counted(counts, ended)
+                counts = counted(counts, outcome)
                 with tf.control_dependencies([counts]):
                     return counts, tf.timestamp()
 
         counts, _ = tf.while_loop(goes_on, run, (counts, began))
-        self._begun.assign(counts)
+        self._counts.assign(counts)
 
     def _alone(
         self, step: Callable[[Any], Any], batch: Any, counts: tf.Tensor, take_logs: TakeLogs
     ) -> tuple[tf.Tensor, dict[str, Any]]:
         """Run one step, and return the counts after it and what it logged."""
         with tf.device("CPU:0"):
-            noted = self._begun.assign(counts)
+            noted = self._counts.assign(counts)
         with tf.control_dependencies([noted]):
-            ended = step(batch)
+            outcome = step(batch)
         with tf.device("CPU:0"):
-            return counted(counts, ended), take_logs()
+            return counted(counts, outcome), take_logs()
 
-    def _run(self, batch: Any) -> Any:
-        with self._around(), frozen(self.selection, self._note) as calls:
-            result = self._rest(batch) if isinstance(batch, Features) else self._body(batch)
-        self._used |= calls.read
-        self.trace_count += not tf.executing_eagerly()
-        return result
+    def _run_from_host(self, spec: Callable[[], Any], batch: Any) -> Any:
+        """Run one step, and again without XLA if XLA refuses it, or in smaller pieces if it runs out of memory."""
+        while True:
+            kept = self._copies(spec) if self._is_on_trial and self._microbatches.adapts else []
+            try:
+                if self.planner.parts.compilation.run_eagerly:
+                    outcome = self._run_eagerly(batch)
+                else:
+                    outcome = self._compiled(spec())(batch)
+                self._is_tried = True
+                return outcome
+            except COMPILE_ERRORS as error:
+                self._give_up_xla(error)
+            except tf.errors.ResourceExhaustedError as error:
+                if not self._microbatches.adapts:
+                    raise
+                for variable, value in kept:
+                    variable.assign(value)
+                self._microbatches.double(int(examples_of(batch)), error)
+            self.forget()
 
-    def _whole(self, spec: Any) -> Any:
-        """Trace the body by itself, for batches of a signature."""
-        return tf.function(self._body, autograph=self._compilation.autograph).get_concrete_function(spec)
+    def _run_eagerly(self, batch: Any) -> Any:
+        """Run one step op by op."""
+        if self.kind == "train":
+            count = self._microbatches.count
+            count = min(count, int(examples_of(batch))) if self._microbatches.adapts else count
+            in_pieces = functools.partial(compute_in_pieces, count=count) if count > 1 else None
+            return atomic.run_eagerly(self.planner, batch, in_pieces)
 
-    def _rest(self, features: Features) -> Any:
-        """Run what of the body comes behind its split."""
-        assert self._split is not None
-        return self._split.rest_for(features)(features)
+        def compute(batch: Any) -> Any:
+            with self.planner.frozen(context):
+                result = self.planner.compute(context, batch)
+            self.planner.prepare_logs()
+            return result
 
-    def _traced(self, function: Any, *args: Any) -> Any:
-        """Call a compiled function; where that traces it, look what it reads."""
-        traced = self.trace_count
-        result = function(*args)
-        if self.trace_count > traced:
-            self._warn_untracked(function.get_concrete_function(*args))
-        return result
+        context = self.planner.new_context(deferred=False)
+        return self.planner.evaluate(StepPlan(compute, (), context))(batch)
 
-    def _check(self, function: Any, *args: Any) -> Any:
-        """Return a function's trace, made if there is none, after a look at what it reads."""
-        traced = self.trace_count
-        concrete = function.get_concrete_function(*args)
-        if self.trace_count > traced:
-            self._warn_untracked(concrete)
-        return concrete
+    def _copies(self, spec: Callable[[], Any]) -> list[tuple[tf.Variable, Any]]:
+        """Return all that a step on trial may move, each variable with its value, on the host."""
+        if self.planner.parts.compilation.run_eagerly:  # such a step undoes itself
+            return []
+        self._step(spec())
+        return [(variable, variable.numpy()) for variable in atomic.all_variables(self.planner)]
 
-    def _functions(self, traced: Any) -> list[Any]:
-        """Return the functions that tell what a traced step assigns to."""
-        return [traced]
+    def _give_up_xla(self, error: Exception) -> None:
+        """Go on without XLA after an error which says that XLA cannot compile the step.
 
-    def _warn_untracked(self, traced: Any) -> None:
-        """Name the variables that a traced step uses as if they trained, though the model does not track them."""
-        known = {id(variable.tf_variable) for variable in self.selection.tree.variables} | set(map(id, self._own()))
-        unknown = [variable for variable in traced.trainable_variables if id(variable) not in known]
-        untracked.warn(unknown, self._used, self._functions(traced))
+        Raises:
+            Exception: The same error, if it says something else, or XLA was asked for.
+        """
+        reason = xla_refusal(error)
+        if not self._uses_xla or self.planner.parts.compilation.jit_compile != "auto" or reason is None:
+            raise error
+        warnings.warn(
+            f"XLA cannot compile the {self.kind} step because of {reason}: going on without XLA. "
+            "`jit_compile=False` says so from the start.",
+            stacklevel=2,
+        )
+        self._uses_xla = False
+
+
+def _described(value: Any) -> Any:
+    """Return what a reader's part is to a trace: the signature of a tensor or iterator, anything else itself."""
+    if value is None or isinstance(value, (bool, int, str, tf.TypeSpec)):
+        return value
+    return tf.type_spec_from_value(value)
+
+
+def _with_stop(counts: StepCounts, failure: BaseException | None) -> tuple[StepCounts, BaseException | None]:
+    """Count the step that has failed before its update, if the failure is that."""
+    return (counts.with_failed_step(), None) if failure is not None and has_stopped(failure) else (counts, failure)

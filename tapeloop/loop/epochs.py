@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from tapeloop._backend.assertions import refusal
@@ -13,12 +14,14 @@ from tapeloop.data.cursor import BatchCursor
 from tapeloop.data.loader import DataLoader
 from tapeloop.errors import DataError, TapeloopError
 from tapeloop.loop.compiled_step import CompiledStep
+from tapeloop.loop.fit_data import FitData
 from tapeloop.loop.history import History, LazyLogs, Phase
 from tapeloop.loop.interrupts import deferred_interrupt
 from tapeloop.loop.nonfinite import NonFiniteHandler
-from tapeloop.loop.phases import ActivePhase
+from tapeloop.loop.phases import ActivePhase, PhaseTracker
 from tapeloop.loop.progress import ProgressDisplay
-from tapeloop.loop.step_cache import CompiledTrainStep, StepCache, on_the_host
+from tapeloop.loop.state import TrainerState
+from tapeloop.loop.step_cache import StepCache, on_the_host
 from tapeloop.loop.step_counts import StepCounts
 from tapeloop.policies.base import VariablePolicy
 
@@ -27,115 +30,94 @@ class EpochLoop:
     """Runs a trainer's steps over data.
 
     Attributes:
-        steps_done: How many steps were trained.
-        epochs_done: How many epochs were trained.
-        last_logs: The logs of the last epoch.
+        steps: Makes the steps.
+        phases: Tells what trains now.
+        state: How far the run has come.
+        handler: Decides what bad steps mean.
         runs: Whether an epoch is under way.
-        history: What all fits recorded.
     """
 
-    def __init__(self, steps: StepCache, judge: NonFiniteHandler) -> None:
-        self.steps_done = 0
-        self.epochs_done = 0
-        self.last_logs: Mapping[str, Any] = {}
-        self.history = History()
-        self._on_batch: tuple[VariablePolicy, int, int, ActivePhase] | None = None
-        self._clean: CompiledStep | None = None  # what the last step on one batch has left nothing behind in
-        self._steps = steps
-        self._judge = judge
+    def __init__(self, steps: StepCache, phases: PhaseTracker, state: TrainerState, handler: NonFiniteHandler) -> None:
+        self.steps = steps
+        self.phases = phases
+        self.state = state
+        self.handler = handler
         self.runs = False
+        self._on_batch: tuple[VariablePolicy, int, int, ActivePhase] | None = None
+        self._is_reset: CompiledStep | None = None  # the step whose logs the last step on one batch has reset
 
-    def fit(
-        self,
-        phases: Callable[[Mapping[str, Any], bool], ActivePhase],
-        evaluation: Callable[[], CompiledStep],
-        batches: Callable[[ActivePhase], DataLoader],
-        validation: Callable[[CompiledStep], DataLoader] | None,
-        epochs: int,
-        shown: ProgressDisplay,
-    ) -> History:
-        """Train for some epochs, evaluating after each.
+    def fit(self, data: FitData, epochs: int, display: ProgressDisplay) -> History:
+        """Train for some epochs, validating after each.
 
         Args:
-            phases: Gives what trains now, by the last logs; its second argument tells whether an epoch starts, for then
-                the model is read anew.
-            evaluation: Gives the step that evaluates.
-            batches: Gives what to train on, by what trains.
-            validation: Gives what to evaluate on, by the step that evaluates.
-            epochs: How many epochs.
-            shown: Where progress is shown.
+            data: The data.
+            epochs: The number of epochs.
+            display: Where progress is shown.
         """
-        history = History()
-
-        def choose(logs: Mapping[str, Any], starting: bool = False) -> ActivePhase:
-            due = phases(logs, starting)
-            phase = Phase(self.steps_done, self.epochs_done, due.policy, due.step.selection)
-            history.add_phase(phase)
-            self.history.add_phase(phase)
-            return due
-
+        history, state = History(), self.state
+        self.steps.start_fit()
         for number in range(1, epochs + 1):
-            due = choose(self.last_logs, starting=True)
-            if validation is not None and number == 1:
-                due.step.trace(batches(due).feed())
-                evaluation().trace(validation(evaluation()).feed())
-            logs = self.run(due.step, batches(due), shown, f"epoch {number}/{epochs}", due.every_steps, choose)
-            if validation is not None:
-                step = evaluation()
-                judged = validation(step)
-                evaluated = self.run(step, judged, shown, "  validation")
-                judged.rewind()  # so that each epoch is judged by the same batches
+            phase = self.phases.due(starting=True)
+            self._record(phase, history)
+            loader = data.training(phase, state.epoch)
+            if data.validates and number == 1:  # what is wrong with either shows before anything has moved
+                phase.step.trace(loader.feed())
+                evaluation = self.evaluation()
+                evaluation.trace(data.validation(evaluation).feed())
+            logs = self._train(phase, loader, display, f"epoch {number}/{epochs}", history)
+            if data.validates:
+                evaluation = self.evaluation()
+                loader = data.validation(evaluation)
+                evaluated = self.evaluate(evaluation, loader, display, "  validation")
+                loader.rewind()  # so that each epoch is validated on the same batches
                 logs |= {f"val_{name}": value for name, value in evaluated.items()}
-            self.epochs_done += 1
-            self.last_logs = logs
-            history.add_epoch(self.epochs_done, logs)
-            self.history.add_epoch(self.epochs_done, logs)
+            state.epoch += 1
+            state.logs = logs
+            history.add_epoch(state.epoch, logs)
+            state.history.add_epoch(state.epoch, logs)
         return history
 
-    def train_on_batch(
-        self, batch: Any, policy: VariablePolicy, phases: Callable[[Mapping[str, Any], bool], ActivePhase]
-    ) -> dict[str, Any]:
-        """Train one step on one batch, and return what it logged.
+    def evaluation(self) -> CompiledStep:
+        """Return the step that evaluates under what trained last."""
+        return self.steps.get("eval", self.phases.held())
 
-        Args:
-            batch: The batch, in tensors.
-            policy: The policy. It is asked when it is another than for the last batch, when an epoch has ended since,
-                and where it says so by `every`.
-            phases: As for `fit`.
+    def evaluate(self, step: CompiledStep, loader: DataLoader, display: ProgressDisplay, title: str) -> dict[str, Any]:
+        """Run a step over one epoch of batches, and return its logs."""
+        look = functools.partial(self.steps.logs, "eval", [step.planner.metrics])
+        self._start(step)
+        with self._shown(loader, display, title):
+            for cursor in loader.epoch():
+                while cursor.left != 0:
+                    display.advance(self._call(step, cursor, loader), look)
+            logs, examples = look()
+            display.end(logs, examples)
+        return logs
+
+    def train_on_batch(self, batch: Any) -> dict[str, Any]:
+        """Train one step on one batch in tensors, and return what it logged.
+
+        The policy is asked if it is another than for the last batch, if an epoch has ended since, and when it says so
+        by `every`.
         """
-        known = self._on_batch
-        starts = known is None or known[0] is not policy or known[1] != self.epochs_done
-        every = None if starts or known is None else known[3].every_steps
-        if starts or (every is not None and known is not None and (self.steps_done - known[2]) >= every):
-            due = phases(self.last_logs, starts)
-            begun = self.steps_done if due.every_steps is None else self.steps_done // due.every_steps * due.every_steps
-            self._on_batch = policy, self.epochs_done, begun, due
-            self.history.add_phase(Phase(self.steps_done, self.epochs_done, due.policy, due.step.selection))
-        assert self._on_batch is not None
-        step = self._on_batch[3].step
-        if self._clean is not step:  # after a step on one batch, what it logs is reset already
-            self._steps.reset(step.kind, step.selection.tree)
-        self._clean = None
-        self._steps.warn_stale(step)
-        self.runs = True
-        try:
-            with deferred_interrupt():
-                before, so_far = self._judge.last, (self.steps_done, self.epochs_done)
-                take_logs = functools.partial(self._steps.take_logs, step.kind, step.selection)
-                tally, logs, failure = step.run_on(batch, before, so_far, take_logs)
-                self._take(step, tally)
-        finally:
-            self.runs = False
+        step = self._phase_on_batch().step
+        if self._is_reset is not step:
+            self.steps.reset(step.kind, step.selection.tree)
+        self._is_reset = None
+        step.planner.warn_stale()
+        with self._running(), deferred_interrupt():
+            take_logs = functools.partial(self.steps.take_logs, step)
+            counts, logs, failure = step.run_on(batch, self._before(), take_logs)
+            self._take_in(step, counts)
         if failure is not None:
             raise refusal(failure) or failure
-        self._clean = step
+        self._is_reset = step
         return {name: on_the_host(value) for name, value in logs.items()}
 
     def check_idle(self) -> None:
         """Check that no epoch is under way.
 
         Raises:
-            RuntimeError: One is.
+            RuntimeError: An epoch is under way.
         """
         if self.runs:
             raise RuntimeError(
@@ -143,76 +125,111 @@ class EpochLoop:
                 "anew. Make another trainer of the same model for it."
             )
 
-    def run(
-        self,
-        step: CompiledStep,
-        batches: DataLoader,
-        shown: ProgressDisplay,
-        title: str,
-        every_steps: int | None = None,
-        choose: Callable[[Mapping[str, Any]], ActivePhase] | None = None,
+    def _train(
+        self, phase: ActivePhase, loader: DataLoader, display: ProgressDisplay, title: str, history: History
     ) -> dict[str, Any]:
-        """Run a step over one epoch of batches and return its logs; every so many steps, `choose` the step anew."""
-        kind, selections, self._clean = step.kind, {step.selection: None}, None
-        self._steps.reset(kind, step.selection.tree)
-        self._steps.warn_stale(step)
-        self._judge.skipped_steps = 0
-        look = functools.partial(self._steps.logs, kind, selections)
-        before = asked = self.steps_done
-        drawn = 0
-        shown.start(title, batches.per_epoch)
-        self.runs = True
-        try:
-            for feed in batches.epoch():
-                while feed.left != 0:
-                    most = step.pace.steps if feed.left is None else min(step.pace.steps, feed.left)
-                    if every_steps is not None and choose is not None:
-                        ends = drawn == batches.per_epoch  # the next epoch asks at its start
-                        if self.steps_done != asked and self.steps_done % every_steps == 0 and not ends:
-                            asked = self.steps_done
-                            due = choose(LazyLogs(lambda: look()[0]))
-                            step, every_steps = due.step, due.every_steps
-                            selections[step.selection] = None
-                            self._steps.warn_stale(step)
-                        if every_steps is not None:
-                            most = min(most, every_steps - self.steps_done % every_steps)
-                    ran = self._call(step, feed, most, batches)
+        """Train for one epoch, asking the policy again when it says so, and return the logs."""
+        step, every_steps, state = phase.step, phase.every_steps, self.state
+        used = {step.selection: step.planner.metrics}
+        began = asked = state.step
+        drawn, state.skipped_steps = 0, 0
+
+        def look() -> tuple[dict[str, Any], int]:
+            return self.steps.logs("train", used.values())
+
+        self._start(step)
+        with self._shown(loader, display, title):
+            for cursor in loader.epoch():
+                while cursor.left != 0:
+                    ends = drawn == loader.per_epoch  # the next epoch asks at its start
+                    if every_steps and state.step != asked and state.step % every_steps == 0 and not ends:
+                        asked = state.step
+                        phase = self.phases.due(LazyLogs(lambda: look()[0]))
+                        self._record(phase, history)
+                        step, every_steps = phase.step, phase.every_steps
+                        used[step.selection] = step.planner.metrics
+                        step.planner.warn_stale()
+                    most = every_steps - state.step % every_steps if every_steps else None
+                    ran = self._call(step, cursor, loader, most)
                     drawn += ran
-                    shown.advance(ran, look)
-            final, examples = look()
-            if isinstance(step, CompiledTrainStep):
-                if self.steps_done == before:
-                    final = dict.fromkeys(final, math.nan)
-                final |= self._judge.logs()
-            shown.end(final, examples)
-        except BaseException:
-            batches.stop()
-            raise
-        finally:
-            self.runs = False
-            shown.close()
-        return final
+                    display.advance(ran, look)
+            logs, examples = look()
+            if state.step == began:
+                logs = dict.fromkeys(logs, math.nan)
+            logs |= self.handler.logs(state)
+            display.end(logs, examples)
+        return logs
 
-    def _take(self, step: CompiledTrainStep, tally: StepCounts) -> None:
-        """Take in what steps came to."""
-        self.steps_done += tally.moved
-        self._judge.take(tally, step.transaction.guard, self.steps_done, self.epochs_done)
-
-    def _call(self, step: CompiledStep, feed: BatchCursor, most: int, batches: DataLoader) -> int:
-        """Call the compiled loop once, and return on how many batches it ran a step."""
+    def _call(self, step: CompiledStep, cursor: BatchCursor, loader: DataLoader, most: int | None = None) -> int:
+        """Call the loop in the graph once, and return on how many batches it ran a step."""
+        most = min(limit for limit in (step.pace.steps, cursor.left, most) if limit is not None)
         with deferred_interrupt():
             began = time.perf_counter()
-            trains = isinstance(step, CompiledTrainStep)
-            before, so_far = self._judge.last if trains else StepCounts(), (self.steps_done, self.epochs_done)
-            tally, failure = step.run(feed, most, before, self._judge.patience, so_far)
-            step.pace.took(tally.batches, time.perf_counter() - began)
-            if isinstance(step, CompiledTrainStep):
-                self._take(step, tally)
+            counts, failure = step.run(cursor, most, self._before(), self.handler.max_consecutive)
+            step.pace.took(counts.batches, time.perf_counter() - began)
+            if step.kind == "train":
+                self._take_in(step, counts)
         if failure is not None:
             failure = refusal(failure) or failure
-            _locate(failure, f"batch {feed.number} of `{batches.name}` (the first is 0)", feed.number)
+            _locate(failure, f"batch {cursor.number} of `{loader.name}` (the first is 0)", cursor.number)
             raise failure
-        return tally.batches
+        return counts.batches
+
+    def _phase_on_batch(self) -> ActivePhase:
+        """Return what trains on single batches now."""
+        known, state = self._on_batch, self.state
+        if known is None or known[0] is not self.phases.policy or known[1] != state.epoch:
+            return self._ask_on_batch(starting=True)
+        every = known[3].every_steps
+        return self._ask_on_batch(starting=False) if every and state.step - known[2] >= every else known[3]
+
+    def _ask_on_batch(self, *, starting: bool) -> ActivePhase:
+        phase = self.phases.due(starting=starting)
+        every = phase.every_steps or 1
+        self._on_batch = self.phases.policy, self.state.epoch, self.state.step // every * every, phase
+        self._record(phase)
+        return phase
+
+    def _record(self, phase: ActivePhase, *histories: History) -> None:
+        """Take down that a phase begins."""
+        began = Phase(self.state.step, self.state.epoch, phase.policy, phase.step.selection)
+        for history in (self.state.history, *histories):
+            history.add_phase(began)
+
+    def _start(self, step: CompiledStep) -> None:
+        """Reset what a step logs, before an epoch."""
+        self._is_reset = None
+        self.steps.reset(step.kind, step.selection.tree)
+        step.planner.warn_stale()
+
+    def _before(self) -> tuple[int, int, int]:
+        return self.state.consecutive_skipped, self.state.step, self.state.epoch
+
+    def _take_in(self, step: CompiledStep, counts: StepCounts) -> None:
+        """Take in how training steps ended."""
+        self.state.step += counts.applied
+        self.handler.observe(counts, step.planner.check, self.state)
+
+    @contextlib.contextmanager
+    def _shown(self, loader: DataLoader, display: ProgressDisplay, title: str) -> Iterator[None]:
+        """Show an epoch, and leave the data if it fails."""
+        display.start(title, loader.per_epoch)
+        try:
+            with self._running():
+                yield
+        except BaseException:
+            loader.stop()
+            raise
+        finally:
+            display.close()
+
+    @contextlib.contextmanager
+    def _running(self) -> Iterator[None]:
+        self.runs = True
+        try:
+            yield
+        finally:
+            self.runs = False
 
 
 def _locate(error: BaseException, place: str, number: int) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from tapeloop._validation import whole_number
-from tapeloop.loop.step_counts import ANY, StepCounts
+from tapeloop.loop.state import TrainerState
+from tapeloop.loop.step_counts import UNLIMITED, StepCounts
 from tapeloop.optimization.finite_check import FiniteCheck
 
 MODES = ("raise", "skip", "ignore")
@@ -13,52 +14,40 @@ class NonFiniteHandler:
     """Decides what steps that were not finite mean for the run.
 
     Attributes:
-        patience: How many of them in a row are gone on after.
-        skipped_steps: How many there were since the last epoch began.
-        last: What the last steps came to.
+        mode: `"raise"`, `"skip"` or `"ignore"`.
+        max_consecutive: The number of such steps in a row after which training goes on.
     """
 
     def __init__(self, mode: str, max_skipped: int) -> None:
-        """Check and keep what was asked.
-
-        Args:
-            mode: `"raise"`, `"skip"` or `"ignore"`.
-            max_skipped: How many steps in a row may be skipped.
+        """Check and keep the options of the trainer.
 
         Raises:
-            ValueError: `mode` is none of these, or `max_skipped` no whole number of 1 or more.
+            ValueError: `mode` is none of the three, or `max_skipped` is no whole number of 1 or more.
         """
         if mode not in MODES:
             raise ValueError(f"`nonfinite` must be one of {', '.join(map(repr, MODES))}. Received: {mode!r}.")
-        self.skipped_steps = 0
-        self.last = StepCounts()
-        self.patience = {"raise": 0, "skip": whole_number("max_skipped", max_skipped, 1), "ignore": ANY}[mode]
-        self._mode = mode
+        self.mode = mode
+        skipped = whole_number("max_skipped", max_skipped, 1)
+        self.max_consecutive = {"raise": 0, "skip": skipped, "ignore": UNLIMITED}[mode]
 
-    @property
-    def looks(self) -> bool:
-        """Whether what is not finite is looked for."""
-        return self._mode != "ignore"
-
-    def take(self, tally: StepCounts, guard: FiniteCheck | None, step: int, epoch: int) -> None:
-        """Take in what steps came to.
+    def observe(self, counts: StepCounts, check: FiniteCheck | None, state: TrainerState) -> None:
+        """Take in how the steps of a call ended.
 
         Args:
-            tally: What they came to.
-            guard: What watched them.
-            step: How many steps were trained before the next one.
-            epoch: How many epochs were trained before.
+            counts: How they ended.
+            check: What kept the checksums of the last bad step.
+            state: How far the run has come with these steps.
 
         Raises:
-            NonFiniteError: The last was not finite, and the run is to stop at that.
+            NonFiniteError: The last step was not finite, and the run is to stop at that.
         """
-        self.last = tally
-        self.skipped_steps += tally.bad
-        if guard is not None and tally.bad_in_a_row > self.patience:
-            self.last = StepCounts()
-            also = f"{self.patience} steps in a row were skipped before it, as many as may be. "
-            raise guard.error(step, epoch, also if self._mode == "skip" else "")
+        state.skipped_steps += counts.skipped
+        state.consecutive_skipped = counts.consecutive_skipped
+        if check is not None and counts.consecutive_skipped > self.max_consecutive:
+            state.consecutive_skipped = 0
+            also = f"{self.max_consecutive} steps in a row were skipped before it, as many as may be. "
+            raise check.error(state.step, state.epoch, also if self.mode == "skip" else "")
 
-    def logs(self) -> dict[str, float]:
-        """Return what is to be logged of it."""
-        return {"skipped_steps": float(self.skipped_steps)} if self._mode == "skip" else {}
+    def logs(self, state: TrainerState) -> dict[str, float]:
+        """Return what an epoch logs of skipped steps."""
+        return {"skipped_steps": float(state.skipped_steps)} if self.mode == "skip" else {}

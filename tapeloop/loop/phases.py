@@ -1,15 +1,18 @@
-"""What trains now: the policy's answer of the moment, and the step made for it."""
+"""What trains now: the policy's answer of the moment, and the step for it."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from tapeloop.loop.step_cache import CompiledTrainStep, StepCache
+from tapeloop.loop.compiled_step import CompiledStep
+from tapeloop.loop.state import TrainerState
+from tapeloop.loop.step_cache import StepCache
 from tapeloop.model.selection import Selection
 from tapeloop.model.tree import Model, Tree
-from tapeloop.optimization.updates import Updates
-from tapeloop.policies.base import Progress, VariablePolicy, is_value
+from tapeloop.policies.base import VariablePolicy, is_value
 from tapeloop.policies.resolve import chain, resolve, selections_to_come
 
 
@@ -20,87 +23,96 @@ class ActivePhase:
     Attributes:
         step: The compiled step.
         policy: The policy that it is for.
-        every_steps: At which multiples of steps it is to be asked anew within an epoch, or None.
+        every_steps: At which multiples of steps the policy is asked again within an epoch, or None.
     """
 
-    step: CompiledTrainStep
+    step: CompiledStep
     policy: VariablePolicy
     every_steps: int | None
 
 
 class PhaseTracker:
-    """The selections of a model, as policies ask for them."""
+    """Resolves a trainer's policy as training goes."""
 
-    def __init__(self, model: Model, steps: StepCache, updates: Updates) -> None:
-        """Keep what is needed.
+    def __init__(self, model: Model, steps: StepCache, state: TrainerState) -> None:
+        """Keep what selections are resolved for.
 
         Args:
             model: The model.
             steps: Makes the steps.
-            updates: What is to be prepared for each selection.
+            state: How far the run has come.
         """
         self._model = model
         self._steps = steps
-        self._updates = updates
-        self._known: dict[VariablePolicy, Selection] = {}
+        self._state = state
+        self._resolved: dict[VariablePolicy, Selection] = {}
         self._prepared: Selection | None = None
-        self._fresh: Tree | None = None  # as the check has just read it; reading a large model takes a while
-        self._asked: tuple[VariablePolicy, int, int] | None = None  # which policy, and at which step of which epoch
+        self._fresh: Tree | None = None  # as `check` has just read it; reading a large model takes a while
+        self._asked: tuple[VariablePolicy, int, int] | None = None  # the policy, and the step and epoch of the answer
         self._answer: list[VariablePolicy] = []
-        self._held: tuple[VariablePolicy, VariablePolicy] | None = None  # the policy, and what it said last trains
 
-    def now(self, policy: VariablePolicy, progress: Progress) -> Selection:
-        """Return what a policy selects of the model as it is now."""
-        return resolve(self._chain(policy, progress)[-1], Tree.of(self._model))
+    @property
+    def policy(self) -> VariablePolicy:
+        """The trainer's policy."""
+        policy: VariablePolicy = self._steps.parts.policy
+        return policy
 
-    def held(self, policy: VariablePolicy, progress: Progress, *, trains: bool = False) -> Selection:
-        """Return what trained last under a policy, of the model as it is now; it need not leave anything to train."""
-        if self._held is not None and self._held[0] is policy:
-            return resolve(self._held[1], Tree.of(self._model), trains)
-        return resolve(self._chain(policy, progress)[-1], Tree.of(self._model), trains)
+    def now(self) -> Selection:
+        """Return what the policy selects of the model as it is now."""
+        return resolve(self._chain()[-1], Tree.of(self._model))
 
-    def check(self, policy: VariablePolicy) -> None:
-        """Resolve what is known to come due.
+    def held(self, *, trains: bool = False) -> Selection:
+        """Return what trained last, of the model as it is now; unless `trains`, it may leave nothing to train."""
+        held = self._state.policy
+        policy = held[1] if held is not None and held[0] is self.policy else self._chain()[-1]
+        return resolve(policy, Tree.of(self._model), trains)
+
+    def check(self) -> None:
+        """Resolve every selection that is known to come.
 
         Raises:
-            PolicyError: It cannot be resolved for the model, or there is no optimizer for a group.
+            PolicyError: A policy cannot be resolved for the model, or there is no optimizer for a group.
         """
         self._fresh = Tree.of(self._model)
-        to_come = selections_to_come(policy, self._fresh)
-        self._updates.optimizers.check(to_come, changing=True)
+        to_come = selections_to_come(self.policy, self._fresh)
+        self._state.optimizers.check(to_come, changing=True)
 
-    def due(self, policy: VariablePolicy, progress: Progress, *, starting: bool) -> ActivePhase:
-        """Return what trains next, everything that it needs being made.
+    def due(self, logs: Mapping[str, Any] | None = None, *, starting: bool = False) -> ActivePhase:
+        """Return what trains next, and make everything that it needs.
 
-        The model's flags are read at the start of an epoch; within one, a policy that held before gets its selection of
-        then.
+        The model's flags are read at the start of an epoch. Within an epoch, a policy that held before gets its
+        selection of then.
+
+        Args:
+            logs: What the policy may look at; by default the logs of the last epoch.
+            starting: Whether an epoch starts.
         """
         if starting:
-            self._known.clear()
-        policies = self._chain(policy, progress)
+            self._resolved.clear()
+        policies = self._chain(logs)
         holding = policies[-1]
-        self._held = policy, holding
-        kept = is_value(holding)
-        selection = self._known.get(holding) if kept else None
+        self._state.policy = self.policy, holding
+        selection = self._resolved.get(holding) if is_value(holding) else None
         if selection is None:
             selection = resolve(holding, self._fresh or Tree.of(self._model))
-            if kept:
-                self._known[holding] = selection
+            if is_value(holding):
+                self._resolved[holding] = selection
         if selection is not self._prepared:
-            changing = type(policy).at is not VariablePolicy.at
-            self._updates.prepare(selection, progress.step, changing=changing)
+            changing = type(self.policy).at is not VariablePolicy.at
+            self._steps.parts.updates.prepare(selection, self._state.step, changing=changing)
             self._prepared = selection
         self._fresh = None
         every_steps = math.gcd(*(each.every for each in policies if each.every is not None))
-        return ActivePhase(self._steps.train(selection), holding, every_steps or None)
+        return ActivePhase(self._steps.get("train", selection), holding, every_steps or None)
 
-    def _chain(self, policy: VariablePolicy, progress: Progress) -> list[VariablePolicy]:
-        """Return the policies that lie within one another now. None is asked twice about the same moment.
+    def _chain(self, logs: Mapping[str, Any] | None = None) -> list[VariablePolicy]:
+        """Return the policies that lie within one another now.
 
-        One that draws at random or keeps state would answer differently.
+        No policy is asked twice about the same moment: one that draws at random or keeps state would answer otherwise.
         """
-        asked = self._asked
-        if asked is None or asked[0] is not policy or asked[1:] != (progress.step, progress.epoch):
-            self._answer = chain(policy, progress)
-            self._asked = policy, progress.step, progress.epoch
+        state = self._state
+        asked = self.policy, state.step, state.epoch
+        if self._asked is None or self._asked[0] is not asked[0] or self._asked[1:] != asked[1:]:
+            self._answer = chain(self.policy, state.progress(logs))
+            self._asked = asked
         return self._answer

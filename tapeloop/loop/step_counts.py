@@ -1,4 +1,4 @@
-"""How steps end, and counting them where they run, so that the host need not look at each."""
+"""Counting how steps end where they run, so that the host need not look at each."""
 
 from __future__ import annotations
 
@@ -8,60 +8,61 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tapeloop.step.outcome import StepOutcome
+from tapeloop.optimization.finite_check import StepOutcome
 
-ANY = np.iinfo(np.int64).max
+UNLIMITED = np.iinfo(np.int64).max
 
 
 @dataclass(frozen=True)
 class StepCounts:
-    """What some steps came to.
+    """How the steps of a call ended.
 
     Attributes:
-        batches: How many were run, each on a batch.
-        moved: How many of them moved what trains.
-        bad: How many were not finite, and moved nothing.
-        bad_in_a_row: How many of the last ones, in this call and before it.
+        batches: The number of steps that ran, each on a batch.
+        applied: The number of steps that made their updates.
+        skipped: The number of steps that were not finite, and moved nothing.
+        consecutive_skipped: The number of skipped steps at the end, in this call and before it.
     """
 
     batches: int = 0
-    moved: int = 0
-    bad: int = 0
-    bad_in_a_row: int = 0
+    applied: int = 0
+    skipped: int = 0
+    consecutive_skipped: int = 0
 
     @classmethod
     def of(cls, counts: Any) -> StepCounts:
-        """Return the tally that a tensor of counts holds."""
+        """Return the counts that a tensor holds."""
         return cls(*map(int, counts.numpy()[:4]))
 
-    def stopped(self) -> StepCounts:
-        """Return the tally with one step more, at which `stop_unless` ended the run."""
-        return StepCounts(self.batches + 1, self.moved, self.bad + 1, self.bad_in_a_row + 1)
-
-    def start(self, step: int = 0, epoch: int = 0) -> tf.Tensor:
-        """Return the counts with which the steps after these begin, and how far training has come before them."""
-        with tf.device("CPU:0"):
-            return tf.constant([0, 0, 0, self.bad_in_a_row, step, epoch], tf.int64)
+    def with_failed_step(self) -> StepCounts:
+        """Return the counts with one more step, which failed before its update."""
+        return StepCounts(self.batches + 1, self.applied, self.skipped + 1, self.consecutive_skipped + 1)
 
 
-def limits(batches: int, bad_in_a_row: int) -> tf.Tensor:
-    """Return up to which counts, these included, steps go on: after fewer batches, and with so many bad in a row."""
+def counts_before(consecutive_skipped: int, step: int, epoch: int) -> tf.Tensor:
+    """Return the counts with which a call begins: see `Clock.counts`."""
     with tf.device("CPU:0"):
-        return tf.constant([batches - 1, ANY, ANY, bad_in_a_row, ANY, ANY], tf.int64)
+        return tf.constant([0, 0, 0, consecutive_skipped, step, epoch], tf.int64)
 
 
-def counted(counts: tf.Tensor, ended: StepOutcome | None) -> tf.Tensor:
-    """Return the counts after one step more.
+def limits(batches: int, max_consecutive: int) -> tf.Tensor:
+    """Return the highest counts after which a call still begins another step."""
+    with tf.device("CPU:0"):
+        return tf.constant([batches - 1, UNLIMITED, UNLIMITED, max_consecutive, UNLIMITED, UNLIMITED], tf.int64)
+
+
+def counted(counts: tf.Tensor, outcome: StepOutcome | None) -> tf.Tensor:
+    """Return the counts after one more step.
 
     Args:
-        counts: Those before it.
-        ended: How it ended; None where nobody watched.
+        counts: The counts before it, of shape (6,).
+        outcome: How it ended; None if nobody looked.
     """
     row_again = counts * tf.constant([1, 1, 1, 0, 1, 1], tf.int64)
-    moved = row_again + tf.constant([1, 1, 0, 0, 0, 0], tf.int64)
-    if ended is None:
-        return moved
-    after = tf.where(ended.finite, moved, counts + tf.constant([1, 0, 1, 1, 0, 0], tf.int64))
-    if ended.overflowed is None:
+    applied = row_again + tf.constant([1, 1, 0, 0, 0, 0], tf.int64)
+    if outcome is None:
+        return applied
+    after = tf.where(outcome.finite, applied, counts + tf.constant([1, 0, 1, 1, 0, 0], tf.int64))
+    if outcome.overflowed is None:
         return after
-    return tf.where(ended.overflowed, row_again + tf.constant([1, 0, 0, 0, 0, 0], tf.int64), after)
+    return tf.where(outcome.overflowed, row_again + tf.constant([1, 0, 0, 0, 0, 0], tf.int64), after)

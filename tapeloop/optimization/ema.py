@@ -81,6 +81,11 @@ class MovingAverages:
                 value = tf.Variable(tensor.read_value(), trainable=False, name="average")
                 self._averages[key] = _Average(tensor, value)
 
+    @property
+    def variables(self) -> list[tf.Variable]:
+        """All averages."""
+        return [average.value for average in self._averages.values()]
+
     def check_may_train(self) -> None:
         """Check that the variables have their own values.
 

@@ -91,6 +91,12 @@ class Cohort:
         rate = keras_internals.learning_rate_variable(self.optimizer)
         return tuple(raw(v) for v in self.optimizer.variables if id(v) not in slots and v is not rate)
 
+    @property
+    def variables(self) -> list[tf.Variable]:
+        """What the optimizer keeps, and the counts of the groups that it is spread over."""
+        shared = [count for share in self.shares.values() for count in share.counts]
+        return [*(raw(variable) for variable in self.optimizer.variables), *shared]
+
     def regroup(self, groups: tuple[str, ...]) -> None:
         """Have its variables train in these groups from now on, each going on from the highest step count there is."""
         if groups == self.groups:
@@ -243,12 +249,16 @@ class Optimizers:
                 with patched(cohort.optimizer, "global_clipnorm", None if len(parts) > 1 else norm):
                     self._apply(cohort, group, mine[cohort, group], spread=len(self._groups(cohort, selection)) > 1)
 
+    @property
+    def variables(self) -> list[tf.Variable]:
+        """What the optimizers keep: slots, step counts, learning rates."""
+        return [variable for cohort in self.cohorts for variable in cohort.variables]
+
     def state(self, variables: Iterable[VariableInfo]) -> list[tf.Variable]:
         """Return what the optimizers of these variables keep, step counts included."""
         keys = {id(variable.variable) for variable in variables}
         mine = [cohort for cohort in self.cohorts if not keys.isdisjoint(cohort.slots)]
-        shared = [count for cohort in mine for share in cohort.shares.values() for count in share.counts]
-        return [*(raw(variable) for cohort in mine for variable in cohort.optimizer.variables), *shared]
+        return [variable for cohort in mine for variable in cohort.variables]
 
     def state_bytes(self, variable: VariableInfo) -> int:
         """Return how many bytes of optimizer state are held for one variable, in all groups that it trained in."""

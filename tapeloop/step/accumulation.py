@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
+import keras
 import tensorflow as tf
 
 from tapeloop._backend.assertions import require
-from tapeloop.data.batch import examples_of, shapes, spec_of
+from tapeloop.data.batch import after, examples_of, shapes
 from tapeloop.errors import DataError
-from tapeloop.optimization.microbatches import Microbatches
+from tapeloop.step.context import Computed
+from tapeloop.step.plan import StepPlan
 
 SEVERAL = (
     "A batch whose tensors have different first dimensions cannot be cut in micro-batches:",
@@ -68,17 +71,7 @@ def _too_few(count: int) -> str:
     )
 
 
-def check_pieces(microbatches: Microbatches, fewest: int | None) -> None:
-    """Check that the smallest of the batches to come, where it is known, is large enough to be cut.
-
-    Raises:
-        DataError: It is not.
-    """
-    if fewest is not None and not microbatches.adapts:
-        plan(fewest, microbatches.count)
-
-
-def plan(examples: int | None, count: int) -> list[Pieces]:
+def cut(examples: int | None, count: int) -> list[Pieces]:
     """Say how a batch is cut: the pieces differ in size by one example at most, larger ones first.
 
     Args:
@@ -107,12 +100,13 @@ def piece(batch: Any, pieces: Pieces, index: Any, examples: tf.Tensor) -> Any:
         examples: How many examples the batch has.
     """
     if pieces.size is None:
-        each, larger = examples // pieces.count, examples % pieces.count
+        count = tf.minimum(pieces.count, examples)
+        each, larger = examples // count, examples % count
         start, size = index * each + tf.minimum(index, larger), each + tf.cast(index < larger, examples.dtype)
     else:
         start, size = pieces.start + index * pieces.size, pieces.size
 
-    def cut(value: Any) -> Any:
+    def part_of(value: Any) -> Any:
         if isinstance(value, tf.SparseTensor):
             rest = tf.shape(value, out_type=tf.int64)[1:]
             first = tf.concat([[tf.cast(start, tf.int64)], tf.zeros_like(rest)], 0)
@@ -126,22 +120,21 @@ def piece(batch: Any, pieces: Pieces, index: Any, examples: tf.Tensor) -> Any:
         part = tf.slice(value, [start, *[0] * len(rest)], [size, *rest])
         return tf.ensure_shape(part, [pieces.size, *value.shape[1:]])
 
-    return tf.nest.map_structure(cut, batch)
+    return tf.nest.map_structure(part_of, batch)
 
 
-def piece_spec(batch: Any, size: int | None) -> Any:
+def piece_spec(spec: Any, size: int | None) -> Any:
     """Return the signature of a piece of a batch, of so many examples."""
 
-    def spec(value: Any) -> Any:
-        if value is None or not value.shape.rank:
-            return spec_of(value)
-        shape = [size, *value.shape[1:]]
-        if isinstance(value, tf.RaggedTensor):
-            return tf.RaggedTensorSpec(shape, value.dtype, value.ragged_rank, value.row_splits.dtype)
-        kind = tf.SparseTensorSpec if isinstance(value, tf.SparseTensor) else tf.TensorSpec
-        return kind(shape, value.dtype)
+    def sized(spec: Any) -> Any:
+        if spec is None or not spec.shape.rank:
+            return spec
+        shape = [size, *spec.shape[1:]]
+        if isinstance(spec, tf.RaggedTensorSpec):
+            return tf.RaggedTensorSpec(shape, spec.dtype, spec.ragged_rank, spec.row_splits_dtype)
+        return type(spec)(shape, spec.dtype)
 
-    return tf.nest.map_structure(spec, batch)
+    return tf.nest.map_structure(sized, spec)
 
 
 def zeros_of(shape: tf.TensorShape, dtype: tf.DType) -> tf.Tensor:
@@ -153,54 +146,86 @@ def zeros_of(shape: tf.TensorShape, dtype: tf.DType) -> tf.Tensor:
     return tf.fill(shape, tf.compat.v1.placeholder_with_default(tf.zeros((), dtype), ()))
 
 
-class Computed(NamedTuple):
-    """What comes of a batch, or of a piece of one.
-
-    Attributes:
-        mean: A structure of tensors that are means over examples.
-        largest: A structure of tensors of which the largest of all pieces counts.
-    """
-
-    mean: Any
-    largest: Any
-
-
-def averaged(
-    run: Callable[[Any, Pieces], Computed], batch: Any, examples: tf.Tensor, cuts: list[Pieces], zeros: Computed | None
-) -> Computed:
-    """Run a function on each piece of a batch, one after the other, and average what it returns by examples.
+def accumulate(plan_piece: Callable[[Any], StepPlan], spec: Any, count: int, *, at_most: bool = False) -> StepPlan:
+    """Return a plan that computes a batch in pieces, one after the other, and averages what they give by examples.
 
     Args:
-        run: Takes a piece and how it was cut, and returns a structure of tensors.
-        batch: The batch.
-        examples: How many examples it has.
-        cuts: How it is cut.
-        zeros: Zeros of what `run` returns, to begin with in a graph; None where nothing is traced.
+        plan_piece: Plans the step for pieces of a signature.
+        spec: The signature of the batch.
+        count: The number of pieces.
+        at_most: Whether a batch with fewer examples is cut in pieces of one example.
+
+    Raises:
+        DataError: The batch has fewer examples than pieces, or cannot be cut.
     """
-    total = zeros
+    check_alike(spec)
+    examples = next(value.shape[0] for value in _cuttable(spec))
+    cuts = cut(examples, count if examples is None or not at_most else min(count, examples))
+    plans = {pieces.size: plan_piece(piece_spec(spec, pieces.size)) for pieces in cuts}
+    functions = tuple(function for plan in plans.values() for function in plan.functions)
+
+    def compute(batch: Any) -> Computed:
+        batch = batch if examples is not None else checked(batch, 1 if at_most else count)
+        with after(batch):  # or what depends on nothing in it would run before it is found that it cannot be cut
+            outputs = functions[-1].structured_outputs[:2]
+            zeros = tf.nest.map_structure(lambda output: zeros_of(output.shape, _mean_dtype(output.dtype)), outputs)
+            return _averaged(lambda part, size: plans[size].compute(part), batch, cuts, zeros)
+
+    return dataclasses.replace(plans[cuts[-1].size], compute=compute, functions=functions)
+
+
+def compute_in_pieces(compute: Callable[[Any], Computed], batch: Any, count: int) -> Computed:
+    """Run a function eagerly on each piece of a batch, and average what it returns by examples."""
+    check_alike(batch)
+    return _averaged(lambda part, _: compute(part), batch, cut(examples_of(batch), count), None)
+
+
+def _averaged(
+    run: Callable[[Any, int | None], Computed], batch: Any, cuts: list[Pieces], zeros: tuple[Any, Any] | None
+) -> Computed:
+    """Run a function on each piece of a batch, and average what it returns by examples.
+
+    Args:
+        run: Takes a piece and its size.
+        batch: The batch.
+        cuts: How the batch is cut.
+        zeros: Zeros of what `run` returns, to add to in a traced loop; None if nothing is traced.
+    """
+    total, examples = zeros, examples_of(batch)
     for pieces in cuts:
 
         def add(index: Any, total: Any, pieces: Pieces = pieces) -> tuple[Any, Any]:
             part = piece(batch, pieces, index, examples)
             # The quotient of two whole numbers, exact to the precision of what it is multiplied with.
             share = tf.cast(examples_of(part), tf.float64) / tf.cast(examples, tf.float64)
-            mean, largest = run(part, pieces)
-            mean = tf.nest.map_structure(lambda value: value * tf.cast(share, value.dtype), mean)
+            mean, largest, _ = run(part, pieces.size)
+            mean = tf.nest.map_structure(lambda value: _weighted(value, share), mean)
             if total is not None:
-                mean = tf.nest.map_structure(tf.add, total.mean, mean)
-                largest = tf.nest.map_structure(tf.maximum, total.largest, largest)
-            return index + 1, Computed(mean, largest)
+                mean = tf.nest.map_structure(tf.add, total[0], mean)
+                largest = tf.nest.map_structure(tf.maximum, total[1], largest)
+            return index + 1, (mean, largest)
 
         if zeros is None:
             for index in range(pieces.count):
                 _, total = add(tf.constant(index), total)
         else:
             _, total = tf.while_loop(
-                lambda index, _, pieces=pieces: index < pieces.count,
+                lambda index, _, pieces=pieces: index < tf.minimum(pieces.count, examples),
                 add,
                 (tf.constant(0), total),
                 parallel_iterations=1,
                 maximum_iterations=pieces.count,
             )
     assert total is not None
-    return total
+    return Computed(*total, None)
+
+
+def _weighted(value: Any, share: tf.Tensor) -> tf.Tensor:
+    value = tf.convert_to_tensor(value)
+    value = tf.cast(value, _mean_dtype(value.dtype))
+    return value * tf.cast(share, value.dtype)
+
+
+def _mean_dtype(dtype: tf.DType) -> tf.DType:
+    """Return the type in which means over pieces are taken: of whole numbers, Keras' float type."""
+    return dtype if dtype.is_floating else tf.as_dtype(keras.config.floatx())

@@ -20,10 +20,12 @@ import keras
 import tensorflow as tf
 
 from tapeloop._backend import keras_internals, patching
-from tapeloop._backend.patching import Note, assigning_names, inlined_functions, patched
+from tapeloop._backend.patching import assigning_names, inlined_functions, patched
 from tapeloop.model.selection import Selection
 from tapeloop.model.tree import SubmodelInfo, VariableInfo
 from tapeloop.optimization.untracked import handles_read_since, op_count
+
+Note = Callable[[VariableInfo], Any]  # called with a variable that is about to be assigned to
 
 
 @contextlib.contextmanager
@@ -46,25 +48,27 @@ def frozen(selection: Selection, note: Note = lambda variable: None) -> Iterator
 def read_only(selection: Selection, calls: Calls, note: Note) -> Iterator[None]:
     """Drop, inside this context, what layers assign to what is frozen; see `frozen`."""
     immovable = set(immutable_variables(selection))
-    with contextlib.ExitStack() as shadows:
+    with contextlib.ExitStack() as patches:
         for variable in selection.tree.variables:
-            tensor, is_still = variable.tf_variable, variable in immovable
-            for name in assigning_names(tensor.__class__):
-                shadow = _sealing(tensor, getattr(tensor, name), calls, is_still, note)
-                shadows.enter_context(patched(tensor, name, shadow))
+            tf_variable = variable.tf_variable
+            for name in assigning_names(tf_variable.__class__):
+                assign = _dropping(variable, getattr(tf_variable, name), calls, variable in immovable, note)
+                patches.enter_context(patched(tf_variable, name, assign))
         yield
 
 
-def _sealing(
-    variable: tf.Variable, assign: Callable[..., Any], calls: Calls, is_still: bool, note: Note
+def _dropping(
+    variable: VariableInfo, assign: Callable[..., Any], calls: Calls, is_immutable: bool, note: Note
 ) -> Callable[..., Any]:
-    def shadow(*args: Any, **kwargs: Any) -> Any:
-        if calls.in_idle or (is_still and calls.running):
-            return variable
+    """Wrap a method that assigns to a variable so that it does nothing inside a call that may not move the variable."""
+
+    def assign_or_drop(*args: Any, **kwargs: Any) -> Any:
+        if calls.in_idle or (is_immutable and calls.running):
+            return variable.tf_variable
         note(variable)
         return assign(*args, **kwargs)
 
-    return shadow
+    return assign_or_drop
 
 
 class _Frame(NamedTuple):
@@ -128,14 +132,14 @@ def inference_mode(selection: Selection) -> Iterator[Calls]:
     """
     inference, idle = frozenset(selection.inference), selection.idle
     calls = Calls()
-    with contextlib.ExitStack() as shadows:
+    with contextlib.ExitStack() as patches:
         for submodel in selection.tree.layers:
             layer = submodel.object
             for name in keras_internals.call_methods(layer):
                 shadow = _moded(layer, getattr(layer, name), calls, submodel in inference, submodel in idle)
-                shadows.enter_context(patched(layer, name, shadow))
-            shadows.enter_context(patched(layer, "add_loss", _unless_idle(calls, layer.add_loss)))
-        shadows.enter_context(_watched_modules(selection, calls))
+                patches.enter_context(patched(layer, name, shadow))
+            patches.enter_context(patched(layer, "add_loss", _unless_idle(calls, layer.add_loss)))
+        patches.enter_context(_watched_modules(selection, calls))
         yield calls
 
 
@@ -195,9 +199,9 @@ def _watched_modules(selection: Selection, calls: Calls) -> Iterator[None]:
 
         return shadow
 
-    with contextlib.ExitStack() as shadows:
+    with contextlib.ExitStack() as patches:
         for kind in {type(submodel.object) for submodel in modules.values()}:
-            shadows.enter_context(patching.class_attribute(kind, "__call__", watching(kind.__call__)))
+            patches.enter_context(patching.class_attribute(kind, "__call__", watching(kind.__call__)))
         yield
 
 

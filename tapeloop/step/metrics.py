@@ -71,6 +71,14 @@ class StepMetrics:
                 taken.add(name)
         return scalars
 
+    def results(self) -> dict[str, Any]:
+        """Return what its metrics say; a metric may say several things."""
+        logs: dict[str, Any] = {}
+        for name, metric in self.by_name.items():
+            result = metric.result()
+            logs |= result if isinstance(result, Mapping) else {name: result}
+        return logs
+
 
 class Watch:
     """What a step does with metrics while it is traced, or run eagerly.
@@ -122,15 +130,6 @@ def renamed(logs: Mapping[str, Any], taken: Collection[str]) -> dict[str, Any]:
     for name, value in logs.items():
         found[_free(name, {*taken, *found})] = value
     return found
-
-
-def metrics_in(value: Any) -> list[keras.metrics.Metric]:
-    """List the metrics in an attribute, through lists, tuples and mappings."""
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    if isinstance(value, (list, tuple)):
-        return [metric for item in value for metric in metrics_in(item)]
-    return [value] if isinstance(value, keras.metrics.Metric) else []
 
 
 def layer_metrics(tree: Tree) -> list[keras.metrics.Metric]:

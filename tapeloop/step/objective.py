@@ -10,7 +10,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tapeloop._backend import keras_internals, tracing
+from tapeloop._backend import keras_internals
+from tapeloop._backend.tracing import untraced
 from tapeloop.data.batch import shapes, spec_of
 from tapeloop.errors import DataError, TapeloopError
 from tapeloop.model.selection import Selection
@@ -63,8 +64,9 @@ class Objective:
             )
         with _fitting(y, y_pred, sample_weight):
             if not self._stand_in.built:
-                specs = spec_of((y, y_pred, sample_weight))
-                tracing.outside_of_trace(lambda: self._build(*specs))
+                # The one thing that is made while the user's part is traced: it needs the shapes of the outputs.
+                with untraced():
+                    self._build(*spec_of((y, y_pred, sample_weight)))
             return self._stand_in.compute_loss(None, y, y_pred, sample_weight)
 
     def update(self, y: Any, y_pred: Any, sample_weight: Any) -> None:

@@ -1,4 +1,4 @@
-"""The values of variables at one moment, so that a bad step can be undone."""
+"""The values of variables at one moment, so that a bad step can be rolled back."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ class Snapshot:
         if variable.ref() not in self._values:
             self._values[variable.ref()] = variable.read_value()
 
-    def restore(self) -> None:
-        """Give the variables the values of then."""
+    def roll_back(self) -> tf.Tensor:
+        """Give the variables their values of then."""
         for variable, value in self._values.items():
             variable.deref().assign(value)
+        return tf.constant(True)

@@ -1,0 +1,325 @@
+"""What is being traced, or run eagerly: the trainer's verbs act on it, and it records what they were asked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+from tapeloop.errors import PolicyError
+from tapeloop.model.selection import Selection
+from tapeloop.model.tree import Model, Tree, VariableInfo
+from tapeloop.optimization.finite_check import Ending
+from tapeloop.optimization.following import Pair, move
+from tapeloop.optimization.optimizers import Gradients
+from tapeloop.optimization.tape import GroupTape
+from tapeloop.optimization.untracked import handles_behind
+from tapeloop.optimization.updates import Updates
+from tapeloop.step.objective import added_losses
+
+
+class Clock:
+    """How far a run has come, in a variable that the loop in the graph keeps.
+
+    Attributes:
+        counts: `[batches, applied, skipped, consecutive_skipped, step, epoch]`: a `StepCounts`, then the step and the
+            epoch before the call of the loop.
+    """
+
+    def __init__(self) -> None:
+        with tf.device("CPU:0"):
+            self.counts = tf.Variable(tf.zeros(6, tf.int64), trainable=False, name="counts")
+
+    def step(self, *, trains: bool) -> tf.Tensor:
+        """Return how many steps were trained before the step that runs."""
+        counts = self.counts.read_value()
+        return counts[4] + counts[1] if trains else counts[4]
+
+    def epoch(self) -> tf.Tensor:
+        """Return how many epochs were trained before the step that runs."""
+        return self.counts.read_value()[5]
+
+
+class Computed(NamedTuple):
+    """What the user's step computes of a batch, or of a piece of one.
+
+    Attributes:
+        mean: Tensors that are means over examples: the logs and, if the updates are still to be made, their losses and
+            gradients, and the decays of what follows.
+        largest: Tensors of which the largest of all pieces counts: values that overwrite a variable.
+        checksums: The checksums of the updates that were made already; see `FiniteCheck`.
+    """
+
+    mean: dict[str, Any]
+    largest: list[Any]
+    checksums: tf.Tensor | None
+
+
+class StepContext:
+    """A step of one kind while it is traced, or run eagerly.
+
+    Attributes:
+        kind: `"train"`, `"eval"` or `"predict"`; `"build"` while the model's variables are being made.
+        selection: What trains.
+        numbers: The numbers among the trainer's attributes that the step has read: they become constants.
+    """
+
+    def __init__(self, kind: str, selection: Selection, clock: Clock) -> None:
+        self.kind = kind
+        self.selection = selection
+        self.numbers: dict[str, Any] = {}
+        self._clock = clock
+
+    def step(self) -> tf.Tensor:
+        """Return how many steps were trained before this one."""
+        return self._clock.step(trains=self.kind == "train")
+
+    def epoch(self) -> tf.Tensor:
+        """Return how many epochs were trained before this step."""
+        return self._clock.epoch()
+
+    def tape(self, groups: Sequence[str], persistent: bool, policy: Any) -> GroupTape:
+        """Return a tape that watches the variables of these groups; of all of them, if none is named."""
+        known = self.selection.groups
+        unknown = [group for group in groups if group not in known]
+        if unknown:
+            raise PolicyError(
+                f"`tape` was asked for the groups {unknown}, but the policy {policy!r} has the groups {list(known)}."
+            )
+        return GroupTape([variable for group in groups or known for variable in known[group]], persistent)
+
+    def gradients(self, tape: GroupTape, loss: tf.Tensor, verb: str) -> Gradients:
+        """Return the gradient of a loss for each variable that the tape watches."""
+        raise outside(verb)
+
+    def update(self, gradients: Gradients, loss: tf.Tensor | None, verb: str) -> None:
+        """Update variables by their gradients."""
+        raise outside(verb)
+
+    def follow(self, pairs: Sequence[Pair], decay: tf.Tensor) -> None:
+        """Move variables towards others."""
+        move(pairs, decay)
+
+    def added_losses(self) -> list[tf.Tensor]:
+        """Return what layers added by `add_loss`, and the weight penalties, of all that trains."""
+        return added_losses(self.selection)
+
+    def trainable(self, gradients: Any) -> Gradients:
+        """Pair gradients by path with the variables that train."""
+        if not isinstance(gradients, Mapping):
+            raise TypeError(
+                "`apply` takes gradients by the paths of variables, as `gradients` returns them: "
+                f'`{{"head/kernel": gradient}}`. Received: {gradients!r}.'
+            )
+        trained = self.selection.trained
+        by_path = {path: variable for variable in trained for path in variable.paths}
+        unknown = [path for path in gradients if path not in by_path]
+        if unknown:
+            raise PolicyError(
+                f"`apply` was given gradients for {unknown[:5]}, which do not train. What trains is "
+                f"{[variable.path for variable in trained[:5]]}{' and so on' * (len(trained) > 5)}."
+            )
+        for path, gradient in gradients.items():
+            shape = getattr(gradient, "shape", None)
+            if shape is None or not by_path[path].variable.shape == tuple(shape):
+                raise ValueError(
+                    f"`apply` takes a tensor of the shape {by_path[path].shape} for `{path}`. Received: {gradient!r}."
+                )
+        return [(tf.convert_to_tensor(gradient), by_path[path]) for path, gradient in gradients.items()]
+
+
+class Building(StepContext):
+    """The user's step while it is traced only so that the model makes its variables: nothing trains."""
+
+    def __init__(self, model: Model, clock: Clock) -> None:
+        self._model = model
+        super().__init__("build", Selection(Tree((), ()), {}, (), (), (), {}), clock)
+
+    def tape(self, groups: Sequence[str], persistent: bool, policy: Any) -> GroupTape:
+        """Return a tape that watches nothing: what trains is not known yet."""
+        return GroupTape((), persistent)
+
+    def gradients(self, tape: GroupTape, loss: tf.Tensor, verb: str) -> Gradients:
+        """Return zeros for all that can train."""
+        return [(tf.zeros(v.shape, v.dtype), v) for v in Tree.of(self._model).variables if v.trainable]
+
+    def update(self, gradients: Gradients, loss: tf.Tensor | None, verb: str) -> None:
+        """Update nothing."""
+
+    def follow(self, pairs: Sequence[Pair], decay: tf.Tensor) -> None:
+        """Move nothing."""
+
+    def added_losses(self) -> list[tf.Tensor]:
+        """Return nothing: the loss is not looked at."""
+        return []
+
+    def trainable(self, gradients: Any) -> Gradients:
+        """Return nothing: the gradients are not looked at."""
+        return []
+
+
+@dataclass
+class PendingUpdate:
+    """One `update` or `apply` of a step.
+
+    Attributes:
+        variables: What it updates.
+        in_control_flow: Whether it stands in a branch or a loop of the traced step.
+        gradients: Its gradients, if it is deferred.
+        overwrites: The new values of variables that are overwritten, likewise.
+        loss: Its loss, if there is one, likewise.
+    """
+
+    variables: list[VariableInfo]
+    in_control_flow: bool
+    gradients: list[tf.Tensor] = field(default_factory=list)
+    overwrites: list[tf.Tensor] = field(default_factory=list)
+    loss: list[tf.Tensor] = field(default_factory=list)
+
+    def paired(self, gradients: Sequence[tf.Tensor], overwrites: Sequence[tf.Tensor]) -> Gradients:
+        """Pair what was averaged over the pieces with the variables, in their order."""
+        kinds = {False: iter(gradients), True: iter(overwrites)}
+        return [(next(kinds[variable.is_overwritten]), variable) for variable in self.variables]
+
+
+class PendingFollow(NamedTuple):
+    """A `follow` that waits for the updates of the step.
+
+    Attributes:
+        pairs: What moves towards what.
+        after: After how many updates of the step it happens.
+        decay: How much of each target is kept.
+    """
+
+    pairs: Sequence[Pair]
+    after: int
+    decay: tf.Tensor
+
+
+class Training(StepContext):
+    """A training step. It makes its updates in place, or defers them until the user's part has been computed.
+
+    Attributes:
+        deferred: Whether updates are deferred: micro-batches average them first, and a step with one update at its end
+            can fail before it.
+        ending: What happens to updates if something is not finite.
+        updates: The updates so far.
+        follows: The deferred `follow`s so far.
+        assigned: The variables that the user's part itself assigns to.
+        used: The identities of the handles of the variables that would get a gradient if they were watched.
+    """
+
+    def __init__(self, selection: Selection, clock: Clock, ending: Ending, updates: Updates, deferred: bool) -> None:
+        super().__init__("train", selection, clock)
+        self.deferred = deferred
+        self.ending = ending
+        self.updates: list[PendingUpdate] = []
+        self.follows: list[PendingFollow] = []
+        self.assigned: set[VariableInfo] = set()
+        self.used: set[int] = set()
+        self._make = updates
+        self._checksums: list[tf.Tensor] = []
+        self._graph: Any = None
+
+    def begin(self) -> None:
+        """Forget what was recorded: a function may be traced twice, and an eager step computes pieces in turns."""
+        self.updates, self.follows, self._checksums = [], [], []
+        self._graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+
+    @property
+    def has_control_flow(self) -> bool:
+        """Whether an update stands in a branch or a loop."""
+        return any(update.in_control_flow for update in self.updates)
+
+    def gradients(self, tape: GroupTape, loss: tf.Tensor, verb: str) -> Gradients:
+        """Return the gradient of a loss for each variable that the tape watches."""
+        gradients = self._make.gradients(tape, loss)
+        self.used |= handles_behind(loss, tape.start)
+        return gradients
+
+    def update(self, gradients: Gradients, loss: tf.Tensor | None, verb: str) -> None:
+        """Update variables by their gradients: now, or, if updates are deferred, at the end of the step."""
+        in_control_flow = self._is_in_control_flow()
+        update = PendingUpdate([variable for _, variable in gradients], in_control_flow)
+        self.updates.append(update)
+        if not self.deferred:
+            noted = set(self.assigned)
+            self._apply(update, gradients, loss, self._checksums)
+            self.assigned = noted  # what the optimizer has assigned is not the user's doing
+            return
+        if in_control_flow:
+            raise _cannot_be_deferred("update")
+        update.gradients = [gradient for gradient, variable in gradients if not variable.is_overwritten]
+        update.overwrites = [gradient for gradient, variable in gradients if variable.is_overwritten]
+        update.loss = [] if loss is None else [tf.cast(loss, tf.float32)]
+
+    def follow(self, pairs: Sequence[Pair], decay: tf.Tensor) -> None:
+        """Move variables towards others: now, or, if updates are deferred, after those that come before it."""
+        if not self.deferred:
+            move(pairs, decay)
+        elif self._is_in_control_flow():
+            raise _cannot_be_deferred("follow")
+        else:
+            self.follows.append(PendingFollow(pairs, len(self.updates), decay))
+
+    def computed(self, logs: Mapping[str, Any]) -> Computed:
+        """Return what the user's part computes: with what the deferred updates need, or how the others ended."""
+        if not self.deferred:
+            return Computed({"logs": dict(logs)}, [], self.ending.total(self._checksums, self.has_control_flow))
+        mean = {
+            "logs": dict(logs),
+            "losses": [update.loss for update in self.updates],
+            "gradients": [update.gradients for update in self.updates],
+            "decays": [follow.decay for follow in self.follows],
+        }
+        return Computed(mean, [update.overwrites for update in self.updates], None)
+
+    def make_deferred(self, computed: Computed, ending: Ending) -> tf.Tensor | None:
+        """Make the updates that were deferred, in their order, and move what follows them; return their checksums."""
+        checksums: list[tf.Tensor] = []
+        self._move_followers(0, computed)
+        parts = zip(self.updates, computed.mean["losses"], computed.mean["gradients"], computed.largest)
+        for number, (update, loss, gradients, overwrites) in enumerate(parts, 1):
+            pairs = update.paired(gradients, overwrites)
+            self._apply(update, pairs, loss[0] if loss else None, checksums, ending)
+            self._move_followers(number, computed)
+        return ending.total(checksums, False)
+
+    def _apply(
+        self,
+        update: PendingUpdate,
+        gradients: Gradients,
+        loss: tf.Tensor | None,
+        checksums: list[tf.Tensor],
+        ending: Ending | None = None,
+    ) -> None:
+        """Make an update, unless something in it, or in an update before it, is not finite."""
+        ending = ending or self.ending
+        ending.look(loss, gradients, checksums, update.in_control_flow)
+        total = ending.total(checksums, self.has_control_flow)
+        ending.guard(total, lambda: self._make.make(self.selection, gradients))
+
+    def _move_followers(self, number: int, computed: Computed) -> None:
+        for follow, decay in zip(self.follows, computed.mean["decays"]):
+            if follow.after == number:
+                move(follow.pairs, decay)
+
+    def _is_in_control_flow(self) -> bool:
+        """Tell whether what is traced now stands in a branch or a loop of the user's step."""
+        return self._graph is not None and tf.compat.v1.get_default_graph() is not self._graph
+
+
+def outside(verb: str) -> RuntimeError:
+    """Return the error of a verb that was called outside of a step that trains."""
+    return RuntimeError(
+        f"`{verb}` was called outside a step that trains. It belongs in `train_step`, which `fit` compiles and runs."
+    )
+
+
+def _cannot_be_deferred(verb: str) -> RuntimeError:
+    return RuntimeError(
+        f"`{verb}` in a branch or a loop of the traced step cannot wait for the other micro-batches. Set "
+        "`microbatches=1`, or move it out of the `if`, the `while` or the `tf.cond`."
+    )

@@ -1,0 +1,279 @@
+"""Planning a step: the user's part is traced by itself, outside of any other trace, and tells all that it touches.
+
+Whatever the step needs is made between the plan and the build: the sums of its logs, the checksums, the snapshot. Every
+decision about the step is taken from the plan, once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import tensorflow as tf
+
+from tapeloop._backend import keras_internals
+from tapeloop._backend.assertions import can_stop
+from tapeloop._backend.patching import inlined_functions
+from tapeloop.data.batch import examples_of
+from tapeloop.model.selection import Selection
+from tapeloop.model.tree import Model
+from tapeloop.optimization import untracked
+from tapeloop.optimization.finite_check import Ending, FiniteCheck, RollBack
+from tapeloop.optimization.updates import Updates
+from tapeloop.step.attributes import UserAttributes
+from tapeloop.step.context import Building, Clock, StepContext, Training
+from tapeloop.step.freezing import frozen
+from tapeloop.step.metrics import StepMetrics, layer_metrics
+from tapeloop.step.objective import Objective
+from tapeloop.step.remat import Remat
+from tapeloop.step.running_means import RunningMeans
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """How steps are compiled.
+
+    Attributes:
+        autograph: Whether AutoGraph converts the user's part.
+        jit_compile: Whether XLA compiles steps; with `"auto"`, on a GPU if XLA can.
+        run_eagerly: Whether steps are not compiled, but run op by op.
+        steps_per_call: How many steps a call of the loop in the graph runs, or `"auto"`.
+    """
+
+    autograph: bool
+    jit_compile: bool | str = False
+    run_eagerly: bool = False
+    steps_per_call: int | str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.jit_compile not in (True, False, "auto"):
+            raise ValueError(f"`jit_compile` must be True, False or 'auto'. Received: {self.jit_compile!r}.")
+        if not isinstance(self.run_eagerly, bool):
+            raise ValueError(f"`run_eagerly` must be True or False. Received: {self.run_eagerly!r}.")
+        if self.run_eagerly and self.jit_compile is True:
+            raise ValueError(
+                "`run_eagerly=True` runs op by op, and `jit_compile=True` compiles. Received both: leave one out."
+            )
+
+    @property
+    def uses_xla(self) -> bool:
+        """Whether XLA is to be tried."""
+        return bool(self.jit_compile) and (self.jit_compile is True or bool(tf.config.list_physical_devices("GPU")))
+
+
+@dataclass
+class StepParts:
+    """What all steps of a trainer share.
+
+    Attributes:
+        bodies: The user's part of each kind of step: `"train"`, `"eval"` and `"predict"`.
+        objective: The loss and the metrics that the trainer was made with.
+        updates: What becomes of gradients.
+        attributes: What the user keeps among the trainer's own attributes.
+        compilation: How steps are compiled.
+        remat: What is computed twice to save memory.
+        is_plain: Tells whether a training step is tapeloop's own from end to end, so that its one update comes last.
+        looks: Whether an Inf or a NaN is looked for.
+        ends_at_bad: Whether the run ends at the first bad step.
+        policy: What trains; the loop resolves it for each phase.
+        clock: Where the loop in the graph keeps how far the run has come.
+        means: The running means of what the steps of each kind return.
+        context: The step that is being traced, or run eagerly, while one is.
+        has_warned: Whether it was said that a step updates nothing.
+    """
+
+    bodies: Mapping[str, Callable[[Any], Any]]
+    objective: Objective
+    updates: Updates
+    attributes: UserAttributes
+    compilation: Compilation
+    remat: Remat
+    is_plain: Callable[[], bool]
+    looks: bool
+    ends_at_bad: bool
+    policy: Any = None
+    clock: Clock = field(default_factory=Clock)
+    means: dict[str, RunningMeans] = field(default_factory=lambda: {"train": RunningMeans(), "eval": RunningMeans()})
+    context: StepContext | None = None
+    has_warned: bool = False
+
+    @contextlib.contextmanager
+    def acting(self, context: StepContext) -> Iterator[None]:
+        """Have the trainer's verbs act on a step inside this context."""
+        before, self.context = self.context, context
+        try:
+            yield
+        finally:
+            self.context = before
+
+    def build_model(self, model: Model, spec: Any, kind: str) -> None:
+        """Have a model make its variables in a trace of the user's part for batches of a signature; nothing trains."""
+
+        def run(batch: Any) -> None:
+            with inlined_functions(), self.acting(Building(model, self.clock)):
+                self.bodies[kind](batch)
+
+        tf.function(run, autograph=self.compilation.autograph).get_concrete_function(spec)
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """The user's part of a step, traced by itself for one selection and one signature of batches.
+
+    Attributes:
+        compute: Runs it on a batch of that signature.
+        functions: The traced functions that `compute` calls.
+        context: What it was asked: its updates in their order, what follows them, what it assigns to.
+    """
+
+    compute: Callable[[Any], Any]
+    functions: tuple[Any, ...]
+    context: StepContext
+
+    @property
+    def touched(self) -> list[tf.Variable]:
+        """The variables that it reads or assigns to."""
+        return [variable for function in self.functions for variable in function.variables]
+
+
+class Planner:
+    """Plans the steps of one kind for one selection.
+
+    Attributes:
+        kind: `"train"`, `"eval"` or `"predict"`.
+        selection: What trains.
+        parts: What all steps of the trainer share.
+        metrics: What the user's part logs.
+        check: The checksums of training steps; None if nobody looks at them.
+        trace_count: How many signatures were planned.
+    """
+
+    def __init__(self, kind: str, selection: Selection, parts: StepParts) -> None:
+        self.kind = kind
+        self.selection = selection
+        self.parts = parts
+        self.metrics = StepMetrics()
+        looks = kind == "train" and (parts.looks or parts.updates.loss_scale.value is not None)
+        self.check = FiniteCheck(selection) if looks else None
+        self.trace_count = 0
+        self._context: StepContext | None = None
+
+    @property
+    def ending(self) -> Ending:
+        """What happens to a bad step, unless it can be told to fail before its update."""
+        return Ending() if self.check is None else RollBack(self.check, self.parts.updates.loss_scale)
+
+    def may_fail(self) -> bool:
+        """Tell whether a bad step may fail before its one update: the run ends there, and TensorFlow heeds it.
+
+        XLA drops what makes a step fail. An optimizer that is not Keras' own may look at tensors of the user's part.
+        """
+        parts = self.parts
+        ends = self.check is not None and parts.ends_at_bad and parts.updates.loss_scale.value is None
+        return ends and parts.is_plain() and not parts.compilation.uses_xla and (
+            parts.updates.optimizers.are_keras and can_stop()
+        )  # fmt: skip
+
+    def plan(self, spec: Any, *, deferred: bool = False) -> StepPlan:
+        """Trace the user's part for batches of a signature.
+
+        Args:
+            spec: The signature.
+            deferred: Whether updates are to wait until it was computed.
+        """
+        context = self.new_context(deferred)
+
+        def compute(batch: Any) -> Any:
+            return self.compute(context, batch)
+
+        with self.frozen(context) as used:
+            traced = tf.function(compute, autograph=self.parts.compilation.autograph)
+            function = traced.get_concrete_function(spec)
+        self._warn_untracked(function, used())
+        self.warn_if_nothing_updates(context)
+        self.prepare_logs()
+        return StepPlan(function, (function,), context)
+
+    @contextlib.contextmanager
+    def frozen(self, context: StepContext) -> Iterator[Callable[[], set[int]]]:
+        """Trace or run the user's part inside this context, and what is frozen does not move.
+
+        What it yields tells which variables, by their handles, were used as if they trained.
+        """
+        training = context if isinstance(context, Training) else None
+        remat = self.parts.remat.applied(self.selection) if training else contextlib.nullcontext()
+        note = training.assigned.add if training else lambda variable: None
+        with remat, frozen(self.selection, note) as calls:
+            yield lambda: calls.read | (training.used if training else set())
+
+    def new_context(self, deferred: bool) -> StepContext:
+        """Return a context for a step that is about to be traced, or run eagerly."""
+        if self.kind == "train":
+            clock, updates = self.parts.clock, self.parts.updates
+            self._context = Training(self.selection, clock, self.ending, updates, deferred)
+        else:
+            self._context = StepContext(self.kind, self.selection, self.parts.clock)
+        return self._context
+
+    def compute(self, context: StepContext, batch: Any) -> Any:
+        """Run the user's part on a batch, and return what it computes: for `"predict"`, what it returns."""
+        parts, tree = self.parts, self.selection.tree
+        for submodel in tree.layers:
+            keras_internals.forget_added_losses(submodel.object)
+        if isinstance(context, Training):
+            context.begin()
+        parts.objective.was_updated = False
+        held = list(dict.fromkeys([*parts.attributes.metrics(), *layer_metrics(tree)]))
+        with parts.acting(context), self.metrics.watching(held) as watch:
+            result = parts.bodies[self.kind](batch)
+        if self.kind == "predict":
+            return result
+        self.metrics.uses_compiled = parts.objective.was_updated
+        compiled = parts.objective.results() if self.metrics.uses_compiled else ()
+        logs = self.metrics.scalars(self.kind, result, watch, compiled)
+        return context.computed(logs) if isinstance(context, Training) else logs
+
+    def warn_if_nothing_updates(self, context: StepContext) -> None:
+        """Say once that a training step updates nothing: a call of `update` is likely missing."""
+        trained = self.selection.trained
+        if not isinstance(context, Training) or context.updates or not context.assigned.isdisjoint(trained):
+            return
+        if not self.parts.has_warned:
+            self.parts.has_warned = True
+            warnings.warn(
+                "`train_step` calls neither `self.update(tape, loss)` nor `self.apply(gradients)`, so that nothing "
+                f"trains of the {len(trained)} variables that the policy selects.",
+                stacklevel=2,
+            )
+
+    def prepare_logs(self) -> None:
+        """Make the variables for what the user's part was found to log."""
+        if self.kind != "predict":
+            self.parts.means[self.kind].prepare(self.metrics.scalar_names)
+
+    def evaluate(self, plan: StepPlan) -> Callable[[Any], Any]:
+        """Build the step that evaluates or predicts by a plan."""
+
+        def step(batch: Any) -> Any:
+            result = plan.compute(batch)
+            if self.kind == "predict":
+                return result
+            self.parts.means[self.kind].update(result, examples_of(batch))
+            return None
+
+        return step
+
+    def warn_stale(self) -> None:
+        """Warn of numbers that the user's part has read, and that have changed since."""
+        if self._context is not None and not self.parts.compilation.run_eagerly:
+            self.parts.attributes.warn_stale(self._context)
+
+    def _warn_untracked(self, function: Any, used: set[int]) -> None:
+        """Name the variables that the user's part uses as if they trained, though the model does not track them."""
+        own = self.parts.attributes.variables()
+        known = {id(v.tf_variable) for v in self.selection.tree.variables} | set(map(id, own))
+        unknown = [variable for variable in function.trainable_variables if id(variable) not in known]
+        untracked.warn(unknown, used, [function])

@@ -1,0 +1,265 @@
+"""The user's step: what research code overrides, and the verbs that it is written with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tapeloop.model.tree import Model, Tree
+from tapeloop.optimization.following import checked_decay, paired
+from tapeloop.optimization.tape import GroupTape
+from tapeloop.step.context import StepContext, outside
+from tapeloop.step.forward import call_model
+from tapeloop.step.plan import StepParts
+
+OVERRIDABLE = ("forward", "compute_loss", "train_step", "eval_step")
+VERBS = ("tape", "update", "gradients", "apply", "added_losses")
+
+
+class UserStep:
+    """What a trainer computes on one batch. `Trainer` adds to it what a run is made of.
+
+    Attributes:
+        model: The model as it was passed.
+    """
+
+    def __init__(self, model: Model, parts: StepParts) -> None:
+        self.model = model
+        self._parts = parts
+
+    # Overriding it
+
+    def forward(self, inputs: Any, training: bool) -> Any:
+        """Call the model on a batch of inputs, and return its outputs.
+
+        Args:
+            inputs: The inputs, as the data gives them.
+            training: Whether the step trains; frozen submodels run in inference mode all the same.
+        """
+        return call_model(self.model, inputs, training)
+
+    def compute_loss(self, batch: Any, training: bool) -> Any:
+        """Return the scalar loss of a batch, or `(scalar, {"name": scalar})` to log more.
+
+        By default the batch is `(inputs, targets[, sample_weight])`; the loss is the trainer's, plus `added_losses()`,
+        and the metrics are updated.
+
+        Args:
+            batch: One batch of the data.
+            training: Whether the step trains.
+
+        Example:
+            >>> class Scaled(tl.Trainer):
+            ...     def compute_loss(self, batch, training):
+            ...         x, y = batch
+            ...         loss = keras.ops.mean((self.forward(x, training) - y) ** 2)
+            ...         return 0.5 * loss, {"unscaled": loss}
+            >>> trainer = Scaled(keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)]))
+            >>> logs = trainer.train_on_batch(np.ones((8, 4)), np.ones((8, 2)))
+            >>> bool(np.isclose(logs["unscaled"], 2 * logs["loss"]))
+            True
+        """
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
+        outputs = self.forward(x, training)
+        added, objective = self.added_losses(), self._parts.objective
+        if objective.has_loss:
+            added.insert(0, objective.loss(y, outputs, sample_weight))
+            objective.update(y, outputs, sample_weight)
+        elif not added and self._context("compute_loss").kind != "build":
+            raise ValueError(self._no_loss())
+        return tf.add_n(added) if added else tf.zeros(())
+
+    def train_step(self, batch: Any) -> Mapping[str, Any]:
+        """Train on one batch. Override it with `with self.tape(...) as tape:` and `self.update(tape, loss)`.
+
+        Args:
+            batch: One batch of the data.
+
+        Returns:
+            What to log: scalars, averaged over the epoch by examples, and `keras.metrics.Metric` objects, which log
+            their result and are reset each epoch.
+
+        Example:
+            >>> class Clipped(tl.Trainer):
+            ...     def train_step(self, batch):
+            ...         with self.tape() as tape:
+            ...             loss = self.compute_loss(batch, training=True)
+            ...         gradients = self.gradients(tape, loss)
+            ...         self.apply({path: keras.ops.clip(g, -1.0, 1.0) for path, g in gradients.items()})
+            ...         return {"loss": loss}
+            >>> trainer = Clipped(keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)]), loss="mse")
+            >>> logs = trainer.train_on_batch(np.ones((8, 4)), np.ones((8, 2)))
+        """
+        with self.tape() as tape:
+            loss, logs = _with_logs(self.compute_loss(batch, training=True))
+        self.update(tape, loss)
+        return {"loss": loss, **logs}
+
+    def eval_step(self, batch: Any) -> Mapping[str, Any]:
+        """Evaluate one batch, and return what to log, as `train_step` does.
+
+        Args:
+            batch: One batch of the data.
+        """
+        loss, logs = _with_logs(self.compute_loss(batch, training=False))
+        return {"loss": loss, **logs}
+
+    # Within a step
+
+    def tape(self, *groups: str, persistent: bool = False) -> GroupTape:
+        """Return a gradient tape that watches the variables of these groups, and nothing else.
+
+        Args:
+            *groups: Names of groups; none means all of them.
+            persistent: Whether gradients can be taken from it more than once.
+
+        Raises:
+            PolicyError: The policy has no group of that name.
+        """
+        return self._context("tape").tape(groups, persistent, self._parts.policy)
+
+    @tf.autograph.experimental.do_not_convert
+    def update(self, tape: GroupTape, loss: tf.Tensor) -> None:
+        """Update the variables that `tape` watched by the gradient of `loss`, each by its group's optimizer.
+
+        In this order: the loss is scaled if the model computes in float16; the gradients are taken, checked and
+        averaged over micro-batches; if one of them or the loss is not finite, nothing moves; they are clipped, and go
+        to the optimizers; the moving averages follow. With micro-batches, all updates of a step are made at its end:
+        what is computed between them still sees the values from before.
+
+        Args:
+            tape: What `self.tape(...)` returned.
+            loss: A scalar computed inside it, the mean over the batch.
+
+        Raises:
+            DisconnectedError, RuntimeError, TypeError, ValueError: As `gradients` does.
+        """
+        context = self._context("update")
+        context.update(context.gradients(tape, loss, "update"), loss, "update")
+
+    @tf.autograph.experimental.do_not_convert
+    def gradients(self, tape: GroupTape, loss: tf.Tensor) -> dict[str, tf.Tensor]:
+        """Return the gradients of `loss` for the variables that `tape` watched, by path, to be changed and applied.
+
+        Args:
+            tape: What `self.tape(...)` returned.
+            loss: A scalar computed inside it, the mean over the batch.
+
+        Raises:
+            DisconnectedError: A watched variable gets no gradient.
+            RuntimeError: Called outside `train_step`, or with a tape that was used before.
+            TypeError: `tape` is not from `self.tape`.
+            ValueError: `loss` is not a scalar.
+        """
+        pairs = self._context("gradients").gradients(tape, loss, "gradients")
+        return {variable.path: gradient for gradient, variable in pairs}
+
+    @tf.autograph.experimental.do_not_convert
+    def apply(self, gradients: Mapping[str, tf.Tensor]) -> None:
+        """Update variables by gradients: the second half of `update`.
+
+        Args:
+            gradients: Gradients by the paths of variables that train, as `gradients` returned them or changed.
+
+        Raises:
+            PolicyError: A path is not that of a variable that trains.
+            RuntimeError: Called outside `train_step`.
+            TypeError: `gradients` is no mapping.
+            ValueError: A gradient has another shape than its variable.
+        """
+        context = self._context("apply")
+        context.update(context.trainable(gradients), None, "apply")
+
+    @tf.autograph.experimental.do_not_convert
+    def follow(self, target: Model | str, source: Model | str, *, decay: Any) -> None:
+        """Move one submodel towards another: `target = decay * target + (1 - decay) * source`.
+
+        Target networks, mean teachers and momentum encoders are kept this way. Weights and statistics move, seeds and
+        whole numbers do not. With micro-batches it happens once a step, after the updates that come before it; in a
+        step that is not finite it is undone. The target may also be a model of its own, kept beside the trainer's.
+
+        Args:
+            target: The submodel that moves, or its path. Freeze it, so that nothing else moves it.
+            source: The submodel that it moves towards, of the same structure, or its path.
+            decay: How much of the target is kept: a number from 0 (a copy) to 1, or a scalar tensor.
+
+        Raises:
+            RuntimeError: Called outside a step, or with micro-batches in a branch or a loop.
+            TypeError: `target` or `source` is neither a submodel nor a path.
+            ValueError: The two are not of one structure, or `decay` is out of range.
+
+        Source: Polyak averaging, as in Lillicrap et al., Continuous control with deep reinforcement learning, 2016.
+
+        Example:
+            >>> class MeanTeacher(tl.Trainer):
+            ...     def train_step(self, batch):
+            ...         logs = super().train_step(batch)
+            ...         self.follow("teacher", "student", decay=0.9)
+            ...         return logs
+            ...     def forward(self, inputs, training):
+            ...         return self.model["student"](inputs)
+            >>> student = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+            >>> networks = {"student": student, "teacher": keras.models.clone_model(student)}
+            >>> trainer = MeanTeacher(networks, tl.Freeze("teacher"), loss="mse")
+            >>> logs = trainer.train_on_batch(np.ones((8, 4)), np.ones((8, 2)))
+        """
+        context, decay = self._context("follow"), checked_decay(decay)
+        if context.kind != "build":  # while the model's variables are being made, there may be nothing to pair
+            context.follow(paired(Tree.of(self.model), target, source), decay)
+
+    def added_losses(self) -> list[tf.Tensor]:
+        """Return what layers added by `add_loss` in the last call, and the weight penalties, of all that trains."""
+        return self._context("added_losses").added_losses()
+
+    def _context(self, verb: str) -> StepContext:
+        """Return the step that is being traced, or run eagerly."""
+        if self._parts.context is None:
+            raise outside(verb)
+        return self._parts.context
+
+    def _predict_step(self, batch: Any) -> Any:
+        return self.forward(keras.utils.unpack_x_y_sample_weight(batch)[0], training=False)
+
+    def _is_plain(self) -> bool:
+        """Tell whether a training step is tapeloop's own from end to end, so that its one update comes last."""
+        own = vars(UserStep)
+        return all(getattr(getattr(self, name), "__func__", None) is own[name] for name in (*OVERRIDABLE, *VERBS))
+
+    def _no_loss(self) -> str:
+        said, kind = "There is no loss: `loss` is None and no layer adds one. ", type(self)
+        overrides_train = kind.train_step is not UserStep.train_step and kind.eval_step is UserStep.eval_step
+        if self._context("compute_loss").kind == "eval" and overrides_train:
+            return (
+                f"{said}`{kind.__name__}` overrides `train_step` and evaluates by the default `eval_step`, which "
+                "needs one: override `eval_step` too, or pass `loss=...`."
+            )
+        return f"{said}Pass `loss=...` to the trainer, or override `compute_loss`."
+
+    def __getattr__(self, name: str) -> Any:
+        """Say what is the matter if a subclass has not called the constructor, or the attribute is missing."""
+        if name in ("_parts", "_loop", "state", "model"):
+            raise RuntimeError(
+                f"`{type(self).__name__}.__init__` has not called `super().__init__(...)` yet: call it first, with the "
+                "model and the trainer's options."
+            )
+        if hasattr(type(self), name):  # a property that raised an `AttributeError` of its own: let it come up
+            return super().__getattribute__(name)
+        raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}.")
+
+    def __getattribute__(self, name: str) -> Any:
+        """Return an attribute, and note the numbers that a step reads while it is traced: they become constants."""
+        value = super().__getattribute__(name)
+        if isinstance(value, (int, float, np.number)) and name[0] != "_" and not tf.executing_eagerly():
+            attributes = super().__getattribute__("__dict__")
+            context = attributes["_parts"].context if "_parts" in attributes else None
+            if name in attributes and context is not None:
+                context.numbers[name] = value
+        return value
+
+
+def _with_logs(loss: Any) -> tuple[tf.Tensor, Mapping[str, tf.Tensor]]:
+    return loss if isinstance(loss, tuple) else (loss, {})
