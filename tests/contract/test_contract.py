@@ -11,7 +11,7 @@ import tapeloop as tl
 from tapeloop.model.tree import Tree
 from tapeloop.policies.resolve import resolve
 from tapeloop.step.freezing import frozen, inference_mode
-from tests.support import models
+from tests.support import inspect, models
 
 MODELS = {
     "functional": models.functional,
@@ -65,8 +65,8 @@ def test_the_model_is_not_written_to(fitted):
 def test_no_optimizer_state_for_what_is_frozen(fitted):
     *_, trainer = fitted
     selection = trainer.selection
-    assert not any(trainer._updates.optimizers.state_bytes(v) for v in selection.frozen + selection.non_trainable)
-    assert all(trainer._updates.optimizers.state_bytes(v) == 8 * v.size for v in selection.trained)
+    assert not any(inspect.optimizer_state_bytes(trainer, v) for v in selection.frozen + selection.non_trainable)
+    assert all(inspect.optimizer_state_bytes(trainer, v) == 8 * v.size for v in selection.trained)
 
 
 @pytest.mark.parametrize("make", [models.functional, models.pinned, MODELS["subclassed"], MODELS["insistent"]])
@@ -128,7 +128,7 @@ def test_a_frozen_middle_costs_its_activation_gradient_only():
 
 
 def op_types(trainer):
-    return models.live_ops(trainer, models.images(8))
+    return inspect.live_ops(trainer, models.images(8))
 
 
 def test_the_tape_watches_what_is_selected_and_nothing_else():
@@ -293,6 +293,5 @@ def test_what_is_frozen_stays_under_every_option(options):
     if options.get("nonfinite") == "skip":
         trainer.fit([(np.full_like(x, np.nan), y), (x, y)], progress="none")
     assert models.values(model, "base") == before
-    held = [*trainer._updates.averages.held(trainer.selection.tree.variables)]
-    assert len(held) == (len(trainer.selection.trained) if "ema" in options else 0)
-    assert not any(trainer._updates.optimizers.state_bytes(v) for v in trainer.selection.frozen)
+    assert len(inspect.averages(trainer)) == (len(trainer.selection.trained) if "ema" in options else 0)
+    assert not any(inspect.optimizer_state_bytes(trainer, v) for v in trainer.selection.frozen)

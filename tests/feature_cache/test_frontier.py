@@ -11,6 +11,7 @@ from tapeloop.feature_cache.batch_independence import flat
 from tapeloop.feature_cache.frontier import Cut
 from tapeloop.feature_cache.splitting import split
 from tests.support.classifiers import N, backbone, classifier, cut_of, images
+from tests.support.inspect import start_phase
 
 layers = keras.layers
 
@@ -217,6 +218,6 @@ def test_penalties_teachers_and_sample_weights_stay_with_the_rest():
     batch = (*images(), tf.random.uniform((N,)))
     trainer.fit(batch, batch_size=N, progress="none")
     spec = tf.nest.map_structure(lambda value: tf.TensorSpec([None, *value.shape[1:]], value.dtype), batch)
-    cut = split(trainer._due({}, True).step, spec, batch, random=False)
+    cut = split(start_phase(trainer), spec, batch, random=False)
     assert [submodel.path for submodel in cut.submodels] == ["teacher", "student/base"]
     assert sum(int(np.prod(feature.shape[1:])) for feature in cut.features) == 4 + 2 + 2 + 1

@@ -14,6 +14,7 @@ import pytest
 
 import tapeloop as tl
 from tapeloop.loop.interrupts import deferred_interrupt
+from tests.support.inspect import train_step
 
 SCRIPT = """
 import os, signal, threading, time
@@ -43,12 +44,13 @@ class Data:
         return batches()
 
 passes = [1]
-trainer = tl.Trainer(model, loss="mse", optimizer="sgd")
+optimizer = keras.optimizers.SGD()
+trainer = tl.Trainer(model, loss="mse", optimizer=optimizer)
 try:
     trainer.fit(Data(), epochs=5, progress="none")
 except KeyboardInterrupt:
     print("seconds", time.monotonic() - sent[0])
-    print("counts", trainer.step, int(trainer._updates.optimizers.cohorts[0].optimizer.iterations))
+    print("counts", trainer.step, int(optimizer.iterations))
     print("epochs", trainer.history.epoch, len(trainer.history.history["loss"]))
 trainer.fit([(x, y)], progress="none")
 print("goes on", trainer.step)
@@ -82,7 +84,7 @@ def test_a_call_ends_by_time_when_steps_turn_slow():
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
     trainer = tl.Trainer(model, loss="mse", optimizer="sgd")
     trainer.fit([(np.ones((4, 3), "float32"), np.ones((4, 1), "float32"))] * 3000, progress="none")  # hundreds a call
-    step = trainer._steps.train(trainer.selection)
+    step = train_step(trainer)
     run = step.run
 
     def counting(*args, **options):

@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 import tapeloop as tl
-from tests.support import models
+from tests.support import inspect, models
 from tests.support.blocks import blocks
 from tests.support.models import trainer_of
 
@@ -68,10 +68,6 @@ def test_who_joins_after_a_thousand_steps_first_moves_by_the_learning_rate():
     assert np.abs(model.get_layer("base").get_weights()[0] - before).max() <= 1.001 * 0.01
 
 
-def slots_of(trainer):
-    return [slot for slots in trainer._updates.optimizers.cohorts[0].slots.values() for slot in slots]
-
-
 def test_momentum_of_what_stays_is_carried_over_bit_by_bit():
     one, two = (models.functional() for _ in range(2))
     for model in (one, two):
@@ -80,12 +76,12 @@ def test_momentum_of_what_stays_is_carried_over_bit_by_bit():
     data = [models.images(8)] * 5
     changing = trainer_of(one, tl.Phases({0: HEAD, 1: tl.TrainOnly("head", "base/bn")}), optimizer="adam")
     changing.fit(data, progress="none")
-    state = [slot.numpy() for slot in slots_of(changing)]
-    changing._due({}, True)
-    for slot, kept in zip(slots_of(changing), state):
+    state = [slot.numpy() for slot in inspect.slots(changing)]
+    inspect.start_phase(changing)
+    for slot, kept in zip(inspect.slots(changing), state):
         np.testing.assert_array_equal(slot.numpy(), kept)
-    assert len(changing._updates.optimizers.cohorts) == 2
-    assert not any(changing._updates.optimizers.state_bytes(v) for v in changing.selection.frozen)
+    assert len(inspect.cohorts(changing)) == 2
+    assert not any(inspect.optimizer_state_bytes(changing, v) for v in changing.selection.frozen)
 
 
 @dataclass(frozen=True)
@@ -207,7 +203,7 @@ def test_groups_that_come_later_may_have_their_optimizers_from_the_start():
     policy = tl.Phases({0: tl.Groups({"h": "head"}), 1: tl.Groups({"h": "head", "b": "base"})})
     trainer = trainer_of(policy=policy, optimizer={"h": "sgd", "b": "adam"})
     trainer.fit(models.images(8), epochs=2, progress="none")
-    assert [cohort.template for cohort in trainer._updates.optimizers.cohorts] == ["h", "b"]
+    assert [cohort.template for cohort in inspect.cohorts(trainer)] == ["h", "b"]
 
 
 def test_a_layer_in_a_plain_object_is_named_too():

@@ -6,14 +6,10 @@ import pytest
 
 import tapeloop as tl
 from tests.support import models
+from tests.support.inspect import averages
 from tests.support.models import trainer_of
 
 HEAD, ALL = tl.Freeze("base"), tl.TrainAll()
-
-
-def averages(trainer):
-    held = {v.path: trainer._updates.averages.held([v]) for v in trainer.selection.tree.variables}
-    return {path: average.numpy() for path, found in held.items() for average in found}
 
 
 @pytest.mark.parametrize("options", [{}, {"microbatches": 2}, {"run_eagerly": True}], ids=str)

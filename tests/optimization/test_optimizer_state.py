@@ -9,7 +9,7 @@ import tapeloop as tl
 from tapeloop.model.tree import Tree
 from tapeloop.optimization.optimizers import Optimizers
 from tapeloop.policies.resolve import resolve
-from tests.support import models
+from tests.support import inspect, models
 
 layers = keras.layers
 X = np.random.default_rng(0).normal(size=(8, 4)).astype("float32")
@@ -61,8 +61,7 @@ def test_state_survives_another_name_of_the_group(second, optimizer):
     trainer.fit([(X, Y)], epochs=6, progress="none")
     assert_same(model, plain([TAIL], 6, optimizer=optimizer))
     assert trainer.trace_count == 2  # the phase that returns costs no trace
-    (cohort,) = trainer._updates.optimizers.cohorts
-    assert int(cohort.optimizer.iterations) == 6
+    assert inspect.iterations(trainer) == [6]
 
 
 def test_the_first_step_of_layerwise_decay_after_freeze_is_not_the_first_of_an_optimizer():
@@ -109,7 +108,7 @@ def test_two_updates_of_one_cohort_each_have_their_own_count():
     trainer.policy = tl.Freeze("base")
     with pytest.raises(tl.PolicyError, match="`tape` was asked for the groups"):
         trainer.fit([(X, Y)], progress="none")
-    assert [int(cohort.optimizer.iterations) for cohort in trainer._updates.optimizers.cohorts] == [3]
+    assert inspect.iterations(trainer) == [3]
 
 
 def test_a_variable_that_goes_to_another_optimizer_of_its_kind_takes_its_state_along():
@@ -119,14 +118,14 @@ def test_a_variable_that_goes_to_another_optimizer_of_its_kind_takes_its_state_a
     trainer = tl.Trainer(model, phases, loss="mse", optimizer=optimizer)
     trainer.fit([(X, Y)] * 2, epochs=3, progress="none")
     assert_same(model, plain([TAIL], 6))
-    assert [int(cohort.optimizer.iterations) for cohort in trainer._updates.optimizers.cohorts] == [6, 4]
+    assert inspect.iterations(trainer) == [6, 4]
 
 
 def test_to_an_optimizer_of_another_kind_it_goes_without():
     phases = tl.Phases({0: tl.Groups({"a": TAIL}), 1: tl.Groups({"b": TAIL})})
     trainer = tl.Trainer(mlp(), phases, loss="mse", optimizer={"a": "adam", "b": "sgd"})
     trainer.fit([(X, Y)] * 2, epochs=2, progress="none")
-    assert [int(cohort.optimizer.iterations) for cohort in trainer._updates.optimizers.cohorts] == [2, 2]
+    assert inspect.iterations(trainer) == [2, 2]
 
 
 # What an optimizer decides over all of its variables
@@ -193,7 +192,7 @@ def test_what_overwrites_its_variable_is_not_clipped_averaged_or_spread_over_pie
     scale = model.layers[0].scale
     np.testing.assert_allclose(scale, 100.0 * np.abs(X).max(), rtol=1e-6)
     (info,) = [v for v in trainer.selection.trained if v.variable is scale]
-    assert trainer._updates.averages.held([info]) == []
+    assert info.path not in inspect.averages(trainer)
     if "ema" in options:
         with trainer.ema_weights():
             np.testing.assert_allclose(scale, 100.0 * np.abs(X).max(), rtol=1e-6)
@@ -230,7 +229,7 @@ def test_the_passed_optimizer_is_used_as_it_is_where_one_cohort_suffices():
     model, optimizer = mlp(), Boosted(0.1, boost=5.0)
     trainer = tl.Trainer(model, tl.Freeze("base"), loss="mse", optimizer=optimizer)
     trainer.fit([(X, Y)], progress="none")
-    assert trainer._updates.optimizers.cohorts[0].optimizer is optimizer
+    assert inspect.optimizers(trainer)[0] is optimizer
     assert_same(model, plain([TAIL], 1, rates=[0.5], optimizer=keras.optimizers.SGD))
     assert int(optimizer.iterations) == 1
 

@@ -7,7 +7,7 @@ import tensorflow as tf
 
 import tapeloop as tl
 from tests.support import models
-from tests.support.inspect import everything
+from tests.support.inspect import everything, live_ops
 from tests.support.models import trainer_of
 
 layers = keras.layers
@@ -84,8 +84,8 @@ def test_ignoring_looks_at_nothing_and_moves_everything():
     trainer, _ = run(batches(2, bad=[1]), nonfinite="ignore")
     assert np.isnan(trainer.model.get_layer("base").get_layer("conv").kernel.numpy()).all()
     assert trainer.step == 2
-    assert "IsFinite" not in models.live_ops(trainer, batches(1)[0])
-    assert "IsFinite" in models.live_ops(run(batches(1))[0], batches(1)[0])
+    assert "IsFinite" not in live_ops(trainer, batches(1)[0])
+    assert "IsFinite" in live_ops(run(batches(1))[0], batches(1)[0])
 
 
 class Pair(tl.Trainer):

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 import tapeloop as tl
 from tapeloop._backend.assertions import can_stop
-from tests.support.inspect import everything
+from tests.support.inspect import everything, ops_of_the_loop, own_variables
 
 layers = keras.layers
 BAD = 37
@@ -54,12 +54,6 @@ def trainer_of(model, kind=tl.Trainer, **options):
     return kind(model, loss="mse", metrics=["mae"], **options)
 
 
-def ops(trainer):
-    """The kinds of ops in the traced loop."""
-    graph = trainer._steps.train(trainer.selection)._latest[1].graph.as_graph_def()
-    return {node.op for function in graph.library.function for node in function.node_def} | {n.op for n in graph.node}
-
-
 def fit(trainer, given, **options):
     return trainer.fit(given, batch_size=4, shuffle=False, progress="none", **options)
 
@@ -71,8 +65,8 @@ def test_all_is_as_after_the_last_good_step_and_training_goes_on(kind, options):
     with pytest.raises(tl.NonFiniteError, match=rf"At step {BAD}, epoch 0, the loss is inf, .*`head/kernel`") as raised:
         fit(trainer, KINDS[kind](data()))
     assert raised.value.step == BAD
-    assert "Assert" in ops(trainer)
-    assert not {"If", "StatelessIf"} & ops(trainer)
+    assert "Assert" in ops_of_the_loop(trainer)
+    assert not {"If", "StatelessIf"} & ops_of_the_loop(trainer)
     good = data(bad=None)
     fit(other, KINDS[kind](tuple(part[: 4 * BAD] for part in good)))
     assert everything(trainer) == everything(other)
@@ -137,14 +131,14 @@ class Seen(layers.Layer):
 def test_what_leaves_more_than_its_update_behind_is_undone(more, kind):
     def left(trainer):
         seen = [layer.count().numpy() for layer in trainer.model.layers if isinstance(layer, Seen)]
-        return everything(trainer), seen, [v.numpy() for v in trainer._kept()]
+        return everything(trainer), seen, own_variables(trainer)
 
     trainer, other = (
         trainer_of(network(*(make(name="more") for make in more)), kind, optimizer="adam") for _ in range(2)
     )
     with pytest.raises(tl.NonFiniteError, match=f"At step {BAD}, epoch 0, the loss is inf"):
         fit(trainer, data())
-    assert "Assert" not in ops(trainer)
+    assert "Assert" not in ops_of_the_loop(trainer)
     fit(other, tuple(part[: 4 * BAD] for part in data(bad=None)))
     assert left(trainer) == left(other)
 
@@ -200,7 +194,7 @@ def test_an_update_within_the_loss_is_seen_by_the_loss():
     eager = trainer_of(network(), Twice, optimizer=keras.optimizers.SGD(0.1), run_eagerly=True)
     logs = [fit(each, (x, x[:, :2])).history["loss"] for each in (trainer, eager)]
     assert logs[0] == pytest.approx(logs[1], rel=1e-5)
-    assert "Assert" not in ops(trainer)
+    assert "Assert" not in ops_of_the_loop(trainer)
 
 
 def test_an_optimizer_may_look_at_what_the_step_computed():
@@ -249,4 +243,4 @@ def test_no_step_fails_where_it_must_not_or_cannot(options):
     else:
         fit(trainer, data())
         assert trainer.step == (63 if options["nonfinite"] == "skip" else 64)
-    assert "Assert" not in ops(trainer)
+    assert "Assert" not in ops_of_the_loop(trainer)

@@ -9,6 +9,7 @@ import tensorflow as tf
 
 import tapeloop as tl
 from tests.support import models
+from tests.support.inspect import live_ops
 from tests.support.models import trainer_of
 from tests.support.stacks import Block, data, stack, weights
 
@@ -72,7 +73,7 @@ def test_what_is_computed_twice_ends_as_what_is_computed_once(name, options):
 
 
 def convolutions(trainer):
-    ops = models.live_ops(trainer, data(trainer.model))
+    ops = live_ops(trainer, data(trainer.model))
     return [ops.count(kind) for kind in ("Conv2D", "Conv2DBackpropFilter", "Conv2DBackpropInput")]
 
 

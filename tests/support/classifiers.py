@@ -5,6 +5,7 @@ import tensorflow as tf
 
 import tapeloop as tl
 from tapeloop.feature_cache.splitting import split
+from tests.support import inspect
 
 layers = keras.layers
 N = 6
@@ -39,6 +40,6 @@ def cut_of(model, policy, batch, kind="train", random=False, **options):
     options = {"loss": "mse", "optimizer": "sgd", **options}
     trainer = tl.Trainer(model, policy, **options)
     trainer.fit(batch, batch_size=N, progress="none")
-    step = trainer._due({}, True).step if kind == "train" else trainer._evaluation()
+    step = inspect.start_phase(trainer) if kind == "train" else inspect.eval_step(trainer)
     spec = tf.nest.map_structure(lambda value: tf.TensorSpec([None, *value.shape[1:]], value.dtype), batch)
     return split(step, spec, batch, random=random)

@@ -1,13 +1,94 @@
-"""What a trainer and its model have come to, its private parts included."""
+"""What a trainer and its model have come to. No other file of the tests reads private attributes of a trainer."""
 
 import numpy as np
+import tensorflow as tf
 
 from tests.support import models
 
 
+def cohorts(trainer):
+    """The optimizer's cohorts, in the order in which their variables began to train."""
+    return trainer._updates.optimizers.cohorts
+
+
+def optimizers(trainer):
+    """The Keras optimizer of each cohort."""
+    return [cohort.optimizer for cohort in cohorts(trainer)]
+
+
+def iterations(trainer):
+    """The step count of each cohort."""
+    return [int(optimizer.iterations) for optimizer in optimizers(trainer)]
+
+
+def slots(trainer):
+    """The optimizer's state of each variable of the first cohort, step count and learning rate aside."""
+    return [slot for slots in cohorts(trainer)[0].slots.values() for slot in slots]
+
+
+def optimizer_state_bytes(trainer, variable):
+    """How many bytes of optimizer state there are for a `VariableInfo`."""
+    return trainer._updates.optimizers.state_bytes(variable)
+
+
+def averages(trainer):
+    """The moving averages of what has trained, by the paths of the variables."""
+    held = {v.path: trainer._updates.averages.held([v]) for v in trainer.selection.tree.variables}
+    return {path: average.numpy() for path, found in held.items() for average in found}
+
+
+def own_variables(trainer):
+    """The values of the variables among the attributes of a subclass."""
+    return [variable.numpy() for variable in trainer._kept()]
+
+
+def start_phase(trainer):
+    """Prepare what trains next, as a fit does that starts, and return its training step."""
+    return trainer._due({}, True).step
+
+
+def train_step(trainer):
+    """The compiled training step of what trains now."""
+    return trainer._steps.train(trainer.selection)
+
+
+def eval_step(trainer):
+    """The compiled evaluation step of what trains now."""
+    return trainer._evaluation()
+
+
 def everything(trainer):
     """The bytes of all that a run leaves behind: the model, the optimizers' state and step counts, the averages."""
-    state = [v for cohort in trainer._updates.optimizers.cohorts for v in cohort.optimizer.variables]
-    averages = trainer._updates.averages.held(trainer.selection.trained)
-    values = [np.asarray(value).tobytes() for value in (*state, *averages)]
+    state = [variable for optimizer in optimizers(trainer) for variable in optimizer.variables]
+    values = [np.asarray(value).tobytes() for value in (*state, *averages(trainer).values())]
     return models.values(trainer.model), values, trainer.step
+
+
+def ops_of_the_loop(trainer):
+    """The types of the ops in the loop that was traced last, in its functions too."""
+    graph = train_step(trainer)._latest[1].graph.as_graph_def()
+    return {node.op for function in graph.library.function for node in function.node_def} | {n.op for n in graph.node}
+
+
+def live_ops(trainer, batch):
+    """The types of the ops in the training step that anything comes of, in its functions too: others are pruned."""
+    graph = train_step(trainer)._function.get_concrete_function(tuple(tf.constant(value) for value in batch)).graph
+    definition = graph.as_graph_def()
+    library = {function.signature.name: function for function in definition.library.function}
+    roots = [t.op.name for t in graph.outputs] + [op.name for op in graph.control_outputs]
+    found, waiting = [], [(definition.node, roots)]
+    while waiting:
+        definitions, needed = waiting.pop()
+        nodes, seen = {node.name: node for node in definitions}, set()
+        needed = list(needed)
+        while needed:
+            name = needed.pop().lstrip("^").split(":")[0]
+            if name in seen or name not in nodes:
+                continue
+            seen.add(name)
+            found.append(nodes[name].op)
+            needed += nodes[name].input
+            for called in [attribute.func.name for attribute in nodes[name].attr.values() if attribute.func.name]:
+                inner = library[called]
+                waiting.append((inner.node_def, [*inner.ret.values(), *inner.control_ret.values()]))
+    return found

@@ -89,27 +89,3 @@ def values(model, under=""):
 def trainer_of(model=None, policy=None, **options):
     options.setdefault("loss", cross_entropy())
     return tl.Trainer(model or functional(), policy, **options)
-
-
-def live_ops(trainer, batch):
-    """The types of the ops in the training step that anything comes of, in its functions too: others are pruned."""
-    step = trainer._steps.train(trainer.selection)
-    concrete = step._function.get_concrete_function(tuple(tf.constant(value) for value in batch))
-    library = {function.signature.name: function for function in concrete.graph.as_graph_def().library.function}
-    roots = [t.op.name for t in concrete.graph.outputs] + [op.name for op in concrete.graph.control_outputs]
-    found, waiting = [], [(concrete.graph.as_graph_def().node, roots)]
-    while waiting:
-        definitions, needed = waiting.pop()
-        nodes, seen = {node.name: node for node in definitions}, set()
-        needed = list(needed)
-        while needed:
-            name = needed.pop().lstrip("^").split(":")[0]
-            if name in seen or name not in nodes:
-                continue
-            seen.add(name)
-            found.append(nodes[name].op)
-            needed += nodes[name].input
-            for called in [attribute.func.name for attribute in nodes[name].attr.values() if attribute.func.name]:
-                inner = library[called]
-                waiting.append((inner.node_def, [*inner.ret.values(), *inner.control_ret.values()]))
-    return found
