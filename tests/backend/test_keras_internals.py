@@ -153,7 +153,8 @@ def test_custom_objects_in_scope_reach_outside_of_a_trace():
 
     with keras.saving.custom_object_scope({"mine": mine}):
         got = []
-        tracing.outside_of_trace(lambda: got.append(keras.saving.get_registered_object("mine")))
+        with tracing.untraced():
+            got.append(keras.saving.get_registered_object("mine"))
     assert got == [mine]
 
 
@@ -164,13 +165,15 @@ def test_outside_of_a_trace_variables_are_made_unseen_and_errors_come_back():
     def traced():
         traces.append(1)
         if not made:
-            tracing.outside_of_trace(lambda: made.append(tf.Variable(1.0)))
+            with tracing.untraced():
+                made.append(tf.Variable(1.0))
+                assert tf.executing_eagerly()
         return made[0] + 1.0
 
     assert float(traced()) == 2.0
     assert len(traces) == 1
-    with pytest.raises(ZeroDivisionError):
-        tracing.outside_of_trace(lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError), tracing.untraced():
+        raise ZeroDivisionError
 
 
 def test_the_effects_of_a_function_are_what_runs_unasked():

@@ -8,10 +8,9 @@ import pytest
 import tensorflow as tf
 
 import tapeloop as tl
-from tapeloop.loop.compiled_step import CompiledStep
-from tapeloop.step.clock import Clock
-from tapeloop.step.compilation import Compilation
+from tapeloop.step.plan import Compilation
 from tests.support import models
+from tests.support.inspect import step_of
 from tests.support.models import trainer_of
 
 layers = keras.layers
@@ -65,10 +64,6 @@ class WhereThereIsAGPU(Compilation):
     uses_xla = property(lambda self: self.jit_compile == "auto")
 
 
-def step_of(body, compilation):
-    return CompiledStep("train", body, trainer_of().selection, compilation, Clock())
-
-
 def strange(batch):
     return tf.strings.length(tf.strings.as_string(batch))
 
@@ -76,7 +71,7 @@ def strange(batch):
 def test_where_xla_cannot_compile_a_warning_names_the_op_and_the_step_goes_on_without():
     step = step_of(strange, WhereThereIsAGPU(False, "auto"))
     with pytest.warns(
-        UserWarning, match=r"XLA cannot compile the train step because of the op `(AsString|StringLength)`"
+        UserWarning, match=r"XLA cannot compile the predict step because of the op `(AsString|StringLength)`"
     ):
         assert step(tf.constant([12])).numpy() == [len("12")]
     assert step(tf.constant([345])).numpy() == [3]  # and says so once

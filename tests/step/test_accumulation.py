@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 import tapeloop as tl
-from tapeloop.step.accumulation import Pieces, plan
+from tapeloop.step.accumulation import Pieces, cut
 from tests.support import models
 from tests.support.models import trainer_of
 from tests.support.networks import network
@@ -26,7 +26,7 @@ layers = keras.layers
     ],
 )
 def test_pieces_differ_by_one_example_at_most_and_cover_all(examples, count, cuts):
-    assert plan(examples, count) == cuts
+    assert cut(examples, count) == cuts
     if examples:
         covered = [p.start + i * p.size + k for p in cuts for i in range(p.count) for k in range(p.size)]
         assert covered == list(range(examples))

@@ -1,14 +1,20 @@
 """What a trainer and its model have come to. No other file of the tests reads private attributes of a trainer."""
 
+import dataclasses
+
 import numpy as np
 import tensorflow as tf
 
+from tapeloop.data.batch import spec_of
+from tapeloop.loop.compiled_step import CompiledStep
+from tapeloop.optimization.microbatches import Microbatches
+from tapeloop.step.plan import Planner
 from tests.support import models
 
 
 def cohorts(trainer):
     """The optimizer's cohorts, in the order in which their variables began to train."""
-    return trainer._updates.optimizers.cohorts
+    return trainer.state.optimizers.cohorts
 
 
 def optimizers(trainer):
@@ -28,33 +34,39 @@ def slots(trainer):
 
 def optimizer_state_bytes(trainer, variable):
     """How many bytes of optimizer state there are for a `VariableInfo`."""
-    return trainer._updates.optimizers.state_bytes(variable)
+    return trainer.state.optimizers.state_bytes(variable)
 
 
 def averages(trainer):
     """The moving averages of what has trained, by the paths of the variables."""
-    held = {v.path: trainer._updates.averages.held([v]) for v in trainer.selection.tree.variables}
+    held = {v.path: trainer.state.averages.held([v]) for v in trainer.selection.tree.variables}
     return {path: average.numpy() for path, found in held.items() for average in found}
 
 
 def own_variables(trainer):
     """The values of the variables among the attributes of a subclass."""
-    return [variable.numpy() for variable in trainer._kept()]
+    return [variable.numpy() for variable in trainer._parts.attributes.variables()]
 
 
 def start_phase(trainer):
     """Prepare what trains next, as a fit does that starts, and return its training step."""
-    return trainer._due({}, True).step
+    return trainer._loop.phases.due(starting=True).step
 
 
 def train_step(trainer):
     """The compiled training step of what trains now."""
-    return trainer._steps.train(trainer.selection)
+    return trainer._loop.steps.get("train", trainer.selection)
 
 
 def eval_step(trainer):
     """The compiled evaluation step of what trains now."""
-    return trainer._evaluation()
+    return trainer._loop.evaluation()
+
+
+def step_of(body, compilation):
+    """A compiled step that runs `body` on a batch."""
+    parts = dataclasses.replace(models.trainer_of()._parts, bodies={"predict": body}, compilation=compilation)
+    return CompiledStep(Planner("predict", models.trainer_of().selection, parts), Microbatches(1))
 
 
 def everything(trainer):
@@ -72,7 +84,7 @@ def ops_of_the_loop(trainer):
 
 def live_ops(trainer, batch):
     """The types of the ops in the training step that anything comes of, in its functions too: others are pruned."""
-    graph = train_step(trainer)._function.get_concrete_function(tuple(tf.constant(value) for value in batch)).graph
+    graph = train_step(trainer)._compiled(spec_of(tuple(tf.constant(value) for value in batch))).graph
     definition = graph.as_graph_def()
     library = {function.signature.name: function for function in definition.library.function}
     roots = [t.op.name for t in graph.outputs] + [op.name for op in graph.control_outputs]
