@@ -63,7 +63,7 @@ def noting_all_assignments(note: Note) -> Iterator[None]:
     def noting(assign: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(assign)
         def shadow(self: tf.Variable, *args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() == thread:
+            if threading.get_ident() == thread and tf.executing_eagerly():  # a trace assigns nothing
                 note(self)
             return assign(self, *args, **kwargs)
 
