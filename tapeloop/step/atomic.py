@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,7 @@ import tensorflow as tf
 
 from tapeloop._backend.patching import noting_all_assignments
 from tapeloop.data.batch import examples_of
-from tapeloop.optimization.finite_check import Ending, FailBefore, StepOutcome
+from tapeloop.optimization.finite_check import Ending, StepOutcome
 from tapeloop.step.context import Computed, Training
 from tapeloop.step.freezing import immutable_variables
 from tapeloop.step.plan import Planner, StepPlan
@@ -25,14 +26,13 @@ def build(planner: Planner, plan: StepPlan) -> Step:
     assert isinstance(context, Training)
     restored = variables_to_restore(planner, plan)
     # Whether a bad step can fail before its update, or must be rolled back, is decided here and nowhere else.
-    ending: Ending = context.ending
-    if planner.check is not None and context.deferred and not restored and planner.may_fail():
-        ending = FailBefore(planner.check)
+    fails = context.deferred and not restored and planner.may_fail()
+    ending = dataclasses.replace(context.ending, fails=fails)
 
     def step(batch: Any) -> StepOutcome | None:
-        before = Snapshot(restored if planner.check is not None else [])
-        if context.has_control_flow:
-            ending.begin()
+        before = Snapshot(restored)
+        if planner.check is not None and context.has_control_flow:
+            planner.check.kept.assign(tf.zeros_like(planner.check.kept))
         computed = plan.compute(batch)
         return _settled(planner, context, ending, computed, batch, before if restored else None)
 
@@ -77,10 +77,9 @@ def _settled(
 ) -> StepOutcome | None:
     """Make the updates that wait, take in the logs, and roll back a step that was not finite."""
     total = context.make_deferred(computed, ending) if context.deferred else computed.checksums
-    finite = ending.finite(total)
     # The logs stand beside the updates and not behind them, so that the graph need not wait for one to do the other.
-    planner.parts.means["train"].update(computed.mean["logs"], examples_of(batch), finite)
-    return ending.settle(total, finite, None if before is None else before.roll_back)
+    planner.parts.means["train"].update(computed.mean["logs"], examples_of(batch), ending.counts(total))
+    return ending.settle(total, None if before is None else before.roll_back)
 
 
 def variables_to_restore(planner: Planner, plan: StepPlan) -> list[tf.Variable]:
@@ -90,6 +89,8 @@ def variables_to_restore(planner: Planner, plan: StepPlan) -> list[tf.Variable]:
     """
     context, parts, selection = plan.context, planner.parts, planner.selection
     assert isinstance(context, Training)
+    if planner.check is None:
+        return []
     moved_before = [target.tf_variable for follow in context.follows for target, _ in follow.pairs]
     earlier = context.updates[:-1] + [last for last in context.updates[-1:] if last.in_control_flow]
     moved_before += parts.updates.moved([variable for update in earlier for variable in update.variables])

@@ -267,7 +267,7 @@ class Training(StepContext):
     def computed(self, logs: Mapping[str, Any]) -> Computed:
         """Return what the user's part computes: with what the deferred updates need, or how the others ended."""
         if not self.deferred:
-            return Computed({"logs": dict(logs)}, [], self.ending.total(self._checksums, self.has_control_flow))
+            return Computed({"logs": dict(logs)}, [], self._total(self._checksums))
         mean = {
             "logs": dict(logs),
             "losses": [update.loss for update in self.updates],
@@ -285,7 +285,7 @@ class Training(StepContext):
             pairs = update.paired(gradients, overwrites)
             self._apply(update, pairs, loss[0] if loss else None, checksums, ending)
             self._move_followers(number, computed)
-        return ending.total(checksums, False)
+        return self._total(checksums)
 
     def _apply(
         self,
@@ -297,9 +297,17 @@ class Training(StepContext):
     ) -> None:
         """Make an update, unless something in it, or in an update before it, is not finite."""
         ending = ending or self.ending
-        ending.look(loss, gradients, checksums, update.in_control_flow)
-        total = ending.total(checksums, self.has_control_flow)
-        ending.guard(total, lambda: self._make.make(self.selection, gradients))
+        if ending.check is not None:
+            found = ending.check.checksums(loss, gradients)
+            if update.in_control_flow:
+                ending.check.kept.assign_add(found)
+            else:
+                checksums.append(found)
+        ending.guard(self._total(checksums), lambda: self._make.make(self.selection, gradients))
+
+    def _total(self, checksums: list[tf.Tensor]) -> tf.Tensor | None:
+        check = self.ending.check
+        return None if check is None else check.total(checksums, self.has_control_flow)
 
     def _move_followers(self, number: int, computed: Computed) -> None:
         for follow, decay in zip(self.follows, computed.mean["decays"]):

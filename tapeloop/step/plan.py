@@ -21,7 +21,7 @@ from tapeloop.data.batch import examples_of
 from tapeloop.model.selection import Selection
 from tapeloop.model.tree import Model
 from tapeloop.optimization import untracked
-from tapeloop.optimization.finite_check import Ending, FiniteCheck, RollBack
+from tapeloop.optimization.finite_check import Ending, FiniteCheck
 from tapeloop.optimization.updates import Updates
 from tapeloop.step.attributes import UserAttributes
 from tapeloop.step.context import Building, Clock, StepContext, Training
@@ -161,11 +161,6 @@ class Planner:
         self.trace_count = 0
         self._context: StepContext | None = None
 
-    @property
-    def ending(self) -> Ending:
-        """What happens to a bad step, unless it can be told to fail before its update."""
-        return Ending() if self.check is None else RollBack(self.check, self.parts.updates.loss_scale)
-
     def may_fail(self) -> bool:
         """Tell whether a bad step may fail before its one update: the run ends there, and TensorFlow heeds it.
 
@@ -213,7 +208,7 @@ class Planner:
         """Return a context for a step that is about to be traced, or run eagerly."""
         if self.kind == "train":
             clock, updates = self.parts.clock, self.parts.updates
-            self._context = Training(self.selection, clock, self.ending, updates, deferred)
+            self._context = Training(self.selection, clock, Ending(self.check, updates.loss_scale), updates, deferred)
         else:
             self._context = StepContext(self.kind, self.selection, self.parts.clock)
         return self._context
