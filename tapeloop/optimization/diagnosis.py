@@ -36,8 +36,7 @@ def _cause(loss: tf.Tensor, variable: VariableInfo) -> str:
         return f"integers ({variable.dtype}) have no gradient"
     if tf.executing_eagerly():
         return "the loss does not depend on it, or through a `stop_gradient`, an integer or NumPy"
-    handle = variable.tf_variable.handle
-    read = next((inside for outside, inside in tracing.captures(loss.graph) if outside is handle), None)
+    read = next(iter(tracing.captured_as(loss.graph, [variable.tf_variable])), None)
     if read is None:
         return "not read where the loss is computed, its layer is not called there"
     route = _route(read, loss)

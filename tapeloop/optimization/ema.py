@@ -58,7 +58,7 @@ class MovingAverages:
             raise ValueError(f"`ema` must be above 0 and below 1, such as 0.999. Received: {decay!r}.")
         self._swapped = False
         self._decay = None if decay is None else float(decay)
-        self._averages: dict[int, _Average] = {}
+        self._averages: dict[VariableInfo, _Average] = {}
 
     def prepare(self, selection: Selection, step: int) -> None:
         """Start the averages of what trains and has none, take up those of what trains again, leave the others.
@@ -69,17 +69,17 @@ class MovingAverages:
         """
         if self._decay is None:
             return
-        trained = {id(v.variable): v.tf_variable for v in selection.trained if not v.is_overwritten}
-        for key, average in self._averages.items():
-            if key not in trained:
+        trained = [variable for variable in selection.trained if not variable.is_overwritten]
+        for variable, average in self._averages.items():
+            if variable not in selection.group_of:
                 average.left_at = step if average.left_at is None else average.left_at
             elif average.left_at is not None:
                 average.value.assign(average.at(step, self._decay))
                 average.left_at = None
-        for key, tensor in trained.items():
-            if key not in self._averages:
-                value = tf.Variable(tensor.read_value(), trainable=False, name="average")
-                self._averages[key] = _Average(tensor, value)
+        for variable in trained:
+            if variable not in self._averages:
+                value = tf.Variable(variable.tf_variable.read_value(), trainable=False, name="average")
+                self._averages[variable] = _Average(variable.tf_variable, value)
 
     @property
     def variables(self) -> list[tf.Variable]:
@@ -104,13 +104,12 @@ class MovingAverages:
         for variable in variables:
             if variable.is_overwritten:
                 continue
-            average = self._averages[id(variable.variable)].value
+            average = self._averages[variable].value
             average.assign_sub(tf.cast(1 - self._decay, average.dtype) * (average - variable.tf_variable))
 
     def held(self, variables: Iterable[VariableInfo]) -> list[tf.Variable]:
         """Return the averages of these variables."""
-        keys = [id(variable.variable) for variable in variables]
-        return [self._averages[key].value for key in keys if key in self._averages]
+        return [self._averages[variable].value for variable in variables if variable in self._averages]
 
     @contextlib.contextmanager
     def swap(self, step: int) -> Iterator[None]:

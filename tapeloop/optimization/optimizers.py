@@ -72,7 +72,7 @@ class Cohort:
         template: The name of the template of its optimizer.
         optimizer: The Keras optimizer, built for these variables alone.
         rate: What sets its learning rate.
-        slots: For each variable, by identity, the optimizer's variables that belong to it.
+        slots: For each variable, the optimizer's variables that belong to it.
         groups: The groups in which its variables train now.
         shares: What each group has of it that it was ever spread over.
     """
@@ -80,7 +80,7 @@ class Cohort:
     template: str
     optimizer: keras.optimizers.Optimizer
     rate: Rate
-    slots: Mapping[int, tuple[keras.Variable, ...]]
+    slots: Mapping[VariableInfo, list[keras.Variable]]
     groups: tuple[str, ...] = ()
     shares: dict[str, Share] = field(default_factory=dict)
 
@@ -139,8 +139,8 @@ class Optimizers:
         known: dict[int, Template] = {}  # one object may serve several groups
         self._templates = {name: known.setdefault(id(one), Template(one)) for name, one in named}
         self._set: dict[str, float] = {}
-        self._home: dict[tuple[int, str], Cohort] = {}  # of a variable, by identity, under a template
-        self._latest: dict[int, Cohort] = {}  # in which a variable trained last
+        self._home: dict[tuple[VariableInfo, str], Cohort] = {}  # of a variable under a template
+        self._latest: dict[VariableInfo, Cohort] = {}  # in which a variable trained last
         self.cohorts: list[Cohort] = []
 
     @property
@@ -171,7 +171,7 @@ class Optimizers:
         known, cohorts = set(self._home), dict.fromkeys(self._templates.values(), 0)
         for selection in selections:
             for group, variables in selection.groups.items():
-                joining = {(id(variable.variable), self._key(group)) for variable in variables} - known
+                joining = {(variable, self._key(group)) for variable in variables} - known
                 cohorts[self._templates[self._key(group)]] += bool(joining)
                 known |= joining
         for template, count in cohorts.items():
@@ -235,7 +235,7 @@ class Optimizers:
         mine: dict[tuple[Cohort, str], list[tuple[tf.Tensor, VariableInfo]]] = {}
         for gradient, variable in gradients:
             group = selection.group_of[variable]
-            cohort = self._home[id(variable.variable), self._key(group)]
+            cohort = self._home[variable, self._key(group)]
             mine.setdefault((cohort, group), []).append((gradient, variable))
         order = [(cohort, group) for cohort in self.cohorts for group in selection.groups if (cohort, group) in mine]
         for key in dict.fromkeys(cohort.template for cohort, _ in order):
@@ -256,13 +256,13 @@ class Optimizers:
 
     def state(self, variables: Iterable[VariableInfo]) -> list[tf.Variable]:
         """Return what the optimizers of these variables keep, step counts included."""
-        keys = {id(variable.variable) for variable in variables}
-        mine = [cohort for cohort in self.cohorts if not keys.isdisjoint(cohort.slots)]
+        wanted = set(variables)
+        mine = [cohort for cohort in self.cohorts if not wanted.isdisjoint(cohort.slots)]
         return [variable for cohort in mine for variable in cohort.variables]
 
     def state_bytes(self, variable: VariableInfo) -> int:
         """Return how many bytes of optimizer state are held for one variable, in all groups that it trained in."""
-        slots = [slot for cohort in self.cohorts for slot in cohort.slots.get(id(variable.variable), ())]
+        slots = [slot for cohort in self.cohorts for slot in cohort.slots.get(variable, ())]
         return sum(_bytes(slot) for slot in slots)
 
     def _key(self, group: str) -> str:
@@ -274,7 +274,7 @@ class Optimizers:
         return tuple(
             group
             for group, variables in selection.groups.items()
-            if any(self._home.get((id(v.variable), self._key(group))) is cohort for v in variables)
+            if any(self._home.get((variable, self._key(group))) is cohort for variable in variables)
         )
 
     def _welcome(self, group: str, variables: Sequence[VariableInfo]) -> None:
@@ -282,19 +282,19 @@ class Optimizers:
         key = self._key(group)
         joining: dict[Cohort | None, list[VariableInfo]] = {}
         for variable in variables:
-            home, latest = (self._home.get((id(variable.variable), key)), self._latest.get(id(variable.variable)))
+            home, latest = self._home.get((variable, key)), self._latest.get(variable)
             if home is None:
                 joining.setdefault(latest, []).append(variable)
             elif latest is not home:
                 _carry_over(latest, home, [variable])
             if home is not None:
-                self._latest[id(variable.variable)] = home
+                self._latest[variable] = home
         for latest, together in joining.items():
             cohort = _new_cohort(key, self._templates[key], together)
             _carry_over(latest, cohort, together)
             self.cohorts.append(cohort)
             for variable in together:
-                self._home[id(variable.variable), key] = self._latest[id(variable.variable)] = cohort
+                self._home[variable, key] = self._latest[variable] = cohort
 
     def _set_rates(self, selection: Selection, group: str) -> None:
         multiplier, rate = selection.multipliers.get(group, 1.0), self._set.get(group)
@@ -324,10 +324,10 @@ class Optimizers:
 
 def _new_cohort(key: str, template: Template, variables: list[VariableInfo]) -> Cohort:
     optimizer = template.optimizer_for_a_cohort()
-    slots: dict[int, list[keras.Variable]] = {id(variable.variable): [] for variable in variables}
+    slots: dict[VariableInfo, list[keras.Variable]] = {variable: [] for variable in variables}
     rate = Rate(optimizer, lambda: template.rate)
-    optimizer.build(_NotingSlots([variable.variable for variable in variables], optimizer, slots))
-    return Cohort(key, optimizer, rate, {key: tuple(slot) for key, slot in slots.items()})
+    optimizer.build(_NotingSlots(optimizer, slots))
+    return Cohort(key, optimizer, rate, slots)
 
 
 def _carry_over(source: Cohort | None, target: Cohort, variables: Sequence[VariableInfo]) -> None:
@@ -335,7 +335,7 @@ def _carry_over(source: Cohort | None, target: Cohort, variables: Sequence[Varia
     if source is None or type(source.optimizer) is not type(target.optimizer):
         return
     for variable in variables:
-        own, other = source.slots[id(variable.variable)], target.slots[id(variable.variable)]
+        own, other = source.slots[variable], target.slots[variable]
         if [slot.shape for slot in own] == [slot.shape for slot in other]:
             for before, after in zip(own, other):
                 after.assign(before)
@@ -352,20 +352,17 @@ class _NotingSlots(list[Any]):
     """
 
     def __init__(
-        self,
-        variables: Iterable[Any],
-        optimizer: keras.optimizers.Optimizer,
-        slots: Mapping[int, list[keras.Variable]],
+        self, optimizer: keras.optimizers.Optimizer, slots: Mapping[VariableInfo, list[keras.Variable]]
     ) -> None:
-        super().__init__(variables)
+        super().__init__(variable.variable for variable in slots)
         self._optimizer = optimizer
         self._slots = slots
 
     def __iter__(self) -> Iterator[Any]:
-        for variable in super().__iter__():
+        for variable, slots in self._slots.items():
             made = len(self._optimizer.variables)
-            yield variable
-            self._slots[id(variable)].extend(self._optimizer.variables[made:])
+            yield variable.variable
+            slots += self._optimizer.variables[made:]
 
 
 def _bytes(variable: keras.Variable) -> int:

@@ -8,7 +8,7 @@ to train: the step assigns to it, or calls it outside of the tape or behind a `s
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import tensorflow as tf
@@ -29,7 +29,7 @@ def handles_read_since(start: int) -> set[int]:
     if tf.executing_eagerly():
         return set()
     graph = tf.compat.v1.get_default_graph()
-    return set(_handles(graph, graph.get_operations()[start:]))
+    return tracing.handles_taken(graph, graph.get_operations()[start:])
 
 
 def handles_behind(loss: tf.Tensor, start: int) -> set[int]:
@@ -42,16 +42,12 @@ def handles_behind(loss: tf.Tensor, start: int) -> set[int]:
     if tf.executing_eagerly():
         return set()
     recorded = {id(op) for op in loss.graph.get_operations()[start:]}
-    seen: set[int] = set()
-    found, waiting = [], [loss.op]
-    while waiting:
-        op = waiting.pop()
-        if id(op) in seen or id(op) not in recorded or op.type in BLOCKING:
-            continue
-        seen.add(id(op))
-        found.append(op)
-        waiting += [given.op for given in op.inputs if given.dtype.is_floating]
-    return set(_handles(loss.graph, found))
+
+    def counts(op: tf.Operation) -> bool:
+        return id(op) in recorded and op.type not in BLOCKING
+
+    behind = tracing.ops_behind(loss, lambda op: [i for i in op.inputs if i.dtype.is_floating] if counts(op) else [])
+    return tracing.handles_taken(loss.graph, filter(counts, behind))
 
 
 def warn(variables: Iterable[tf.Variable], used: Collection[int], functions: Iterable[Any]) -> None:
@@ -62,7 +58,7 @@ def warn(variables: Iterable[tf.Variable], used: Collection[int], functions: Ite
         used: The identities of the handles of the variables that are used so.
         functions: The concrete functions of the step, which tell what it assigns to.
     """
-    suspects = [variable for variable in variables if id(variable.handle) in used]
+    suspects = [variable for variable in variables if tracing.handle_id(variable) in used]
     if not suspects:
         return
     written: set[int] = set()
@@ -78,11 +74,3 @@ def warn(variables: Iterable[tf.Variable], used: Collection[int], functions: Ite
             "not train belongs outside of the tape, or behind `tf.stop_gradient`.",
             stacklevel=2,
         )
-
-
-def _handles(graph: Any, ops: Iterable[tf.Operation]) -> Iterator[int]:
-    outside = {id(inner): id(outer) for outer, inner in tracing.captures(graph)}
-    for op in ops:
-        for given in op.inputs:
-            if given.dtype == tf.resource and id(given) in outside:
-                yield outside[id(given)]

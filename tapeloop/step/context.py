@@ -247,7 +247,7 @@ class Training(StepContext):
         if not self.deferred:
             noted = set(self.assigned)
             self._apply(update, gradients, loss, self._checksums)
-            self.assigned = noted  # what the optimizer has assigned is not the user's doing
+            self.assigned &= noted  # what the optimizer has assigned is not the user's doing
             return
         if in_control_flow:
             raise _cannot_be_deferred("update")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import numbers
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -158,11 +158,11 @@ def _check_not_read(
     kind: str, scalars: Mapping[str, Any], metrics: Iterable[keras.metrics.Metric], watch: Watch
 ) -> None:
     """Refuse scalars that are read of a metric, whose averages over an epoch would be averages of averages."""
-    handles = {id(raw(variable).handle): metric for metric in metrics for variable in metric.variables}
+    variables = [raw(variable) for metric in metrics for variable in metric.variables]
     for name, value in scalars.items():
         is_read = id(value) in watch.results
-        if not is_read and handles and tf.is_tensor(value) and not tf.executing_eagerly():
-            is_read = _reads(value, handles)
+        if not is_read and tf.is_tensor(value) and not tf.executing_eagerly():
+            is_read = _is_read(value, variables)
         if is_read:
             raise TypeError(
                 f"`{kind}_step` returned for {name!r} what it read of a metric, which is an average already. Return "
@@ -171,17 +171,8 @@ def _check_not_read(
             )
 
 
-def _reads(value: tf.Tensor, handles: Mapping[int, keras.metrics.Metric]) -> bool:
-    """Tell whether a tensor of a graph is computed of a variable with one of these handles."""
-    inside = {id(inner) for outer, inner in tracing.captures(value.graph) if id(outer) in handles}
-    seen: set[int] = set()
-    waiting = [value.op] if inside else []
-    while waiting:
-        op = waiting.pop()
-        if id(op) in seen:
-            continue
-        seen.add(id(op))
-        if any(id(given) in inside for given in op.inputs):
-            return True
-        waiting += [given.op for given in op.inputs]
-    return False
+def _is_read(value: tf.Tensor, variables: Sequence[tf.Variable]) -> bool:
+    """Tell whether a tensor of a graph is computed of one of these variables."""
+    inside = set(map(id, tracing.captured_as(value.graph, variables)))
+    ops = tracing.ops_behind(value, lambda op: op.inputs) if inside else []
+    return any(id(given) in inside for op in ops for given in op.inputs)

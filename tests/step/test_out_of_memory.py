@@ -5,6 +5,7 @@ import pytest
 import tensorflow as tf
 
 from tests.support import models
+from tests.support.inspect import iterations
 from tests.support.models import trainer_of
 from tests.support.networks import network
 
@@ -94,11 +95,25 @@ class Late(keras.optimizers.SGD):
         super().update_step(gradient + 0 * much, variable, learning_rate)
 
 
-def test_running_out_while_variables_are_updated_is_not_repeated():
-    trainer = trainer_of(network(), optimizer=Late(0.1), microbatches="auto")
-    with pytest.raises(RuntimeError, match=r"while the last of its updates was being made: some variables have moved"):
+def test_running_out_while_variables_are_updated_leaves_them_as_they_were():
+    trainer = trainer_of(network(), optimizer=Late(0.1), microbatches="auto", ema=0.9)
+    before = models.values(trainer.model)
+    with pytest.raises(RuntimeError, match=r"ran out of memory with one example at a time, 4 micro-batches of a batch"):
         trainer.fit([models.images(4)], progress="none")
-    assert trainer.microbatches == 1
+    assert models.values(trainer.model) == before
+    assert iterations(trainer) == [0]
+    assert trainer.step == 0
+
+
+def test_what_fits_on_trial_goes_on_in_the_graph_and_is_found_anew_by_the_next_fit():
+    batch = models.images(16)
+    trainer = trainer_of(hungry(4), microbatches="auto")
+    trainer.fit([batch] * 3, progress="none")
+    assert (trainer.microbatches, trainer.step) == (4, 3)
+    with pytest.raises(tf.errors.ResourceExhaustedError):  # in the loop nothing is put aside that could be put back
+        trainer.fit([batch, models.images(24)], progress="none")
+    trainer.fit([models.images(24)], progress="none")
+    assert trainer.microbatches == 8
 
 
 def test_a_number_that_is_known_does_not_change():
