@@ -235,7 +235,7 @@ class EpochLoop:
 def _locate(error: BaseException, place: str, number: int) -> None:
     """Have an error say at which batch it came up."""
     if isinstance(error, DataError):
-        if number and place.split(" (")[0] not in str(error):
+        if number and place.split(" (")[0] not in error.args[0]:  # the data may have said so itself
             error.args = (f"At {place}: {error}",)
     elif isinstance(error, Exception) and not isinstance(error, TapeloopError) and hasattr(error, "add_note"):
         error.add_note(f"This came up at {place}.")

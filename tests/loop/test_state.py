@@ -1,0 +1,105 @@
+"""All that a fit changes stands in the model or in the trainer's state, or is made anew by the next fit."""
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import tapeloop as tl
+from tapeloop.model.tree import Tree, VariableInfo, raw
+from tests.support import models
+
+layers = keras.layers
+X, Y = models.images(16)
+
+# What the next fit makes anew, by the end of its path.
+MADE_ANEW = {
+    "parts.clock.counts": "set before each call of the loop",
+    "planner.check.kept": "checksums of the last step",
+    "_parts.means": "sums of logs, reset at the start of an epoch",
+    "parts.objective": "metrics, reset at the start of an epoch",
+    "pace.steps": "measured in each call",
+    "_latest": "the loop of the cursor that was used last",
+    "_is_tried": "found by trial",
+    "_steps": "compiled steps, in the order in which they were used",
+    "_is_reset": "what the last step on one batch has reset",
+    "_on_batch": "what trains on single batches",
+    "phases._asked": "the policy's last answer",
+    "phases._answer": "the policy's last answer",
+    "phases._resolved": "selections, resolved at the start of an epoch",
+    "phases._prepared": "what was prepared last",
+}
+
+
+class Counting(tl.Trainer):
+    """Keeps a variable of its own."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.seen = tf.Variable(0, trainable=False)
+
+    def train_step(self, batch):
+        self.seen.assign_add(1)
+        return super().train_step(batch)
+
+
+def walk(value, path, found, stop):
+    """Note what the attributes of tapeloop's own objects are, and the values of variables, by their paths."""
+    if id(value) in stop or isinstance(value, (Tree, VariableInfo)):
+        return
+    if isinstance(value, (keras.Variable, tf.Variable)):
+        found[path] = raw(value).numpy().tobytes()
+    elif isinstance(value, (bool, int, float, str, type(None), np.generic)):
+        found[path] = repr(value)
+    elif isinstance(value, dict):
+        found[f"{path}.keys"] = [id(key) if not isinstance(key, (str, int)) else key for key in value]
+        for number, inner in enumerate(value.values()):
+            walk(inner, f"{path}.{number}", found, stop)
+    elif isinstance(value, (list, tuple)):
+        found[f"{path}.length"] = len(value)
+        for number, inner in enumerate(value):
+            walk(inner, f"{path}.{number}", found, stop)
+    elif type(value).__module__.startswith("tapeloop.") or isinstance(value, tl.Trainer):
+        stop.add(id(value))
+        for name, inner in vars(value).items():
+            walk(inner, f"{path}.{name}".lstrip("."), found, stop)
+    elif isinstance(value, keras.optimizers.Optimizer):
+        walk(list(value.variables), path, found, stop)
+    else:
+        found[path] = id(value)
+
+
+def snapshot(trainer):
+    found, stop = {}, {id(trainer.model)}
+    walk(trainer.state, "state", found, stop)
+    walk(trainer, "", found, stop)
+    return found
+
+
+def test_all_that_a_fit_changes_is_state_or_made_anew():
+    keras.utils.set_random_seed(0)
+    model = models.functional()
+    policy = tl.Cycle([tl.TrainOnly("head"), tl.TrainOnly("base")], every=2)
+    options = {"optimizer": "adam", "ema": 0.9, "nonfinite": "skip", "metrics": ["accuracy"], "clip_norm": 1.0}
+    trainer = Counting(model, policy, loss=models.cross_entropy(), seed=0, **options)
+    bad = [(X[:4], Y[:4], np.full(4, np.nan))]
+
+    def fit():
+        batches = [(X[n : n + 4], Y[n : n + 4], np.ones(4)) for n in range(0, 16, 4)]
+        trainer.fit(batches + bad, validation_data=batches, epochs=2, progress="none")
+
+    fit()  # everything is traced, and each phase has been
+    before, values = snapshot(trainer), models.values(model)
+    fit()
+    after = snapshot(trainer)
+    assert models.values(model) != values
+    changed = {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
+    kept = {path for path in changed if path.startswith("state.")}
+    for name in ("step", "epoch", "history", "optimizers", "averages", "logs"):
+        assert any(path.startswith(f"state.{name}") for path in kept), f"{name} is not in the state: {sorted(kept)}"
+    own = {path for path in changed if path == "seen" or path.startswith("_parts.attributes")}
+    assert own
+    unknown = {path for path in changed - kept - own if not any(end in path for end in MADE_ANEW)}
+    assert not unknown
+    assert {v.ref() for v in trainer.state.variables} >= {
+        raw(v).ref() for cohort in trainer.state.optimizers.cohorts for v in cohort.optimizer.variables
+    }
