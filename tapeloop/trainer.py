@@ -333,12 +333,27 @@ class Trainer(UserStep):
 
     @property
     def selection(self) -> Selection:
-        """What trains, by the policy and the model as they are now."""
+        """What trains, by the policy and the model as they are now.
+
+        Example:
+            >>> dense = keras.layers.Dense
+            >>> model = keras.Sequential([keras.Input((4,)), dense(3, name="base"), dense(2, name="head")])
+            >>> [variable.path for variable in tl.Trainer(model, tl.Freeze("base")).selection.trained]
+            ['head/kernel', 'head/bias']
+        """
         return self._loop.phases.held(trains=True) if self._loop.runs else self._loop.phases.now()
 
     @property
     def learning_rates(self) -> LearningRates:
-        """The learning rate of each group that trains now: `trainer.learning_rates["head"] = 1e-4` sets one."""
+        """The learning rate of each group that trains now, to be read and set without a new trace.
+
+        Example:
+            >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, name="head")])
+            >>> trainer = tl.Trainer(model, tl.Groups({"head": "head"}), loss="mse", optimizer="adam")
+            >>> trainer.learning_rates["head"] = 1e-4
+            >>> trainer.learning_rates
+            {'head': 0.0001}
+        """
         return LearningRates(self.state.optimizers, self.selection)
 
     @property

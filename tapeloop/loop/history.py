@@ -21,6 +21,14 @@ class Phase:
         epoch: The epoch in which it began, likewise.
         policy: The policy that held.
         selection: What trained.
+
+    Example:
+        >>> dense = keras.layers.Dense
+        >>> model = keras.Sequential([keras.Input((4,)), dense(3, name="base"), dense(2, name="head")])
+        >>> trainer = tl.Trainer(model, tl.GradualUnfreeze(["head", "base"], every=1), loss="mse")
+        >>> history = trainer.fit((np.ones((8, 4)), np.ones((8, 2))), epochs=2, progress="none")
+        >>> [(phase.epoch, len(phase.selection.trained)) for phase in history.phases]
+        [(0, 2), (1, 4)]
     """
 
     step: int
@@ -38,6 +46,12 @@ class History:
             NaN for an epoch without it.
         epoch: The number of each epoch, counted over all fits of the trainer.
         phases: What trained from which step on.
+
+    Example:
+        >>> trainer = tl.Trainer(keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)]), loss="mse")
+        >>> history = trainer.fit((np.ones((8, 4)), np.ones((8, 2))), epochs=2, progress="none")
+        >>> history.epoch, list(history.history), len(history.history["loss"])
+        ([1, 2], ['loss'], 2)
     """
 
     history: dict[str, list[Any]] = field(default_factory=dict)

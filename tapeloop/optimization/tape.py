@@ -22,6 +22,21 @@ class GroupTape(tf.GradientTape):
         spent: Whether its one gradient was taken.
         start: How many ops the traced graph had when it began to record.
         stop: How many it had when it ended, once it has.
+
+    Example:
+        >>> class Custom(tl.Trainer):
+        ...     def train_step(self, batch):
+        ...         with self.tape() as tape:  # a `GroupTape`
+        ...             loss = self.compute_loss(batch, training=True)
+        ...         watched.extend(variable.path for variable in tape.variables)
+        ...         self.update(tape, loss)
+        ...         return {"loss": loss}
+        >>> watched = []
+        >>> dense = keras.layers.Dense
+        >>> model = keras.Sequential([keras.Input((4,)), dense(3, name="base"), dense(2, name="head")])
+        >>> logs = Custom(model, tl.Freeze("base"), loss="mse").train_on_batch(np.ones((8, 4)), np.ones((8, 2)))
+        >>> watched
+        ['head/kernel', 'head/bias']
     """
 
     def __init__(self, variables: Sequence[VariableInfo], persistent: bool = False) -> None:

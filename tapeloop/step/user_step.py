@@ -39,6 +39,15 @@ class UserStep:
         Args:
             inputs: The inputs, as the data gives them.
             training: Whether the step trains; frozen submodels run in inference mode all the same.
+
+        Example:
+            >>> class Halved(tl.Trainer):
+            ...     def forward(self, inputs, training):
+            ...         return 0.5 * super().forward(inputs, training)
+            >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+            >>> x = np.ones((8, 4), "float32")
+            >>> bool(np.allclose(2 * Halved(model).predict(x), model(x)))
+            True
         """
         return call_model(self.model, inputs, training)
 
@@ -104,6 +113,14 @@ class UserStep:
 
         Args:
             batch: One batch of the data.
+
+        Example:
+            >>> class Norms(tl.Trainer):
+            ...     def eval_step(self, batch):
+            ...         return {"norm": keras.ops.norm(self.forward(batch[0], training=False))}
+            >>> trainer = Norms(keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)]), loss="mse")
+            >>> list(trainer.evaluate((np.ones((8, 4)), np.ones((8, 2))), progress="none"))
+            ['norm']
         """
         loss, logs = _with_logs(self.compute_loss(batch, training=False))
         return {"loss": loss, **logs}
@@ -119,6 +136,21 @@ class UserStep:
 
         Raises:
             PolicyError: The policy has no group of that name.
+            RuntimeError: Called outside a step.
+
+        Example:
+            >>> class TwoLosses(tl.Trainer):
+            ...     def train_step(self, batch):
+            ...         logs = {}
+            ...         for group in ("a", "b"):
+            ...             with self.tape(group) as tape:
+            ...                 logs[group] = keras.ops.mean((self.model[group](batch[0]) - batch[1]) ** 2)
+            ...             self.update(tape, logs[group])
+            ...         return logs
+            >>> networks = {name: keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)]) for name in "ab"}
+            >>> trainer = TwoLosses(networks, tl.Groups({"a": "a", "b": "b"}), optimizer={"a": "adam", "b": "sgd"})
+            >>> sorted(trainer.train_on_batch(np.ones((8, 4)), np.ones((8, 2))))
+            ['a', 'b']
         """
         return self._context("tape").tape(groups, persistent, self._parts.policy)
 
@@ -137,6 +169,18 @@ class UserStep:
 
         Raises:
             DisconnectedError, RuntimeError, TypeError, ValueError: As `gradients` does.
+
+        Example:
+            >>> class Custom(tl.Trainer):
+            ...     def train_step(self, batch):
+            ...         with self.tape() as tape:
+            ...             loss = keras.ops.mean((self.forward(batch[0], training=True) - batch[1]) ** 2)
+            ...         self.update(tape, loss)
+            ...         return {"loss": loss}
+            >>> trainer = Custom(keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)]), optimizer="sgd")
+            >>> logs = [trainer.train_on_batch(np.ones((8, 4)), np.ones((8, 2))) for _ in range(2)]
+            >>> logs[1]["loss"] < logs[0]["loss"]
+            True
         """
         context = self._context("update")
         context.update(context.gradients(tape, loss, "update"), loss, "update")
@@ -154,6 +198,8 @@ class UserStep:
             RuntimeError: Called outside `train_step`, or with a tape that was used before.
             TypeError: `tape` is not from `self.tape`.
             ValueError: `loss` is not a scalar.
+
+        Example: see `train_step`.
         """
         pairs = self._context("gradients").gradients(tape, loss, "gradients")
         return {variable.path: gradient for gradient, variable in pairs}
@@ -170,6 +216,8 @@ class UserStep:
             RuntimeError: Called outside `train_step`.
             TypeError: `gradients` is no mapping.
             ValueError: A gradient has another shape than its variable.
+
+        Example: see `train_step`.
         """
         context = self._context("apply")
         context.update(context.trainable(gradients), None, "apply")
@@ -212,7 +260,20 @@ class UserStep:
             context.follow(paired(Tree.of(self.model), target, source), decay)
 
     def added_losses(self) -> list[tf.Tensor]:
-        """Return what layers added by `add_loss` in the last call, and the weight penalties, of all that trains."""
+        """Return what layers added by `add_loss` in the last call, and the weight penalties, of all that trains.
+
+        Example:
+            >>> class Penalized(tl.Trainer):
+            ...     def compute_loss(self, batch, training):
+            ...         loss = keras.ops.mean((self.forward(batch[0], training) - batch[1]) ** 2)
+            ...         penalties.append(len(self.added_losses()))
+            ...         return loss + sum(self.added_losses())
+            >>> penalties = []
+            >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, kernel_regularizer="l2")])
+            >>> logs = Penalized(model).train_on_batch(np.ones((8, 4)), np.ones((8, 2)))
+            >>> penalties
+            [1]
+        """
         return self._context("added_losses").added_losses()
 
     def _context(self, verb: str) -> StepContext:
