@@ -86,6 +86,7 @@ class CompiledStep:
         except BaseException as error:
             failure = error
         counts, failure = _with_stop(StepCounts.of(self._counts), failure)
+        # The counts are noted before each batch is drawn, so that they hold also if the step or the data has raised.
         cursor.drawn(counts.batches)
         if isinstance(failure, tf.errors.OutOfRangeError) and cursor.has_ended(failure):
             failure = None
@@ -156,6 +157,7 @@ class CompiledStep:
     @property
     def _is_on_trial(self) -> bool:
         """Whether the host has to see how the next step ends: XLA may refuse it, or it may run out of memory."""
+        # On the CPU, XLA made convolution nets several times slower: by itself it is tried on a GPU alone.
         tries_xla = self._uses_xla and self.planner.parts.compilation.jit_compile == "auto"
         return not self._is_tried and (tries_xla or self._microbatches.adapts)
 
@@ -184,6 +186,8 @@ class CompiledStep:
     def _loop_over(self, cursor: BatchCursor) -> Any:
         """Return the loop that is traced for the batches of a cursor."""
         if self._latest is None or self._latest[0]() is not cursor:
+            # `tf.function` would look its trace up by the same signature, but takes as long for it as for the call
+            # itself.
             source = cursor.source.signature()
             key = str(tf.nest.map_structure(_described, source))
             if key not in self._loops:
@@ -219,6 +223,8 @@ class CompiledStep:
         The counts are noted before each step, in case it fails. The time is looked at where the steps run: data may
         turn slow in the middle of a call that was planned when it was fast.
         """
+        # Counts and times are on the CPU, also if the step runs on a GPU: the loop's condition must not wait for a
+        # device.
         with tf.device("CPU:0"):
             began = tf.timestamp()
             deadline = began + seconds
@@ -233,6 +239,9 @@ class CompiledStep:
                 noted, number = self._counts.assign(counts), start + counts[0]
             with tf.control_dependencies([noted]), tf.name_scope(DRAWING):
                 batch = source.batch(number)
+            # At the end of an iterator, what depends on nothing in the batch (a counter, a seed) would run once too
+            # often. A control edge from the batch itself is not enough: TensorFlow drops it, since the step takes the
+            # batch anyway.
             with after(batch) if isinstance(source, IteratorReader) else contextlib.nullcontext():
                 outcome = step(batch)
             with tf.device("CPU:0"):
@@ -257,6 +266,7 @@ class CompiledStep:
     def _run_from_host(self, spec: Callable[[], Any], batch: Any) -> Any:
         """Run one step, and again without XLA if XLA refuses it, or in smaller pieces if it runs out of memory."""
         while True:
+            # On the host, for the device has no memory to spare; only on trial, for it takes a copy of everything.
             kept = self._copies(spec) if self._is_on_trial and self._microbatches.adapts else []
             try:
                 if self.planner.parts.compilation.run_eagerly:

@@ -154,6 +154,7 @@ class EpochLoop:
                     drawn += ran
                     display.advance(ran, look)
             logs, examples = look()
+            # No step has made its update: there is nothing that the means are of.
             if state.step == began:
                 logs = dict.fromkeys(logs, math.nan)
             logs |= self.handler.logs(state)
@@ -163,6 +164,7 @@ class EpochLoop:
     def _call(self, step: CompiledStep, cursor: BatchCursor, loader: DataLoader, most: int | None = None) -> int:
         """Call the loop in the graph once, and return on how many batches it ran a step."""
         most = min(limit for limit in (step.pace.steps, cursor.left, most) if limit is not None)
+        # Between the call and the bookkeeping of it, Ctrl-C would leave the two apart.
         with deferred_interrupt():
             began = time.perf_counter()
             counts, failure = step.run(cursor, most, self._before(), self.handler.max_consecutive)

@@ -74,6 +74,7 @@ class PhaseTracker:
             PolicyError: A policy cannot be resolved for the model, or there is no optimizer for a group.
         """
         self._fresh = Tree.of(self._model)
+        # A typo in the phase of epoch 7 is found in epoch 0.
         to_come = selections_to_come(self.policy, self._fresh)
         self._state.optimizers.check(to_come, changing=True)
 
@@ -87,6 +88,7 @@ class PhaseTracker:
             logs: What the policy may look at; by default the logs of the last epoch.
             starting: Whether an epoch starts.
         """
+        # Users lift and set `trainable` flags between epochs.
         if starting:
             self._resolved.clear()
         policies = self._chain(logs)
@@ -102,6 +104,7 @@ class PhaseTracker:
             self._steps.parts.updates.prepare(selection, self._state.step, changing=changing)
             self._prepared = selection
         self._fresh = None
+        # Asked no more often than needed: at the largest common divisor of all that the policies say.
         every_steps = math.gcd(*(each.every for each in policies if each.every is not None))
         return ActivePhase(self._steps.get("train", selection), holding, every_steps or None)
 

@@ -33,6 +33,7 @@ class StepCache:
 
     def get(self, kind: str, selection: Selection) -> CompiledStep:
         """Return the step of a kind for a selection: the same one each time."""
+        # Two spellings of one policy share a step: selections are equal by variables and modes.
         step = self._steps.pop((kind, selection), None)
         if step is None:
             step = CompiledStep(Planner(kind, selection, self.parts), self._microbatches)
@@ -62,6 +63,7 @@ class StepCache:
         if self._built & {kind, "train"}:
             return
         tree = Tree.of(model)
+        # Nobody can say whether a `tf.Module` is built; Keras layers say it themselves.
         modules = len(tree.submodels) - len(tree.layers) - isinstance(model, Mapping)
         if modules or not all(submodel.object.built for submodel in tree.layers):
             remaining = specs()

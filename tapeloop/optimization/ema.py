@@ -70,6 +70,9 @@ class MovingAverages:
         if self._decay is None:
             return
         trained = [variable for variable in selection.trained if not variable.is_overwritten]
+        # While a variable is frozen its average would go on towards the frozen value. That has a closed form, so
+        # nothing is computed meanwhile: it is made good when the variable trains again, or when the averages are
+        # swapped in.
         for variable, average in self._averages.items():
             if variable not in selection.group_of:
                 average.left_at = step if average.left_at is None else average.left_at

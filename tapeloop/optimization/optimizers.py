@@ -107,6 +107,8 @@ class Cohort:
                 if group not in self.shares:
                     copies = tuple(tf.Variable(count, trainable=False, name="count") for count in self.counts)
                     self.shares[group] = Share(tf.Variable(0.0, trainable=False, name="rate"), copies)
+        # An Adam that started again at step 0 would overshoot: its bias correction is made for zero moments. So each
+        # group goes on from the highest count there is.
         if self.shares:
             held = [self.counts, *(share.counts for share in self.shares.values())]
             furthest = max(held, key=lambda counts: int(counts[0]))  # the first is `iterations`
@@ -136,6 +138,7 @@ class Optimizers:
         """
         self._by_group = isinstance(template, Mapping)
         named = template.items() if isinstance(template, Mapping) else [("", template)]
+        # One object may serve several groups: it is one template then, and its variables may share a cohort.
         known: dict[int, Template] = {}  # one object may serve several groups
         self._templates = {name: known.setdefault(id(one), Template(one)) for name, one in named}
         self._set: dict[str, float] = {}
@@ -168,6 +171,8 @@ class Optimizers:
                     f"`optimizer` must have one entry for each group of the policy. "
                     f"The groups are {sorted(groups)}, the optimizers are for {sorted(names)}."
                 )
+        # How many cohorts each template will need: one for each set of variables that joins. The second needs a clone,
+        # and an optimizer that cannot be cloned is found here, before anything has moved.
         known, cohorts = set(self._home), dict.fromkeys(self._templates.values(), 0)
         for selection in selections:
             for group, variables in selection.groups.items():
@@ -190,6 +195,7 @@ class Optimizers:
         self.check([selection], changing=changing)
         for group, variables in selection.groups.items():
             self._welcome(group, variables)
+        # A cohort that is frozen in this phase keeps the groups that it had.
         for cohort in self.cohorts:
             groups = self._groups(cohort, selection)
             if groups:
@@ -241,6 +247,7 @@ class Optimizers:
         for key in dict.fromkeys(cohort.template for cohort, _ in order):
             parts = [part for part in order if part[0].template == key]
             norm = self._templates[key].optimizer.global_clipnorm
+            # The optimizer of each part would take the norm over its own variables alone.
             if norm and len(parts) > 1:  # which the optimizer of each part would take over its own variables alone
                 together = clip_by_global_norm([pair for part in parts for pair in mine[part]], norm)
                 clipped = iter(together)
@@ -289,6 +296,7 @@ class Optimizers:
                 _carry_over(latest, home, [variable])
             if home is not None:
                 self._latest[variable] = home
+        # Variables that come from different cohorts have different step counts, so that they cannot share a new one.
         for latest, together in joining.items():
             cohort = _new_cohort(key, self._templates[key], together)
             _carry_over(latest, cohort, together)
@@ -311,10 +319,13 @@ class Optimizers:
         """Update variables of one cohort and group; if the cohort is spread, with the group's own rate and counts."""
         optimizer, counts = cohort.optimizer, cohort.counts
         share = cohort.shares[group] if spread else None
+        # Slots stay where they are; rate and counts are put into the optimizer for this group and taken out after it,
+        # so that a phase that returns costs no trace.
         if share is not None:
             cohort.rate.take(share.rate)
             for count, own in zip(counts, share.counts):
                 count.assign(own)
+        # Keras reads the step count for each variable, and TensorFlow does not compute once what comes of two reads.
         with read_once(raw(optimizer.iterations)):
             optimizer.apply(*zip(*((gradient, variable.variable) for gradient, variable in gradients)))
         if share is not None:

@@ -89,6 +89,7 @@ def gradients_of(tape: GroupTape, loss: tf.Tensor, scale: tf.Tensor | None) -> l
             "the second loss, or one that lasts: `self.tape(..., persistent=True)`."
         )
     tape.spent = not tape.persistent
+    # The scale is the gradient of the loss with respect to itself: nothing in the user's loss changes.
     sources = [variable.tf_variable for variable in tape.variables]
     gradients = tape.gradient(loss, sources, None if scale is None else tf.cast(scale, loss.dtype))
     missing = [variable for gradient, variable in zip(gradients, tape.variables) if gradient is None]

@@ -38,6 +38,7 @@ class Template:
             None if schedule is not None else not_negative("learning_rate", float(self.optimizer.learning_rate))
         )
         self._seen = self._rate
+        # Taken now, while it still says what the user has passed: later the rate may be a trainer's.
         self._config = None if self.optimizer.built else keras_internals.optimizer_config(self.optimizer, self.schedule)
         self._said = _settings(self.optimizer)
         self._is_taken = False

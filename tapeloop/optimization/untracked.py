@@ -58,6 +58,7 @@ def warn(variables: Iterable[tf.Variable], used: Collection[int], functions: Ite
         used: The identities of the handles of the variables that are used so.
         functions: The concrete functions of the step, which tell what it assigns to.
     """
+    # A target network beside the model is read outside of the tape, or assigned to: it is not meant to train.
     suspects = [variable for variable in variables if tracing.handle_id(variable) in used]
     if not suspects:
         return

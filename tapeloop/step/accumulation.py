@@ -161,6 +161,7 @@ def accumulate(plan_piece: Callable[[Any], StepPlan], spec: Any, count: int, *, 
     check_alike(spec)
     examples = next(value.shape[0] for value in _cuttable(spec))
     cuts = cut(examples, count if examples is None or not at_most else min(count, examples))
+    # Pieces have static shapes, of two sizes at most, so that XLA compiles them too.
     plans = {pieces.size: plan_piece(piece_spec(spec, pieces.size)) for pieces in cuts}
     functions = tuple(function for plan in plans.values() for function in plan.functions)
 

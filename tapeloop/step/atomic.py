@@ -91,9 +91,12 @@ def variables_to_restore(planner: Planner, plan: StepPlan) -> list[tf.Variable]:
     assert isinstance(context, Training)
     if planner.check is None:
         return []
+    # An update in a branch or a loop cannot be told from an earlier one: it may have happened already.
     moved_before = [target.tf_variable for follow in context.follows for target, _ in follow.pairs]
     earlier = context.updates[:-1] + [last for last in context.updates[-1:] if last.in_control_flow]
     moved_before += parts.updates.moved([variable for update in earlier for variable in update.variables])
+    # What only the last update moves needs no snapshot, nor does what no layer can move, unless the user assigns to it.
+    # Frozen batch statistics are among these: to keep them for nothing took 104 reads of a MobileNetV2.
     aside = {variable.ref() for variable in parts.updates.moved(selection.trained)}
     aside |= {variable.tf_variable.ref() for variable in immutable_variables(selection)}
     aside -= {variable.tf_variable.ref() for variable in context.assigned}

@@ -245,9 +245,10 @@ class Training(StepContext):
         update = PendingUpdate([variable for _, variable in gradients], in_control_flow)
         self.updates.append(update)
         if not self.deferred:
+            # The optimizer assigns through the same methods as the user.
             noted = set(self.assigned)
             self._apply(update, gradients, loss, self._checksums)
-            self.assigned &= noted  # what the optimizer has assigned is not the user's doing
+            self.assigned &= noted
             return
         if in_control_flow:
             raise _cannot_be_deferred("update")
@@ -257,6 +258,7 @@ class Training(StepContext):
 
     def follow(self, pairs: Sequence[Pair], decay: tf.Tensor) -> None:
         """Move variables towards others: now, or, if updates are deferred, after those that come before it."""
+        # What is deferred must be moved behind the updates that come before it in the user's step.
         if not self.deferred:
             move(pairs, decay)
         elif self._is_in_control_flow():
@@ -316,6 +318,7 @@ class Training(StepContext):
 
     def _is_in_control_flow(self) -> bool:
         """Tell whether what is traced now stands in a branch or a loop of the user's step."""
+        # The body of a `tf.cond`, a `tf.while_loop` or an AutoGraph `if` is traced into a graph of its own.
         return self._graph is not None and tf.compat.v1.get_default_graph() is not self._graph
 
 

@@ -40,6 +40,8 @@ def frozen(selection: Selection, note: Note = lambda variable: None) -> Iterator
         selection: What trains.
         note: Called with each variable of the model that is about to be assigned to.
     """
+    # Inner `tf.function`s keep a trace of another mode, or would keep this one beyond the step: they are traced as part
+    # of it. AutoGraph does not convert them then, and an inner `jit_compile` is ignored.
     with inlined_functions(), inference_mode(selection) as calls, read_only(selection, calls, note):
         yield calls
 
@@ -47,6 +49,9 @@ def frozen(selection: Selection, note: Note = lambda variable: None) -> Iterator
 @contextlib.contextmanager
 def read_only(selection: Selection, calls: Calls, note: Note) -> Iterator[None]:
     """Drop, inside this context, what layers assign to what is frozen; see `frozen`."""
+    # Inference mode is not enough: a stateful recurrent layer, a counter or a method beside `call` assigns in any mode.
+    # A `keras.StatelessScope` around `call` was tried first: it reaches neither a `tf.Module` nor what is assigned
+    # outside of `call`. What writes by a raw op (`tf.raw_ops.AssignVariableOp`) is out of reach.
     immovable = set(immutable_variables(selection))
     with contextlib.ExitStack() as patches:
         for variable in selection.tree.variables:
@@ -63,6 +68,7 @@ def _dropping(
     """Wrap a method that assigns to a variable so that it does nothing inside a call that may not move the variable."""
 
     def assign_or_drop(*args: Any, **kwargs: Any) -> Any:
+        # Outside of all calls it is the user who assigns: a target network, a codebook, a perturbation. That happens.
         if calls.in_idle or (is_immutable and calls.running):
             return variable.tf_variable
         note(variable)
@@ -156,6 +162,8 @@ def _moded(layer: keras.Layer, call: Callable[..., Any], calls: Calls, inference
             with calls.entered(_Frame(keras_internals.inherited_training(layer), forced, around.idle or idle)):
                 return call(*args, **kwargs)
         finally:
+            # Keras 3 leaves the mode of the child called last to the layers called next: a frozen `base(x,
+            # training=False)` would switch off the Dropout of the head behind it.
             if forced:
                 keras_internals.inherit_training(layer, around.training)
 
@@ -214,6 +222,7 @@ def immutable_variables(selection: Selection) -> list[VariableInfo]:
 
     State that a frozen and a trained part share belongs to the trained one too, and moves with it.
     """
+    # A layer that is shared by a frozen and a trained part goes on moving its state in the trained one.
     places, idle = selection.tree.places, selection.idle
     state = [v for v in selection.non_trainable if all(not idle.isdisjoint(place) for place in places[v])]
     return [*selection.frozen, *state]

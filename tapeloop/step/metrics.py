@@ -158,6 +158,7 @@ def _check_not_read(
     kind: str, scalars: Mapping[str, Any], metrics: Iterable[keras.metrics.Metric], watch: Watch
 ) -> None:
     """Refuse scalars that are read of a metric, whose averages over an epoch would be averages of averages."""
+    # A mean over the epoch of what is an average already would be an average of averages, which nobody asks for.
     variables = [raw(variable) for metric in metrics for variable in metric.variables]
     for name, value in scalars.items():
         is_read = id(value) in watch.results

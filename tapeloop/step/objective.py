@@ -38,6 +38,8 @@ class Objective:
             _check_names(option, asked, keras.metrics, ("accuracy", "acc", "crossentropy", "ce"))
         self.has_loss = loss is not None
         self.was_updated = False
+        # Keras' own `compute_loss` and `compute_metrics` on an empty model do what `fit` does (names, weights, several
+        # outputs), and the user's model is not written to.
         self._stand_in = keras.Model()
         if output_names is not None:
             self._stand_in.output_names = output_names

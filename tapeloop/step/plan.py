@@ -167,6 +167,7 @@ class Planner:
         XLA drops what makes a step fail. An optimizer that is not Keras' own may look at tensors of the user's part.
         """
         parts = self.parts
+        # The last update must come last to be deferred, which can be told of the trainer's own step alone.
         ends = self.check is not None and parts.ends_at_bad and parts.updates.loss_scale.value is None
         return ends and parts.is_plain() and not parts.compilation.uses_xla and (
             parts.updates.optimizers.are_keras and can_stop()
@@ -179,6 +180,7 @@ class Planner:
             spec: The signature.
             deferred: Whether updates are to wait until it was computed.
         """
+        # The context records what the user's part asks for while it is traced; it belongs to this plan from then on.
         context = self.new_context(deferred)
 
         def compute(batch: Any) -> Any:
@@ -216,11 +218,13 @@ class Planner:
     def compute(self, context: StepContext, batch: Any) -> Any:
         """Run the user's part on a batch, and return what it computes: for `"predict"`, what it returns."""
         parts, tree = self.parts, self.selection.tree
+        # Losses that a call outside of the step has left on a layer are none of this step's.
         for submodel in tree.layers:
             keras_internals.forget_added_losses(submodel.object)
         if isinstance(context, Training):
             context.begin()
         parts.objective.was_updated = False
+        # A metric that the trainer or a layer holds is logged if the step updates it, whether or not it is returned.
         held = list(dict.fromkeys([*parts.attributes.metrics(), *layer_metrics(tree)]))
         with parts.acting(context), self.metrics.watching(held) as watch:
             result = parts.bodies[self.kind](batch)

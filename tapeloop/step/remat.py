@@ -108,7 +108,7 @@ def _recomputing(submodel: SubmodelInfo, selection: Selection, call: Callable[..
     layer = submodel.object
     held = [v for v in selection.tree.held[submodel] if isinstance(v.variable, keras.Variable)]
     trained = [(v, v.tf_variable) for v in held if v in selection.group_of]
-    immutable_variables = [(v.variable, v.tf_variable) for v in held if v not in selection.group_of]
+    fixed = [(v.variable, v.tf_variable) for v in held if v not in selection.group_of]
     plain = [v.tf_variable for v in selection.tree.held[submodel] if not isinstance(v.variable, keras.Variable)]
     again = False
 
@@ -117,8 +117,10 @@ def _recomputing(submodel: SubmodelInfo, selection: Selection, call: Callable[..
             return call(*args, **kwargs)
         flat = tf.nest.flatten((args, kwargs))
         places = _floating(flat)
+        # Trained values enter as arguments, all others as they were found: the second run is the first again, though
+        # weights may have moved in between (two tapes, two updates).
         weights = [tensor.read_value() for _, tensor in trained]
-        found = [(variable, tensor.read_value()) for variable, tensor in immutable_variables]
+        found = [(variable, tensor.read_value()) for variable, tensor in fixed]
         training = keras_internals.inherited_training(layer)
         outputs: list[Any] = []
 

@@ -11,6 +11,8 @@ class Snapshot:
     """The values of variables at one moment. A value that is not asked for again costs nothing in a traced step."""
 
     def __init__(self, variables: Iterable[tf.Variable]) -> None:
+        # A read that nothing asks for again is pruned from the graph; one that is costs a copy when its variable is
+        # written.
         self._values = {variable.ref(): variable.read_value() for variable in variables}
 
     def add(self, variable: tf.Variable) -> None:

@@ -314,6 +314,8 @@ class UserStep:
     def __getattribute__(self, name: str) -> Any:
         """Return an attribute, and note the numbers that a step reads while it is traced: they become constants."""
         value = super().__getattribute__(name)
+        # A number is a constant in the compiled step: if it changes later, the user is warned. Inside containers it is
+        # not noticed.
         if isinstance(value, (int, float, np.number)) and name[0] != "_" and not tf.executing_eagerly():
             attributes = super().__getattribute__("__dict__")
             context = attributes["_parts"].context if "_parts" in attributes else None
