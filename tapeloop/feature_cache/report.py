@@ -1,4 +1,4 @@
-"""What a feature cache would save: the report of a frontier."""
+"""The report of a frontier: what a feature cache would save."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ import tensorflow as tf
 from tapeloop.data.batch import Features
 from tapeloop.errors import listed
 from tapeloop.feature_cache.batch_independence import flat
-from tapeloop.feature_cache.frontier import Cut
-from tapeloop.feature_cache.obstacles import Obstacle
+from tapeloop.feature_cache.frontier import Cut, Obstacle
 from tapeloop.step.snapshot import Snapshot
 
 ROUNDS = 5
@@ -22,15 +21,27 @@ ROUNDS = 5
 
 @dataclass(frozen=True)
 class Frontier:
-    """Where in a training step what is frozen comes to its end.
+    """Where in a training step the computations end that are frozen and the same for an example in each epoch.
+
+    `Trainer.frontier` returns it. It is true if there is a frontier, and prints as a short report.
 
     Attributes:
-        submodels: The paths of the submodels that lie wholly before it, of nested ones the outermost.
-        bytes_per_example: The bytes of the features of an example; None where there is no frontier.
-        examples: How many examples the data has, at most; None where nobody can say.
-        share: The share of a step's work that lies before it, measured: of the forward and the backward pass, without
-            the optimizer. None where there is no frontier.
-        obstacles: Where there is none, what stands in the way.
+        submodels: The paths of the submodels that lie wholly before it, the outermost of nested ones.
+        bytes_per_example: The bytes of the features of one example; None if there is no frontier.
+        examples: How many examples the data has at most; None if that is not known before the end of the data.
+        share: The measured share, from 0 to 1, of the time of a step's forward and backward pass that lies before the
+            frontier, without the optimizer; None if there is no frontier.
+        obstacles: What stands in the way, if there is no frontier.
+
+    Example:
+        >>> dense = keras.layers.Dense
+        >>> model = keras.Sequential([keras.Input((4,)), dense(3, name="base"), dense(2, name="head")])
+        >>> x, y = np.ones((8, 4), "float32"), np.ones((8, 2), "float32")
+        >>> found = tl.Trainer(model, tl.Freeze("base"), loss="mse").frontier((x, y))
+        >>> bool(found), found.submodels, found.bytes_per_example, found.bytes
+        (True, ('base',), 20, 160)
+        >>> print(tl.Trainer(model, loss="mse").frontier((x, y)))
+        There is no frontier: `base/kernel` trains and comes first.
     """
 
     submodels: tuple[str, ...] = ()
@@ -41,8 +52,10 @@ class Frontier:
 
     @property
     def bytes(self) -> int | None:
-        """The bytes of the features of all examples."""
-        return None if None in (self.bytes_per_example, self.examples) else self.bytes_per_example * self.examples  # type: ignore[operator]
+        """The bytes of the features of all examples; None if that is not known."""
+        if self.bytes_per_example is None or self.examples is None:
+            return None
+        return self.bytes_per_example * self.examples
 
     def __bool__(self) -> bool:
         return self.bytes_per_example is not None
@@ -63,8 +76,8 @@ def frontier(found: Cut | Sequence[Obstacle], batch: Any, examples: int | None) 
 
     Args:
         found: Where a step is cut, or what stands in the way.
-        batch: A batch to measure with; what the step leaves behind is put back.
-        examples: How many examples the data has.
+        batch: A batch to measure with; the variables that the step moves are put back.
+        examples: How many examples the data has at most.
     """
     if not isinstance(found, Cut):
         return Frontier(examples=examples, obstacles=tuple(map(str, found)))
@@ -92,5 +105,6 @@ def _seconds(run: Callable[[], Any]) -> float:
     began = time.perf_counter()
     tensors = [value for value in tf.nest.flatten(run()) if isinstance(value, tf.Tensor)]
     if tensors:
-        min(tensors, key=lambda value: value.shape.num_elements() or 0).numpy()  # for which a device must be done
+        # A device computes in the background. Fetching the smallest tensor waits for it and copies little.
+        min(tensors, key=lambda value: value.shape.num_elements() or 0).numpy()
     return time.perf_counter() - began

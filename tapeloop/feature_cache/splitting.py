@@ -1,61 +1,50 @@
-"""Splitting a step at its frontier, and having it run on features from there."""
+"""Splitting a step at its frontier, so that it runs on features from there."""
 
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass, field
 from typing import Any
 
 from tapeloop._backend.traced_graph import TracedGraph
-from tapeloop.feature_cache.frontier import Cut, find
-from tapeloop.feature_cache.obstacles import Obstacle
+from tapeloop.feature_cache.frontier import Cut, Obstacle, find
+from tapeloop.feature_cache.frozen_ops import model_variables
 from tapeloop.loop.compiled_step import CompiledStep
+from tapeloop.model.tree import VariableInfo
 
-
-@dataclass
-class _Known:
-    """What is known of a step.
-
-    Attributes:
-        moves: The identities of the variables that it assigns to.
-        cuts: Its cuts, by the signature of batches, whether randomness may come before, and what another step moves.
-    """
-
-    moves: frozenset[int] = frozenset()
-    cuts: dict[tuple[str, bool, frozenset[int]], Cut] = field(default_factory=dict)
-
-
-_known: weakref.WeakKeyDictionary[CompiledStep, _Known] = weakref.WeakKeyDictionary()
+_Moves = frozenset[VariableInfo]
+# Kept beside the steps, which know nothing of the cache: a later fit finds its cut, and traces nothing.
+_cuts: weakref.WeakKeyDictionary[CompiledStep, dict[tuple[str, bool, _Moves], Cut]] = weakref.WeakKeyDictionary()
+_moves: weakref.WeakKeyDictionary[CompiledStep, _Moves] = weakref.WeakKeyDictionary()
 
 
 def split(
-    step: CompiledStep, spec: Any, batch: Any, *, random: bool, moving: frozenset[int] = frozenset()
+    step: CompiledStep, spec: Any, batch: Any, *, random: bool, moving: _Moves = frozenset()
 ) -> Cut | list[Obstacle]:
-    """Find the frontier of a step, on whose features it then runs where it is fed them.
+    """Find the frontier of a step. The step then runs from there if it is given features.
 
     Args:
         step: The step.
         spec: The signature of batches.
         batch: One of them.
-        random: Whether what is random may come before it.
-        moving: The identities of variables that another step moves.
+        random: Whether random ops may come before the frontier.
+        moving: The variables that another step assigns to.
 
     Returns:
         Where the step is cut, or what stands in the way.
     """
-    known, key = _known.setdefault(step, _Known()), (str(spec), random, moving)
-    if key not in known.cuts:
+    cuts, key = _cuts.setdefault(step, {}), (str(spec), random, moving)
+    if key not in cuts:
         whole = TracedGraph(step.whole(spec), step.variables())
-        known.moves = frozenset(id(whole.variables[name]) for name in whole.written() if name in whole.variables)
+        written, variables = whole.written(), model_variables(whole, step.selection.tree)
+        _moves[step] = frozenset(variable for name, variable in variables.items() if name in written)
         found = find(whole, step.selection, batch, random=random, moving=moving)
         if not isinstance(found, Cut):
             return found
-        known.cuts[key] = found
-    step.split_at(known.cuts[key])
-    return known.cuts[key]
+        cuts[key] = found
+    step.split_at(cuts[key])
+    return cuts[key]
 
 
-def moves_of(step: CompiledStep) -> frozenset[int]:
-    """Return the identities of the variables that a step assigns to, once its frontier was looked for."""
-    known = _known.get(step)
-    return frozenset() if known is None else known.moves
+def moves_of(step: CompiledStep) -> _Moves:
+    """Return the model's variables that a step assigns to, once its frontier was looked for."""
+    return _moves.get(step, frozenset())

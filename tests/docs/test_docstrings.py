@@ -11,7 +11,7 @@ import tapeloop as tl
 
 # What users get from tapeloop and do not make: values, and errors.
 EXCUSED = {
-    "Filter", "Frontier", "GroupTape", "History", "Phase", "Progress", "Selection", "SubmodelInfo", "VariableInfo",
+    "Filter", "GroupTape", "History", "Phase", "Progress", "Selection", "SubmodelInfo", "VariableInfo",
     "TapeloopError", "CacheError", "DataError", "DisconnectedError", "NonFiniteError", "PolicyError",
 }  # fmt: skip
 VERBS = (
