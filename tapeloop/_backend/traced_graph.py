@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import tensorflow as tf
@@ -43,6 +44,8 @@ class TracedGraph:
         count = len(function.inputs) - len(function.captured_inputs)
         self.inputs: list[tf.Tensor] = list(function.inputs[:count])
         self.sparse_shapes = set(_sparse_shapes(function, self.inputs))
+        # `captured_inputs` are the tensors outside, in the order of the last inputs. A variable is captured as its
+        # handle, the very tensor object that `variable.handle` returns.
         self.captures = {inner.name: outer for inner, outer in zip(function.inputs[count:], function.captured_inputs)}
         handles = {id(variable.handle): variable for variable in (*function.variables, *variables)}
         self.variables = {name: handles[id(outer)] for name, outer in self.captures.items() if id(outer) in handles}
@@ -75,6 +78,7 @@ class TracedGraph:
         Raises:
             ValueError: The targets need an input of the function that is not among the feeds.
         """
+        # Tensors are compared by name, as `==` on them compares their elements.
         sources = {feed.name for feed in feeds} | self.captures.keys()
         used = {target.name for target in targets} & sources
         found: set[str] = set()
@@ -92,10 +96,19 @@ class TracedGraph:
             waiting += [taken.op for taken in op.inputs if taken.name not in sources]
             # TensorFlow orders ops by control edges, often through a NoOp that joins several.
             waiting += [before for before in op.control_inputs if before.type == "NoOp"]
-        nodes = [node for node in self.definition.node if node.name in found]
-        return Subgraph(self, nodes, targets, feeds, [name for name in self.captures if name in used])
+        # `tf.compat.v1.wrap_function(...).prune` would cut a graph too, but traces without automatic control
+        # dependencies: seeds, statistics and metrics in what is left of a step would run in no order.
+        definition = tf.compat.v1.GraphDef(versions=self.definition.versions, library=self.definition.library)
+        definition.node.extend(node for node in self.definition.node if node.name in found)
+        for node in definition.node:
+            kept = [taken for taken in node.input if taken[0] != "^" or taken[1:] in found]
+            del node.input[:]
+            node.input.extend(kept)
+            node.attr.pop("_class", None)  # names other nodes to share a device with, which may be missing here
+        return Subgraph([name for name in self.captures if name in used], self, definition, targets, feeds)
 
     def _is_pure_node(self, node: Any) -> bool:
+        # Control flow and calls are as pure as the functions that they run; a node may also be named after one.
         called = [node.op] if node.op in self._functions else _called(node)
         if called:
             return all(map(self._is_pure_function, called))
@@ -107,59 +120,44 @@ class TracedGraph:
         return self._pure_functions[name]
 
 
+@dataclass(frozen=True, eq=False)
 class Subgraph:
     """Part of a traced function, to be called in another.
 
     Attributes:
         captures: The names of the captures that it takes.
+        whole: The graph that it is a part of.
+        definition: The part as a protocol buffer.
+        targets: The tensors that it computes.
+        feeds: The tensors that it computes them from, beside the captures.
     """
 
-    def __init__(
-        self,
-        whole: TracedGraph,
-        nodes: Iterable[Any],
-        targets: Sequence[tf.Tensor],
-        feeds: Sequence[tf.Tensor],
-        captures: list[str],
-    ) -> None:
-        self.captures = captures
-        self._whole = whole
-        self._targets = targets
-        self._feeds = feeds
-        self._graph = tf.compat.v1.GraphDef(versions=whole.definition.versions, library=whole.definition.library)
-        self._graph.node.extend(nodes)
-        names = {node.name for node in self._graph.node}
-        for node in self._graph.node:
-            kept = [taken for taken in node.input if taken[0] != "^" or taken[1:] in names]
-            del node.input[:]
-            node.input.extend(kept)
-            node.attr.pop("_class", None)  # names other nodes to share a device with, which may be missing here
-
-    @property
-    def variables(self) -> list[tf.Variable]:
-        """The variables among its captures."""
-        return [self._whole.variables[name] for name in self.captures if name in self._whole.variables]
+    captures: list[str]
+    whole: TracedGraph
+    definition: Any
+    targets: Sequence[tf.Tensor]
+    feeds: Sequence[tf.Tensor]
 
     def function(self) -> Any:
         """Return a compiled function of values for the feeds.
 
         The subgraph is traced by itself, so it runs as a graph also while another thread runs functions eagerly.
         """
-        specs = [tf.TensorSpec(feed.shape, feed.dtype) for feed in self._feeds]
+        specs = [tf.TensorSpec(feed.shape, feed.dtype) for feed in self.feeds]
         return tf.function(lambda *values: self(values), autograph=False).get_concrete_function(*specs)
 
     def __call__(self, values: Sequence[tf.Tensor]) -> list[tf.Tensor]:
         """Add the subgraph to the graph that is being traced, with values for the feeds."""
         graph = tf.compat.v1.get_default_graph()
-        known = {feed.name: value for feed, value in zip(self._feeds, values)}
-        known |= {name: graph.capture(self._whole.captures[name]) for name in self.captures}
-        wanted = [target.name for target in self._targets if target.name not in known]
-        taken = {name for node in self._graph.node for name in node.input}
+        known = {feed.name: value for feed, value in zip(self.feeds, values)}
+        known |= {name: graph.capture(self.whole.captures[name]) for name in self.captures}
+        wanted = [target.name for target in self.targets if target.name not in known]
+        taken = {name for node in self.definition.node for name in node.input}
         # `import_graph_def` refuses a mapping that no node takes. Node inputs omit the port if it is 0.
         mapping = {name: value for name, value in known.items() if name.removesuffix(":0") in taken}
-        results = tf.graph_util.import_graph_def(self._graph, mapping, wanted, name="part")
+        results = tf.graph_util.import_graph_def(self.definition, mapping, wanted, name="part")
         known |= zip(wanted, results or ())
-        return [known[target.name] for target in self._targets]
+        return [known[target.name] for target in self.targets]
 
     def canonical_text(self, labels: Mapping[str, str]) -> str:
         """Return a text that is the same for the same computation.
@@ -169,15 +167,16 @@ class Subgraph:
         Args:
             labels: What to write for the feeds and captures, by name.
         """
-        functions = {inner.signature.name: inner for inner in self._graph.library.function}
+        functions = {inner.signature.name: inner for inner in self.definition.library.function}
         outside = {name.removesuffix(":0"): label for name, label in labels.items()}
-        return repr(_canonical(self._graph.node, [target.name for target in self._targets], functions, outside))
+        return repr(_canonical(self.definition.node, [target.name for target in self.targets], functions, outside))
 
 
 def _sparse_shapes(function: Any, inputs: Iterable[tf.Tensor]) -> Iterator[str]:
     following = iter(inputs)
     for spec in tf.nest.flatten(function.structured_input_signature):
         if isinstance(spec, tf.TypeSpec):
+            # A ragged or sparse argument takes several inputs; those of a sparse one are indices, values and shape.
             parts = [next(following) for _ in tf.nest.flatten(spec, expand_composites=True)]
             if isinstance(spec, tf.SparseTensorSpec):
                 yield parts[2].name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -14,25 +14,6 @@ from tapeloop.data.batch import examples_of
 
 # How far a number may be off beside other examples, relative to the largest number of its column.
 TOLERANCE = {tf.float64: 1e-6, tf.float32: 1e-4, tf.float16: 1e-2, tf.bfloat16: 5e-2}
-
-
-class _Trial(NamedTuple):
-    """A batch that has some examples in common with the original batch.
-
-    Attributes:
-        batch: The batch.
-        there: Which rows of the original batch they are.
-        here: Which rows of this batch they are.
-    """
-
-    batch: Any
-    there: slice
-    here: slice
-
-    def confirms(self, original: np.ndarray, tried: np.ndarray, *, compares: bool) -> bool:
-        """Tell whether a tensor is the same for the examples in common."""
-        expected, found = original[self.there], tried[self.here]
-        return expected.shape == found.shape and (not compares or _is_alike(expected, found))
 
 
 class IndependenceProbe:
@@ -61,35 +42,40 @@ class IndependenceProbe:
             tensors: The tensors, by name.
             compares: Whether tensors that are computed twice must be equal, as they are unless something is random.
         """
+        # Handles and strings have no bytes to keep.
         some = [tensor for tensor in tensors.values() if tensor.dtype not in (tf.variant, tf.resource, tf.string)]
         trials = list(self._trials())
-        originals, *others = self._compute(some, [self._batch, *(trial.batch for trial in trials)])
+        originals, *others = self._compute(some, [self._batch, *(batch for batch, _, _ in trials)])
         weights = dict.fromkeys(tensors, math.inf)
         for number, (tensor, value) in enumerate(zip(some, originals)):
-            tried = [(trial, values[number]) for trial, values in zip(trials, others) if values]
+            tried = ((value[there], each[number][here]) for (_, there, here), each in zip(trials, others) if each)
             if value.shape[:1] == (self._examples,) and all(
-                trial.confirms(value, other, compares=compares) for trial, other in tried
+                one.shape == other.shape and (not compares or _is_alike(one, other)) for one, other in tried
             ):
                 weights[tensor.name] = max(1.0, value.nbytes / self._examples)
         return weights
 
-    def _trials(self) -> Iterator[_Trial]:
+    def _trials(self) -> Iterator[tuple[Any, slice, slice]]:
+        """Give batches that have examples in common with the original, and which rows these are there and here."""
         n, batch = self._examples, self._batch
+        # Halves show what depends on the number of examples or on later ones, single examples what depends on any.
         first, last = slice(1), slice(n - 1, n)
         for part in (slice(n // 2), slice(n // 2, n), first, last):
-            yield _Trial(_by_tensor(_rows, batch, part), part, slice(None))
+            yield _by_tensor(_rows, batch, part), part, slice(None)
         if all(value is None or isinstance(value, tf.Tensor) for value in tf.nest.flatten(batch)):
+            # Strangers show what few examples of the data bring about, such as a division by the largest number.
             for part in (first, last):
-                yield _Trial(_by_tensor(_among_strangers, batch, part), part, part)
+                yield _by_tensor(_among_strangers, batch, part), part, part
 
     def _compute(self, tensors: list[tf.Tensor], batches: list[Any]) -> list[list[np.ndarray]]:
         """Compute tensors of batches; none of a batch, beside the first, that is too strange for an op."""
+        # Traced once with an open number of examples, as the features are, and called for batches of all sizes.
         compute = self._whole.subgraph(tensors, self._whole.inputs).function()
         computed: list[list[np.ndarray]] = []
         for batch in batches:
             try:
                 computed.append([value.numpy() for value in compute(*flat(batch))])
-            except tf.errors.OpError:
+            except tf.errors.OpError:  # a number that is drawn may be out of the range of a lookup
                 if not computed:
                     raise
                 computed.append([])
@@ -103,10 +89,11 @@ def flat(batch: Any) -> list[tf.Tensor]:
 
 def _is_alike(expected: np.ndarray, found: np.ndarray) -> bool:
     tolerance = TOLERANCE.get(tf.as_dtype(expected.dtype))
-    if tolerance is None:
+    if tolerance is None:  # integers and booleans
         return np.array_equal(expected, found)
     expected, found = expected.astype(np.float64), found.astype(np.float64)
     finite = np.isfinite(expected)
+    # A masked or overflowing number must be so in both.
     if not np.array_equal(expected[~finite], found[~finite], equal_nan=True):
         return False
     expected, found = np.where(finite, expected, 0.0), np.where(finite, found, 0.0)

@@ -24,10 +24,9 @@ from tapeloop.feature_cache import fingerprint
 from tapeloop.feature_cache.fill import are_even, check_same, check_sample, computed, open_spec, seen_in
 from tapeloop.feature_cache.fingerprint import CacheKey
 from tapeloop.feature_cache.frontier import Cut, Obstacle
-from tapeloop.feature_cache.splitting import moves_of, split
+from tapeloop.feature_cache.splitting import split
 from tapeloop.feature_cache.storage import CachedFeatures, Files, Memory, Writer
 from tapeloop.loop.compiled_step import CompiledStep
-from tapeloop.model.tree import VariableInfo
 from tapeloop.optimization.microbatches import Microbatches
 
 _LOG = logging.getLogger("tapeloop")
@@ -82,9 +81,10 @@ class FeatureCache:
             raise ValueError(
                 f"`feature_cache_views` is {views}, and there is no cache: pass `feature_cache='memory'` or a path."
             )
-        self._store = None if where is None else memory if where == "memory" else Files(where)
+        self._is_on = where is not None
+        self._store = memory if where in (None, "memory") else Files(where)
         self._ready: dict[str, _Ready] = {}
-        self._moving: frozenset[VariableInfo] = frozenset()
+        self._train_step: CompiledStep | None = None
 
     def check(self, data: Sequence[DataSpec], microbatches: Microbatches, run_eagerly: bool) -> None:
         """Check that the options of a fit go with a cache, if there is one.
@@ -93,7 +93,7 @@ class FeatureCache:
             CacheError: The data can be gone through only once.
             ValueError: Another option does not go with a cache.
         """
-        if self._store is None:
+        if not self._is_on:
             return
         if microbatches.adapts or microbatches.count > 1:
             raise ValueError(
@@ -128,7 +128,7 @@ class FeatureCache:
         Raises:
             CacheError: Nothing can be cached, or it would be wrong, or does not fit.
         """
-        if self._store is None:
+        if not self._is_on:
             return plain
         if every_steps is not None:
             raise CacheError(
@@ -145,19 +145,19 @@ class FeatureCache:
 
     def _features(self, step: CompiledStep, given: DataSpec) -> _Ready:
         """Find or compute the features of some data for a step, if it has a frontier."""
-        assert self._store is not None
         batches = given.batches()
+        # The signature leaves the number of examples open, so that the graph shows what mixes them.
         spec, batch = open_spec(batches), next(batches.drawn())
         batches.rewind()
         trains = step.kind == "train"
         views = self._views if trains else 1
+        self._train_step = step if trains else self._train_step
         # Batch statistics that the training step moves are not frozen for an evaluation either.
-        cut = split(step, spec, batch, random=views > 1, moving=frozenset() if trains else self._moving)
-        if trains:
-            self._moving = moves_of(step)
+        cut = split(step, spec, batch, random=views > 1, beside=None if trains else self._train_step)
         if not isinstance(cut, Cut):
+            # In a later phase more may train than in the first: the fit goes on without the cache.
             said = _nothing(step, given, cut)
-            if not self._ready:  # the fit begins, and the cache is of no use
+            if not self._ready:
                 raise CacheError(said)
             _LOG.warning("%s The cache is dropped.", said)
             return _Ready(step)
@@ -184,8 +184,9 @@ class FeatureCache:
         self, cut: Cut, given: DataSpec, batches: DataLoader, seen: list[str], key: CacheKey, writer: Writer
     ) -> CachedFeatures:
         """Compute the features of some data, and keep them if the data is the same in each pass."""
-        shapes: list[tuple[int, ...]] = []
-        shuffled = False
+        shapes, shuffled = list[tuple[int, ...]](), False
+        # Before the first epoch trains, so that features are there wholly or not at all. This costs less than the
+        # epoch that it saves.
         for _ in range(key.views):
             sizes, again = list[int](), list[str]()
             for batch, examples, rows in computed(cut, batches):
@@ -207,10 +208,13 @@ class FeatureCache:
         return writer.finish(key, sizes, again, shuffled)
 
     def _check_room(self, cut: Cut, given: DataSpec, examples: int, views: int) -> None:
-        assert self._store is not None
-        times = f", {views} times" if views > 1 else ""
-        said = f"The features of {examples:,} examples of `{given.name}`, {cut.bytes:,} bytes each{times},"
-        self._store.check_room(examples * views * cut.bytes, said)
+        features, times = examples * views * cut.bytes, f", {views} times" if views > 1 else ""
+        room, said = self._store.room()
+        if features > room:
+            raise CacheError(
+                f"The features of {examples:,} examples of `{given.name}`, {cut.bytes:,} bytes each{times}, come to "
+                f"{features:,} bytes, and {said}"
+            )
 
 
 def _loader(kept: CachedFeatures, given: DataSpec, orders: Sampler, epoch: int) -> DataLoader:
@@ -218,10 +222,10 @@ def _loader(kept: CachedFeatures, given: DataSpec, orders: Sampler, epoch: int) 
     tensors = kept.in_pass(epoch)
     size, count = given.batch_size, len(tensors[0])
     if given.is_sparse:  # which `tf.data` shuffles
-        return DataLoader(
-            SparseSource(Features(tensors), size, count, orders, None), math.ceil(count / size), None, given.name
-        )
+        source = SparseSource(Features(tensors), size, count, orders, None)
+        return DataLoader(source, math.ceil(count / size), None, given.name)
     if not given.is_arrays:
+        # Keras shuffles the batches of a `PyDataset`, not its examples. Batches of uneven sizes cannot be cut anew.
         if given.shuffles_batches or not are_even(kept.sizes):
             starts = np.cumsum([0, *kept.sizes])
             numbers = orders.next(len(kept.sizes)) if given.shuffles_batches else range(len(kept.sizes))
@@ -234,6 +238,7 @@ def _loader(kept: CachedFeatures, given: DataSpec, orders: Sampler, epoch: int) 
 
 def _nothing(step: CompiledStep, given: DataSpec, obstacles: list[Obstacle]) -> str:
     said = "; ".join(map(str, obstacles))
+    # An evaluation draws nothing, so views would be of no help to it.
     random = any("random" in obstacle.why for obstacle in obstacles)
     more = " `feature_cache_views=n` caches n passes of it, drawn once each." if random and step.kind == "train" else ""
     return f"Of the {step.kind} step on `{given.name}` nothing can be cached: {said}.{more}"
@@ -242,6 +247,7 @@ def _nothing(step: CompiledStep, given: DataSpec, obstacles: list[Obstacle]) -> 
 def _key(cut: Cut, given: DataSpec, seen: list[str], sizes: list[int], views: int) -> CacheKey:
     labels = {feed.name: f"input {number}" for number, feed in enumerate(cut.whole.inputs)}
     labels |= {name: f"weight {number}" for number, name in enumerate(cut.before.captures)}
+    # Seeds move while features are drawn, and belong to no features in particular.
     captured = [name for name in cut.before.captures if name not in cut.random]
     precise = tf.config.experimental.tensor_float_32_execution_enabled()
     device = "GPU" if tf.config.list_logical_devices("GPU") else "CPU"

@@ -24,11 +24,8 @@ AT_ONCE = 64  # batches of arrays whose features one call computes
 
 
 def computed(cut: Cut, batches: DataLoader) -> Iterator[tuple[Any, int, list[np.ndarray]]]:
-    """Give the features of data with the number of examples: batch by batch with the batch, of arrays several at once.
-
-    A call for each batch took 1.2 times as long as an epoch without a cache; several at once, in a loop in the graph,
-    take 0.73.
-    """
+    """Give features of data, of one batch or of several at once: the batch or None, its number of examples, the rows."""
+    # Only arrays can be gathered by number in a graph. The loop that does it must not also wait for an iterator.
     source = batches.feed().source
     if not isinstance(source, ArrayReader):
         for batch in batches.drawn():
@@ -75,8 +72,9 @@ def check_sample(given: DataSpec, kept: CachedFeatures) -> None:
     """
     data = given.data
     is_dataset = isinstance(data, keras.utils.PyDataset)
-    if given.is_arrays or not (is_dataset or isinstance(data, Sequence)) or len(kept.examples) != sum(kept.sizes):
-        return
+    if not (is_dataset or isinstance(data, Sequence)) or len(kept.examples) != sum(kept.sizes):
+        return  # of arrays and of what does not stand apart there are no digests by example
+    # Keras promises a `PyDataset` these calls around each epoch, in which it may draw its examples.
     if is_dataset:
         data.on_epoch_begin()
     count, starts, weights = len(kept.sizes), np.cumsum([0, *kept.sizes]), given.class_weights
@@ -84,6 +82,7 @@ def check_sample(given: DataSpec, kept: CachedFeatures) -> None:
         batch = as_tensors(data[number], f"`{given.name}`")
         found = fingerprint.of_examples(batch if weights is None else weights.applied(batch))
         there = list(kept.examples[starts[number] : starts[number + 1]])
+        # Data that shuffles itself may give any of its examples, but each only as often as it has it.
         if found != there and not (kept.shuffled and Counter(found) <= Counter(kept.examples)):
             raise CacheError(
                 f"`{given.name}` has changed since its features were computed: batch {number} has other examples. "

@@ -55,6 +55,7 @@ def of_arrays(structure: Any) -> str:
     for array in _parts(structure):
         shape, dtype = tuple(array.shape), tf.as_dtype(array.dtype)
         kinds.append(f"{dtype.name} {shape}")
+        # Arrays in files may be larger than memory, so they are read in slices.
         rows = max(1, CHUNK_BYTES // max(1, int(np.prod(shape[1:])) * max(1, dtype.size)))
         is_small = not shape or shape[0] <= rows
         slices += [(array, ...)] if is_small else [(array, slice(n, n + rows)) for n in range(0, shape[0], rows)]
@@ -65,11 +66,11 @@ def of_arrays(structure: Any) -> str:
 def of_examples(batch: Any) -> list[str]:
     """Return a digest for each example of a batch; a single one if its examples do not stand apart."""
     values = [value for value in tf.nest.flatten(batch) if value is not None]
-    if not all(isinstance(value, (tf.Tensor, np.ndarray)) and value.shape for value in values):
+    have_rows = all(isinstance(value, (tf.Tensor, np.ndarray)) and value.shape for value in values)
+    if not have_rows or len({value.shape[0] for value in values}) != 1:
         return [of_arrays(batch)]
     arrays = [np.asarray(value) for value in values]
-    if len({len(array) for array in arrays}) != 1:
-        return [of_arrays(batch)]
+    # Equal bytes of another dtype or shape are another example.
     kinds = " ".join(f"{array.dtype} {array.shape[1:]}" for array in arrays).encode()
     return [of_bytes(kinds + b"".join(map(_bytes, row))) for row in zip(*arrays)]
 
@@ -93,4 +94,5 @@ def _parts(structure: Any) -> Iterator[Any]:
 
 def _bytes(value: Any) -> bytes:
     array = np.asarray(value)
+    # The bytes of strings and objects are pointers.
     return repr(array.tolist()).encode() if array.dtype.kind in "OSU" else array.tobytes()

@@ -32,9 +32,11 @@ def model_variables(whole: TracedGraph, tree: Tree) -> dict[str, VariableInfo]:
 
 
 class FrozenAnalysis:
-    """What is frozen in one traced step. All attributes but the last two hold names.
+    """What is frozen in one traced step. Tensors and ops stand in it by name.
 
     Attributes:
+        variables: The captures of the step that are variables of the model.
+        frozen_ops: The ops that compute something frozen.
         by_example: The tensors that are frozen and depend on the batch.
         reads_weights: The ops that compute such a tensor with weights.
         batch_shapes: The shapes of tensors of which only the number of examples is open, with these tensors.
@@ -65,22 +67,26 @@ class FrozenAnalysis:
         """
         self._whole = whole
         self.not_by_example = frozenset(not_by_example)
+        self.variables = model_variables(whole, selection.tree)
         moves = {*selection.trained, *moving}
-        still = {name: v for name, v in model_variables(whole, selection.tree).items() if v not in moves}
+        still = {name: variable for name, variable in self.variables.items() if variable not in moves}
+        # Batch statistics and counters do not train, but the step itself may assign to them.
         self._constant = still.keys() - whole.written()
-        seeds = {name for name, variable in still.items() if variable.seed}
-        self.random: set[str] = seeds | {op.name for op in whole.ops if _draws(op)} if random else set()
+        self.random: set[str] = set()
+        if random:
+            draws = [op for op in whole.ops if "Random" in op.type or op.type in DRAWING]
+            self.random |= {op.name for op in draws if op.op_def.is_stateful}
+            self.random |= {name for name, variable in still.items() if variable.seed}
         self._analyze()
-        while not self.random <= self._random_before_weights:  # dropping one may leave weights behind another unread
+        # A random op that no frozen weights follow, such as dropout in the head, must draw anew in each step. What
+        # follows on it is then not frozen any more, so others may have to go as well.
+        while not self.random <= self._random_before_weights:
             self.random &= self._random_before_weights
             self._analyze()
+        # Each effect belongs to one side of a cut. Frozen ones that change nothing, such as reads, may be left out.
         self.effects_before = [op for op in whole.effects if self._belongs_before(op)]
-        apart = {op.name for op in self.effects_before} | self._frozen_ops
+        apart = {op.name for op in self.effects_before} | self.frozen_ops
         self.effects_after = [op for op in whole.effects if op.name not in apart]
-
-    def is_frozen(self, op: tf.Operation) -> bool:
-        """Tell whether an op computes something frozen."""
-        return op.name in self._frozen_ops
 
     def origins(self, op: tf.Operation) -> list[tf.Operation]:
         """Return the first ops on the way to an op that are not frozen."""
@@ -98,7 +104,7 @@ class FrozenAnalysis:
     def _analyze(self) -> None:
         """Go through the ops in order, and tell from its inputs what each computes."""
         self._frozen: set[str] = set()
-        self._frozen_ops: set[str] = set()
+        self.frozen_ops: set[str] = set()
         self.by_example: set[str] = set()
         self.reads_weights: set[str] = set()
         self.batch_shapes: dict[str, tf.Tensor] = {}
@@ -115,6 +121,7 @@ class FrozenAnalysis:
             if names & inputs:
                 self.by_example |= names
                 self._frozen |= names
+                # The dense shape of a sparse tensor is a fully defined vector, but no mixture of examples.
                 if names & self._whole.sparse_shapes:
                     self._shape_values |= names
                 else:
@@ -129,15 +136,17 @@ class FrozenAnalysis:
 
     def _analyze_op(self, op: tf.Operation, names: set[str], taken: set[str]) -> None:
         if not taken <= self._frozen:
+            # What follows on a mixture of frozen examples is told apart, to name the mixture as the obstacle.
             self.mixes_examples |= names if taken <= self._frozen | self.mixes_examples else set()
             return
         self._frozen |= names
-        self._frozen_ops.add(op.name)
+        self.frozen_ops.add(op.name)
         if op.type in COUNTING or taken & self._counted:
             self._counted |= names
         draws = (self.random & {op.name}).union(*(self._draws_behind.get(name, ()) for name in taken))
         self._draws_behind |= dict.fromkeys(names, frozenset(draws))
         weights, of_batch = taken & self._of_weights - self.random, taken & self.by_example - self._random_alone
+        # A shape in which only the number of examples is open can be made anew from the features: it needs no cut.
         if op.type == "Shape" and self._has_a_row_for_each_example(op.inputs[0]):
             self.batch_shapes |= {output.name: op.inputs[0] for output in op.outputs}
         elif of_batch or draws:
@@ -146,6 +155,7 @@ class FrozenAnalysis:
             if weights:
                 self.reads_weights.add(op.name)
                 self._random_before_weights |= draws
+            # Numbers that are computed from shapes alone are the same for all examples, and mix none.
             if of_batch and (op.type in SHAPES or of_batch <= self._shape_values):
                 self._shape_values |= names
             elif of_batch:
@@ -178,9 +188,6 @@ class FrozenAnalysis:
     def _belongs_before(self, op: tf.Operation) -> bool:
         """Tell whether an effect belongs with what is frozen: a check of it, or the next state of a random seed."""
         handles = [taken.name for taken in op.inputs if taken.dtype == tf.resource]
+        # A check of the batch as a whole, such as the range of its labels, runs while the batch is there.
         takes_frozen = {taken.name for taken in op.inputs} <= self._frozen | self.mixes_examples
         return takes_frozen and (op.type == "Assert" or (bool(handles) and self.random.issuperset(handles)))
-
-
-def _draws(op: tf.Operation) -> bool:
-    return op.op_def.is_stateful and ("Random" in op.type or op.type in DRAWING)

@@ -30,13 +30,14 @@ def smallest_cut(
     # The flow runs from the sinks to the sources: what the last search still reaches is the side of the sinks.
     capacity: dict[_Place, dict[_Place, float]] = defaultdict(lambda: defaultdict(float))
     start, end = ("", "sinks"), ("", "sources")
+    # Only the edge within a node can be cut, as all others have room without end.
     pairs = [((node, "out"), (node, "in"), weight) for node, weight in weights.items()]
     pairs += [((after, "in"), (before, "out"), math.inf) for before, after in edges]
     pairs += [(start, (node, "out"), math.inf) for node in sinks]
     pairs += [((node, "in"), end, math.inf) for node in sources]
     for one, other, weight in pairs:
         capacity[one][other] += weight
-        capacity[other][one] += 0.0
+        capacity[other][one] += 0.0  # the way back must exist for flow to be taken back
     while end in (came_from := _search(capacity, start, end)):
         way, place = [], end
         while place != start:
@@ -53,6 +54,7 @@ def smallest_cut(
 
 def _search(capacity: Mapping[_Place, Mapping[_Place, float]], start: _Place, end: _Place) -> dict[_Place, _Place]:
     """Return the places that are reached from the start until the end is found, each with the place before it."""
+    # Breadth first: along shortest ways the number of searches is bounded whatever the weights are.
     came_from, waiting = {start: start}, deque([start])
     while waiting and end not in came_from:
         place = waiting.popleft()

@@ -81,19 +81,19 @@ def frontier(found: Cut | Sequence[Obstacle], batch: Any, examples: int | None) 
     """
     if not isinstance(found, Cut):
         return Frontier(examples=examples, obstacles=tuple(map(str, found)))
-    paths = tuple(submodel.path for submodel in found.submodels)
-    return Frontier(paths, found.bytes, examples, _share(found, batch))
+    return Frontier(tuple(submodel.path for submodel in found.submodels), found.bytes, examples, _share(found, batch))
 
 
 def _share(cut: Cut, batch: Any) -> float:
     """Return the share of the time of a step that lies before its cut: the median of some rounds, after a warm-up."""
     after = tf.function(cut.rest, autograph=False)
+    # The rest of the step updates weights, statistics and metrics.
     kept = Snapshot([cut.whole.variables[name] for name in cut.whole.written() if name in cut.whole.variables])
     tensors = flat(batch)
     features = Features(tuple(cut.compute(*tensors)))
     try:
         shares = []
-        for _ in range(ROUNDS + 1):
+        for _ in range(ROUNDS + 1):  # the first traces, and does not count
             early, late = _seconds(lambda: cut.compute(*tensors)), _seconds(lambda: after(features))
             shares.append(early / (early + late))
         return statistics.median(shares[1:])

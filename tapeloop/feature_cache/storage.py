@@ -8,6 +8,7 @@ import functools
 import io
 import json
 import logging
+import math
 import os
 import pathlib
 import shutil
@@ -19,7 +20,6 @@ from typing import Any, BinaryIO
 import numpy as np
 import tensorflow as tf
 
-from tapeloop.errors import CacheError
 from tapeloop.feature_cache import fingerprint
 from tapeloop.feature_cache.fingerprint import CacheKey
 
@@ -67,6 +67,8 @@ class Writer:
 
     def add(self, rows: Sequence[np.ndarray]) -> None:
         """Write the features of a batch, the examples first."""
+        # Rows of records rather than an array for each tensor: any order of examples reads each from one place, and
+        # batches can be appended to a single file. `tf.data`'s `save` could only be read as a stream.
         self._tensors = [(tf.as_dtype(row.dtype).name, row.shape[1:]) for row in rows]
         records = np.empty(len(rows[0]), _record(self._tensors))
         for number, row in enumerate(rows):
@@ -89,23 +91,19 @@ class Memory:
         """Return the features that are kept under a name."""
         return self._kept.get(name)
 
-    def check_room(self, features: int, said: str) -> None:
-        """Check that so many bytes of features may be kept.
-
-        Raises:
-            CacheError: They do not fit.
-        """
+    def room(self) -> tuple[float, str]:
+        """Return how many bytes of features may be kept, and what to say if there are more."""
         free = free_memory()
-        if free is not None and features > SHARE * free:
-            raise CacheError(
-                f"{said} come to {features:,} bytes, and of memory {free:,} bytes are free, of which the cache takes "
-                f"{SHARE:.0%} at most. Give `feature_cache` a path to keep them in files, or leave it out."
-            )
+        return SHARE * free, (
+            f"of memory {free:,} bytes are free, of which the cache takes {SHARE:.0%} at most. Give `feature_cache` a "
+            "path to keep them in files, or leave it out."
+        )
 
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator[Writer]:
         """Give a writer of features to be kept under a name. Those of the same data go now, to make room."""
         of_the_same_data = name.partition("-")[0]
+        # Only the latest: a fit with other weights or another phase would otherwise keep twice the memory.
         for other in [other for other in self._kept if other.partition("-")[0] == of_the_same_data]:
             del self._kept[other]
         yield Writer(io.BytesIO(), functools.partial(self._keep, name))
@@ -137,19 +135,15 @@ class Files:
             _LOG.warning("The feature cache in %s is damaged (%s): it is computed anew.", path, error)
             return None
 
-    def check_room(self, features: int, said: str) -> None:
-        """Check that so many bytes of features may be kept.
-
-        Raises:
-            CacheError: They do not fit.
-        """
+    def room(self) -> tuple[float, str]:
+        """Return how many bytes of features may be kept, and what to say if there are more."""
+        # The folder may not be there yet; the disk is that of the nearest parent.
         there = next(place for place in (self._folder, *self._folder.absolute().parents) if place.exists())
         free = shutil.disk_usage(there).free
-        if features > free:
-            raise CacheError(
-                f"{said} come to {features:,} bytes, and on the disk of {self._folder} {free:,} bytes are free. Give "
-                "`feature_cache` a path on another, or leave it out."
-            )
+        return free, (
+            f"on the disk of {self._folder} {free:,} bytes are free. Give `feature_cache` a path on another, or leave "
+            "it out."
+        )
 
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator[Writer]:
@@ -168,6 +162,7 @@ class Files:
 
     def _keep(self, name: str, file: BinaryIO, description: dict[str, Any]) -> CachedFeatures:
         seal(file, description)
+        # Read before it is renamed: afterwards another process may have put its own file there.
         features = _read(pathlib.Path(file.name))
         os.replace(file.name, self._folder / f"{name}{_SUFFIX}")
         return features
@@ -178,6 +173,7 @@ def seal(file: BinaryIO, description: dict[str, Any]) -> None:
     content = json.dumps(description).encode()
     file.write(content + len(content).to_bytes(_LENGTH_BYTES, "little"))
     file.flush()
+    # Over the features too: a flipped bit in them would go into training unseen.
     file.write(fingerprint.of_arrays(np.memmap(file.name, np.uint8, "r")).encode())
     file.flush()
     os.fsync(file.fileno())
@@ -198,8 +194,8 @@ def _read(path: pathlib.Path) -> CachedFeatures:
     record, rows = _record(description["tensors"]), sum(description["sizes"]) * description["key"]["views"]
     if not rows or rows * record.itemsize != len(body) - _LENGTH_BYTES - length:
         raise ValueError(f"it has not the {rows} rows of its batches")
-    free, records = free_memory(), np.memmap(path, record, "r", shape=(rows,))
-    return _features(records, description, stay=free is not None and records.nbytes > SHARE / 2 * free)
+    records = np.memmap(path, record, "r", shape=(rows,))
+    return _features(records, description, stay=records.nbytes > SHARE / 2 * free_memory())
 
 
 def _record(tensors: Sequence[tuple[str, Sequence[int]]]) -> np.dtype[Any]:
@@ -215,10 +211,11 @@ def _features(records: np.ndarray, description: Mapping[str, Any], *, stay: bool
     return CachedFeatures(arrays, CacheKey(**description["key"]), sizes, examples, description["shuffled"])
 
 
-def free_memory() -> int | None:
-    """Return how many bytes of memory are free, or None if the system does not say."""
+def free_memory() -> float:
+    """Return how many bytes of memory are free, or infinity if the system does not say."""
     try:
+        # Not what is unused: the system gives back what it uses for caching files.
         said = pathlib.Path("/proc/meminfo").read_text()
         return 1024 * int(said.split("MemAvailable:")[1].split()[0])
     except (OSError, IndexError, ValueError):
-        return None
+        return math.inf
