@@ -24,7 +24,7 @@ AT_ONCE = 64  # batches of arrays whose features one call computes
 
 
 def computed(cut: Cut, batches: DataLoader) -> Iterator[tuple[Any, int, list[np.ndarray]]]:
-    """Give features of data, of one batch or of several at once: the batch or None, its number of examples, the rows."""
+    """Give features of one batch of data or of several: the batch or None, its number of examples, the features."""
     # Only arrays can be gathered by number in a graph. The loop that does it must not also wait for an iterator.
     source = batches.feed().source
     if not isinstance(source, ArrayReader):
