@@ -175,3 +175,11 @@ def test_a_list_with_class_weights_is_looked_at_with_them(watched):
     options = {"class_weight": {0: 2.0}, "feature_cache": "memory", "progress": "none"}
     frozen_base(loss=loss, metrics=None).fit(batches, epochs=3, **options)
     assert watched.served == ["data"] * 3
+
+
+def test_a_list_in_another_order_is_another_cache(watched, caplog):
+    trainer, batches = frozen_base(), in_batches(images(16))
+    for data in (batches, [*batches], batches[::-1]):
+        trainer.fit(data, feature_cache="memory", progress="none")
+    assert watched.computed == ["data"] * 2
+    assert "out of date (the order of the data changed)" in caplog.text
