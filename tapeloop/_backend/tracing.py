@@ -1,4 +1,4 @@
-"""What is being traced, and what a traced function says of itself: names that TensorFlow does not export."""
+"""Private names of TensorFlow about tracing: what a graph captures, runs unasked, and may do beside computing."""
 
 from __future__ import annotations
 
@@ -14,17 +14,23 @@ from tensorflow.python.framework import op_def_registry
 def effects(function: Any) -> list[tf.Operation]:
     """Return the ops of a concrete function that run whether or not an output needs them.
 
-    TensorFlow notes them on the graph, whose class it does not document.
+    TensorFlow records them on the graph, whose class is not documented.
     """
     return list(function.graph.control_outputs)
 
 
 def is_stateful(op: str) -> bool:
-    """Tell whether ops of a type may do more than compute something of what they take.
+    """Tell whether ops of a type may do more than compute something from their inputs.
 
-    `tf.Operation.op_def` says it of an op in a graph, but nothing public of one in a function that the graph calls.
+    `tf.Operation.op_def` says so for an op in a graph. Nothing public does for a node of a function that it calls.
+
+    Raises:
+        ValueError: TensorFlow knows no such type.
     """
-    return bool(op_def_registry.get(op).is_stateful)
+    definition = op_def_registry.get(op)
+    if definition is None:
+        raise ValueError(f"TensorFlow knows no op of the type `{op}`, so nobody can tell what it does.")
+    return bool(definition.is_stateful)
 
 
 @contextlib.contextmanager

@@ -1,11 +1,9 @@
-"""Trying out, on one batch, which tensors of a traced step hold a row for each example that is that example's alone."""
+"""Trying out on one batch which tensors of a traced step hold a row for each example that depends on it alone."""
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,98 +12,88 @@ import tensorflow as tf
 from tapeloop._backend.traced_graph import TracedGraph
 from tapeloop.data.batch import examples_of
 
-# By how much, relative to the largest number of a column, an example may come to something else beside others.
+# How far a number may be off beside other examples, relative to the largest number of its column.
 TOLERANCE = {tf.float64: 1e-6, tf.float32: 1e-4, tf.float16: 1e-2, tf.bfloat16: 5e-2}
 
 
 class IndependenceProbe:
-    """A batch, and others in which some of its examples stand beside others, or beside none."""
+    """Computes tensors of a batch, of its parts, and of single examples among strange ones, and compares.
+
+    The graph shows if several examples are made one, but not what mixes them and keeps their number: a running sum, a
+    product with the transpose, a division by the number of examples, whatever happens within a loop.
+    """
 
     def __init__(self, whole: TracedGraph, batch: Any) -> None:
-        """Keep the step and the batch, twice over where it has one example."""
+        """Keep a step and a batch; a batch of one example is doubled."""
         self._whole = whole
-        doubled = int(examples_of(batch)) == 1
-        self._batch = tf.nest.map_structure(_doubled, batch) if doubled else batch
+        self._batch = _by_tensor(_doubled, batch) if int(examples_of(batch)) == 1 else batch
         self._examples = int(examples_of(self._batch))
 
-    def unlike(self, tensors: Iterable[tf.Tensor]) -> set[str]:
-        """Return the names of those whose first dimension is not the examples."""
+    def without_rows(self, tensors: Iterable[tf.Tensor]) -> set[str]:
+        """Return the names of the tensors whose first dimension is not the examples."""
         some = list(tensors)
-        values = self._run(some, [self._batch])[0] if some else []
+        values = self._compute(some, [self._batch])[0] if some else []
         return {tensor.name for tensor, value in zip(some, values) if value.shape[:1] != (self._examples,)}
 
     def bytes(self, tensors: Mapping[str, tf.Tensor], *, compares: bool) -> dict[str, float]:
-        """Return how many bytes an example has in each, infinite where it has no row that is its alone.
+        """Return the bytes per example of each tensor; infinite if it has no row that depends on one example alone.
 
         Args:
-            tensors: By name.
-            compares: Whether what is computed twice must be the same.
+            tensors: The tensors, by name.
+            compares: Whether tensors that are computed twice must be equal, as they are unless something is random.
         """
+        # Handles and strings have no bytes to keep.
         some = [tensor for tensor in tensors.values() if tensor.dtype not in (tf.variant, tf.resource, tf.string)]
         trials = list(self._trials())
-        whole, *others = self._run(some, [self._batch, *(trial.batch for trial in trials)])
+        originals, *others = self._compute(some, [self._batch, *(batch for batch, _, _ in trials)])
         weights = dict.fromkeys(tensors, math.inf)
-        for number, tensor in enumerate(some):
-            value = whole[number]
-            has_rows = value.shape[:1] == (self._examples,)
-            tried = [(trial, other[number]) for trial, other in zip(trials, others) if other]
-            if has_rows and all(trial.confirms(value, other, compares=compares) for trial, other in tried):
+        for number, (tensor, value) in enumerate(zip(some, originals)):
+            tried = ((value[there], each[number][here]) for (_, there, here), each in zip(trials, others) if each)
+            if value.shape[:1] == (self._examples,) and all(
+                one.shape == other.shape and (not compares or _is_alike(one, other)) for one, other in tried
+            ):
                 weights[tensor.name] = max(1.0, value.nbytes / self._examples)
         return weights
 
-    def _trials(self) -> Iterator[_Trial]:
+    def _trials(self) -> Iterator[tuple[Any, slice, slice]]:
+        """Give batches that have examples in common with the original, and which rows these are there and here."""
         n, batch = self._examples, self._batch
-        for part in (slice(n // 2), slice(n // 2, n), slice(1), slice(n - 1, n)):
-            yield _Trial(tf.nest.map_structure(functools.partial(_cut, part=part), batch), part, slice(None))
+        # Halves show what depends on the number of examples or on later ones, single examples what depends on any.
+        first, last = slice(1), slice(n - 1, n)
+        for part in (slice(n // 2), slice(n // 2, n), first, last):
+            yield _by_tensor(_rows, batch, part), part, slice(None)
         if all(value is None or isinstance(value, tf.Tensor) for value in tf.nest.flatten(batch)):
-            for part in (slice(1), slice(n - 1, n)):
-                yield _Trial(tf.nest.map_structure(functools.partial(_strange_but, part=part), batch), part, part)
+            # Strangers show what few examples of the data bring about, such as a division by the largest number.
+            for part in (first, last):
+                yield _by_tensor(_among_strangers, batch, part), part, part
 
-    def _run(self, tensors: list[tf.Tensor], batches: list[Any]) -> list[list[np.ndarray]]:
-        """Compute tensors of batches; nothing of one, but the first, that is too strange for an op."""
-        run = self._whole.part(tensors, self._whole.batch, ()).function()
-        found: list[list[np.ndarray]] = []
+    def _compute(self, tensors: list[tf.Tensor], batches: list[Any]) -> list[list[np.ndarray]]:
+        """Compute tensors of batches; none of a batch, beside the first, that is too strange for an op."""
+        # Traced once with an open number of examples, as the features are, and called for batches of all sizes.
+        compute = self._whole.subgraph(tensors, self._whole.inputs).function()
+        computed: list[list[np.ndarray]] = []
         for batch in batches:
             try:
-                found.append([value.numpy() for value in run(*flat(batch))])
-            except tf.errors.OpError:
-                if not found:
+                computed.append([value.numpy() for value in compute(*flat(batch))])
+            except tf.errors.OpError:  # a number that is drawn may be out of the range of a lookup
+                if not computed:
                     raise
-                found.append([])
-        return found
-
-
-@dataclass(frozen=True)
-class _Trial:
-    """A batch of which some rows are those of another.
-
-    Attributes:
-        batch: The batch.
-        rows: Which rows of the other.
-        here: Which rows of its own.
-    """
-
-    batch: Any
-    rows: slice
-    here: slice
-
-    def confirms(self, one: np.ndarray, other: np.ndarray, *, compares: bool) -> bool:
-        """Tell whether a tensor is the same for the same rows, of the other batch and of this."""
-        expected, found = one[self.rows], other[self.here]
-        return expected.shape == found.shape and (not compares or _is_alike(expected, found))
+                computed.append([])
+        return computed
 
 
 def flat(batch: Any) -> list[tf.Tensor]:
-    """Return the tensors of a batch, as a traced function takes them."""
+    """Return the tensors of a batch as a traced function takes them."""
     return [value for value in tf.nest.flatten(batch, expand_composites=True) if value is not None]
 
 
 def _is_alike(expected: np.ndarray, found: np.ndarray) -> bool:
     tolerance = TOLERANCE.get(tf.as_dtype(expected.dtype))
-    if tolerance is None:
+    if tolerance is None:  # integers and booleans
         return np.array_equal(expected, found)
     expected, found = expected.astype(np.float64), found.astype(np.float64)
     finite = np.isfinite(expected)
+    # A masked or overflowing number must be so in both.
     if not np.array_equal(expected[~finite], found[~finite], equal_nan=True):
         return False
     expected, found = np.where(finite, expected, 0.0), np.where(finite, found, 0.0)
@@ -113,10 +101,11 @@ def _is_alike(expected: np.ndarray, found: np.ndarray) -> bool:
 
 
 def _scales(values: np.ndarray) -> np.ndarray:
-    """Return how large the numbers of each column, the last dimension, are: a large one hides nothing in the others.
+    """Return how large the numbers of each column, the last dimension, are.
 
-    Where a column is all but zero, its rounding errors are those of what it was computed of: it is taken to be a tenth
-    as large as the smaller ones of the others.
+    Rounding is judged by column, since one column of large numbers would hide what mixes in the others. The rounding
+    errors of a column that is all but zero are those of what it was computed of: it counts as a tenth of the smaller
+    columns.
     """
     columns = np.abs(values.reshape(len(values), -1) if values.ndim < 2 else values.reshape(-1, values.shape[-1]))
     largest = columns.max(0, initial=0.0)
@@ -124,15 +113,16 @@ def _scales(values: np.ndarray) -> np.ndarray:
     return np.maximum(largest, 0.1 * filled[len(filled) // 4]) if filled.size else largest
 
 
+def _by_tensor(change: Callable[..., Any], batch: Any, *args: Any) -> Any:
+    """Return a batch in which each tensor that has examples is changed."""
+    return tf.nest.map_structure(lambda v: v if v is None or not v.shape.rank else change(v, *args), batch)
+
+
 def _doubled(value: Any) -> Any:
-    if value is None or not value.shape.rank:
-        return value
     return tf.sparse.concat(0, [value, value]) if isinstance(value, tf.SparseTensor) else tf.concat([value, value], 0)
 
 
-def _cut(value: Any, part: slice) -> Any:
-    if value is None or not value.shape.rank:
-        return value
+def _rows(value: Any, part: slice) -> Any:
     if isinstance(value, tf.SparseTensor):
         length, *rest = map(int, value.dense_shape)
         start, stop, _ = part.indices(length)
@@ -140,9 +130,9 @@ def _cut(value: Any, part: slice) -> Any:
     return value[part]
 
 
-def _strange_but(value: Any, part: slice) -> Any:
+def _among_strangers(value: tf.Tensor, part: slice) -> tf.Tensor:
     """Return a tensor of which all rows but some are drawn from about the range of its numbers."""
-    if value is None or not value.shape.rank or value.dtype == tf.string:
+    if value.dtype == tf.string:
         return value
     array, generator = value.numpy(), np.random.default_rng(0)
     if value.dtype.is_floating:

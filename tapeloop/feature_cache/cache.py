@@ -1,4 +1,4 @@
-"""The feature cache: what is frozen and comes first is computed once for each example, and not once an epoch."""
+"""The feature cache: features of the frozen beginning of a step are computed once, and not once an epoch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import os
 import pathlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import keras
 import numpy as np
@@ -23,10 +22,10 @@ from tapeloop.data.sampler import Sampler
 from tapeloop.errors import CacheError
 from tapeloop.feature_cache import fingerprint
 from tapeloop.feature_cache.fill import are_even, check_same, check_sample, computed, open_spec, seen_in
-from tapeloop.feature_cache.frontier import Cut
-from tapeloop.feature_cache.obstacles import Obstacle
-from tapeloop.feature_cache.splitting import moves_of, split
-from tapeloop.feature_cache.storage import FORMAT, CachedFeatures, Files, Memory, Writer, changed
+from tapeloop.feature_cache.fingerprint import CacheKey
+from tapeloop.feature_cache.frontier import Cut, Obstacle
+from tapeloop.feature_cache.splitting import split
+from tapeloop.feature_cache.storage import CachedFeatures, Files, Memory, Writer
 from tapeloop.loop.compiled_step import CompiledStep
 from tapeloop.optimization.microbatches import Microbatches
 
@@ -39,26 +38,26 @@ class _Ready:
 
     Attributes:
         step: The step.
-        kept: The features; None where it has no frontier.
+        kept: The features; None if the step has no frontier.
         cut: Where it is cut.
-        checksum: That of the frozen weights before the cut, when they were computed.
+        checksums: The checksums of the frozen weights before the cut when the features were found.
     """
 
     step: CompiledStep
-    kept: CachedFeatures | None
-    cut: Cut | None
-    checksum: tuple[int, ...] | None
+    kept: CachedFeatures | None = None
+    cut: Cut | None = None
+    checksums: tuple[int, ...] = ()
 
-    def holds(self, step: CompiledStep) -> bool:
-        """Tell whether they are a step's, and still what the weights make of the data."""
-        return step is self.step and (self.cut is None or self.cut.checksum() == self.checksum)
+    def is_for(self, step: CompiledStep) -> bool:
+        """Tell whether the features are a step's, and still what the weights make of the data."""
+        # The step cannot move a frozen weight, but a policy or the user may set it by hand within a fit.
+        return step is self.step and (self.cut is None or self.cut.checksums() == self.checksums)
 
 
 class FeatureCache:
-    """Batches of features in the stead of batches of data, for as long as that makes no difference.
+    """Gives batches of features instead of batches of data, for as long as that makes no difference.
 
-    Features belong to the computation before the cut, the values of the weights that it takes, the data, and the
-    versions of the libraries. What differs in one of them is computed anew.
+    Features are found again if nothing of their `CacheKey` has changed; otherwise they are computed anew.
     """
 
     def __init__(self, memory: Memory, where: str | os.PathLike[str] | None, views: int) -> None:
@@ -66,12 +65,12 @@ class FeatureCache:
 
         Args:
             memory: Keeps them from one fit to the next.
-            where: `"memory"`, the path of a folder, or None where nothing is cached.
+            where: `"memory"`, the path of a folder, or None to cache nothing.
             views: How many passes over the data are kept.
 
         Raises:
             TypeError: `where` is none of these.
-            ValueError: `views` is no whole number of 1 or more, or there is no cache that could have several.
+            ValueError: `views` is no whole number of 1 or more, or more than 1 without a cache.
         """
         self._views = whole_number("feature_cache_views", views, 1)
         if where is not None and (not isinstance(where, (str, os.PathLike)) or where == ""):
@@ -82,18 +81,19 @@ class FeatureCache:
             raise ValueError(
                 f"`feature_cache_views` is {views}, and there is no cache: pass `feature_cache='memory'` or a path."
             )
-        self._store = None if where is None else memory if where == "memory" else Files(where)
+        self._is_on = where is not None
+        self._store = memory if where in (None, "memory") else Files(where)
         self._ready: dict[str, _Ready] = {}
-        self._moving: frozenset[int] = frozenset()
+        self._train_step: CompiledStep | None = None
 
     def check(self, data: Sequence[DataSpec], microbatches: Microbatches, run_eagerly: bool) -> None:
-        """Check that a fit is such that it can be cached, if it is to be.
+        """Check that the options of a fit go with a cache, if there is one.
 
         Raises:
-            CacheError: Its data can be gone through once alone.
-            ValueError: Another of its options does not go with a cache.
+            CacheError: The data can be gone through only once.
+            ValueError: Another option does not go with a cache.
         """
-        if self._store is None:
+        if not self._is_on:
             return
         if microbatches.adapts or microbatches.count > 1:
             raise ValueError(
@@ -116,19 +116,19 @@ class FeatureCache:
     def batches(
         self, step: CompiledStep, given: DataSpec, plain: DataLoader, epoch: int = 0, every_steps: int | None = None
     ) -> DataLoader:
-        """Return the batches of an epoch: of features, or of the data where there are none for this step.
+        """Return the batches of an epoch: of features, or of the data if there are none for this step.
 
         Args:
-            step: What runs on them.
+            step: The step that runs on them.
             given: The data.
-            plain: Batches of it, which are returned where nothing is cached.
+            plain: Batches of it, which are returned if nothing is cached.
             epoch: The epoch's number.
             every_steps: After how many steps another may come within the epoch, or None.
 
         Raises:
             CacheError: Nothing can be cached, or it would be wrong, or does not fit.
         """
-        if self._store is None:
+        if not self._is_on:
             return plain
         if every_steps is not None:
             raise CacheError(
@@ -136,91 +136,59 @@ class FeatureCache:
                 "epoch. Let it change by epochs, or leave `feature_cache` out."
             )
         ready = self._ready.get(given.name)
-        is_fresh = ready is None or not ready.holds(step)
-        if ready is None or is_fresh:
-            kept, cut = self._features(step, given)
-            ready = self._ready[given.name] = _Ready(step, kept, cut, None if cut is None else cut.checksum())
-        kept, orders = ready.kept, given.orders(epoch)
-        if kept is None:
-            return given.batches(orders)
-        if not is_fresh:
-            check_sample(given, kept)
-        tensors = kept.passed(epoch)
-        if given.is_sparse:  # which `tf.data` shuffles
-            source = SparseSource(Features(tensors), given.batch_size, len(tensors[0]), orders, None)
-            return DataLoader(source, math.ceil(len(tensors[0]) / given.batch_size), None, given.name)
-        if given.is_arrays:
-            return as_loader(Features(tensors), batch_size=given.batch_size, orders=orders, name=given.name)
-        if given.shuffles_batches or not are_even(kept.sizes):
-            starts = np.cumsum([0, *kept.sizes])
-            numbers = orders.next(len(kept.sizes)) if given.shuffles_batches else range(len(kept.sizes))
-            apart = [Features(tuple(part[starts[n] : starts[n + 1]] for part in tensors)) for n in numbers]
-            return as_loader(apart, name=given.name)
-        again = Sampler(kept.shuffled, given.seed, epoch)
-        return as_loader(Features(tensors), batch_size=kept.sizes[0], orders=again, name=given.name)
+        if ready is None or not ready.is_for(step):
+            ready = self._ready[given.name] = self._features(step, given)
+        elif ready.kept is not None:
+            check_sample(given, ready.kept)
+        orders = given.orders(epoch)
+        return given.batches(orders) if ready.kept is None else _loader(ready.kept, given, orders, epoch)
 
-    def _features(self, step: CompiledStep, given: DataSpec) -> tuple[CachedFeatures | None, Cut | None]:
-        """Find or compute the features of some data for a step, and its cut; neither where it has no frontier."""
-        assert self._store is not None
+    def _features(self, step: CompiledStep, given: DataSpec) -> _Ready:
+        """Find or compute the features of some data for a step, if it has a frontier."""
         batches = given.batches()
-        spec = open_spec(batches)
-        batch = next(batches.drawn())
+        # The signature leaves the number of examples open, so that the graph shows what mixes them.
+        spec, batch = open_spec(batches), next(batches.drawn())
         batches.rewind()
         trains = step.kind == "train"
         views = self._views if trains else 1
-        cut = split(step, spec, batch, random=views > 1, moving=frozenset() if trains else self._moving)
-        if trains:
-            self._moving = moves_of(step)
+        self._train_step = step if trains else self._train_step
+        # Batch statistics that the training step moves are not frozen for an evaluation either.
+        cut = split(step, spec, batch, random=views > 1, beside=None if trains else self._train_step)
         if not isinstance(cut, Cut):
+            # In a later phase more may train than in the first: the fit goes on without the cache.
             said = _nothing(step, given, cut)
-            if not self._ready:  # the fit begins, and the cache is of no use
+            if not self._ready:
                 raise CacheError(said)
             _LOG.warning("%s The cache is dropped.", said)
-            return None, None
+            return _Ready(step)
         if given.is_arrays:
-            examples = sum(int(part.shape[0]) for part in tf.nest.flatten(given.data)[:1])
-            self._store.check(examples * views * cut.bytes, self._said(given, examples, views, cut))
-        weights = repr(given.class_weight and sorted(given.class_weight.items()))
-        ingredients = {**_ingredients(cut), "views": str(views), "class_weight": weights, "format": FORMAT}
+            self._check_room(cut, given, int(tf.nest.flatten(given.data)[0].shape[0]), views)
+        # The first pass tells whether there are features of this data; the second computes them.
         seen, sizes = ([], []) if given.is_arrays else seen_in(batches)
-        data = (
-            fingerprint.of_arrays(given.data) if given.is_arrays else fingerprint.of_texts([*sorted(seen), str(sizes)])
-        )
-        ingredients["data"] = data
+        key = _key(cut, given, seen, sizes, views)
         # A name for each data set, so that folds of a cross-validation do not take each other's place.
-        name = f"{given.name}-{ingredients['computation'][:12]}-{data[:12]}"
-        found = self._store.find(name)
-        if found is not None:
-            differ = list(changed(found[0], ingredients))
-            if not differ and (given.is_arrays or found[1].shuffled or list(found[1].examples) == seen):
-                return found[1], cut
-            _LOG.warning(
-                "The feature cache of `%s` is out of date (%s changed): it is computed anew.",
-                given.name, ", ".join(differ) or "the order of the data",
-            )  # fmt: skip
-        writer = self._store.write(name)
-        try:
-            return self._compute(cut, given, batches, views, seen, writer, ingredients), cut
-        except BaseException:
-            writer.abandon()
-            raise
+        name = f"{given.name}-{key.computation[:12]}-{key.data[:12]}"
+        kept = self._store.find(name)
+        if kept is not None:
+            in_order = kept.shuffled or list(kept.examples) == seen
+            differences = key.differences(kept.key) or ([] if in_order else ["the order of the data"])
+            if not differences:
+                return _Ready(step, kept, cut, cut.checksums())
+            said = f"The feature cache of `{given.name}` is out of date ({', '.join(differences)} changed)"
+            _LOG.warning("%s: it is computed anew.", said)
+        with self._store.writing(name) as writer:
+            kept = self._compute(cut, given, batches, seen, key, writer)
+        return _Ready(step, kept, cut, cut.checksums())
 
     def _compute(
-        self,
-        cut: Cut,
-        given: DataSpec,
-        batches: DataLoader,
-        views: int,
-        seen: list[str],
-        writer: Writer,
-        ingredients: Any,
+        self, cut: Cut, given: DataSpec, batches: DataLoader, seen: list[str], key: CacheKey, writer: Writer
     ) -> CachedFeatures:
-        """Compute the features of some data, and keep them if the data is the same as when it was seen before."""
-        assert self._store is not None
-        shapes: list[tuple[int, ...]] = []
-        sizes: list[int] = []
-        again: list[str] = []
-        for view in range(views):
+        """Compute the features of some data, and keep them if the data is the same in each pass."""
+        shapes, shuffled = list[tuple[int, ...]](), False
+        # Before the first epoch trains, so that features are there wholly or not at all. This costs less than the
+        # epoch that it saves.
+        for _ in range(key.views):
+            sizes, again = list[int](), list[str]()
             for batch, examples, rows in computed(cut, batches):
                 shapes = shapes or [row.shape[1:] for row in rows]
                 if [row.shape[1:] for row in rows] != shapes or {len(row) for row in rows} != {examples}:
@@ -230,37 +198,65 @@ class FeatureCache:
                         "examples to one length and keep them all, or leave `feature_cache` out."
                     )
                 writer.add(rows)
-                if view == 0:
-                    sizes.append(len(rows[0]))
-                if view == 0 and not given.is_arrays:
+                sizes.append(examples)
+                if not given.is_arrays:
                     again += fingerprint.of_examples(batch)
-                    self._store.check(sum(sizes) * views * cut.bytes, self._said(given, sum(sizes), views, cut))
+                    self._check_room(cut, given, sum(sizes), key.views)
             batches.rewind()
-        check_same(given, seen, again, sizes)
-        return writer.finish(ingredients, sizes, again, again != seen)
+            check_same(given, seen, again, sizes)
+            shuffled = shuffled or again != seen
+        return writer.finish(key, sizes, again, shuffled)
 
-    def _said(self, given: DataSpec, examples: int, views: int, cut: Cut) -> str:
-        times = f", {views} times" if views > 1 else ""
-        return f"The features of {examples:,} examples of `{given.name}`, {cut.bytes:,} bytes each{times},"
+    def _check_room(self, cut: Cut, given: DataSpec, examples: int, views: int) -> None:
+        features, times = examples * views * cut.bytes, f", {views} times" if views > 1 else ""
+        room, said = self._store.room()
+        if features > room:
+            raise CacheError(
+                f"The features of {examples:,} examples of `{given.name}`, {cut.bytes:,} bytes each{times}, come to "
+                f"{features:,} bytes, and {said}"
+            )
+
+
+def _loader(kept: CachedFeatures, given: DataSpec, orders: Sampler, epoch: int) -> DataLoader:
+    """Return batches of features in the order in which those of the data would come."""
+    tensors = kept.in_pass(epoch)
+    size, count = given.batch_size, len(tensors[0])
+    if given.is_sparse:  # which `tf.data` shuffles
+        source = SparseSource(Features(tensors), size, count, orders, None)
+        return DataLoader(source, math.ceil(count / size), None, given.name)
+    if not given.is_arrays:
+        # Keras shuffles the batches of a `PyDataset`, not its examples. Batches of uneven sizes cannot be cut anew.
+        if given.shuffles_batches or not are_even(kept.sizes):
+            starts = np.cumsum([0, *kept.sizes])
+            numbers = orders.next(len(kept.sizes)) if given.shuffles_batches else range(len(kept.sizes))
+            apart = [Features(tuple(part[starts[n] : starts[n + 1]] for part in tensors)) for n in numbers]
+            return as_loader(apart, name=given.name)
+        # Data that comes in another order each time is shuffled by the seed, as its own order cannot be known before.
+        size, orders = kept.sizes[0], Sampler(kept.shuffled, given.seed, epoch)
+    return as_loader(Features(tensors), batch_size=size, orders=orders, name=given.name)
 
 
 def _nothing(step: CompiledStep, given: DataSpec, obstacles: list[Obstacle]) -> str:
     said = "; ".join(map(str, obstacles))
+    # An evaluation draws nothing, so views would be of no help to it.
     random = any("random" in obstacle.why for obstacle in obstacles)
     more = " `feature_cache_views=n` caches n passes of it, drawn once each." if random and step.kind == "train" else ""
     return f"Of the {step.kind} step on `{given.name}` nothing can be cached: {said}.{more}"
 
 
-def _ingredients(cut: Cut) -> dict[str, str]:
-    """Return the digests of all that goes into features beside the data."""
-    labels = {feed.name: f"input {number}" for number, feed in enumerate(cut.whole.batch)}
+def _key(cut: Cut, given: DataSpec, seen: list[str], sizes: list[int], views: int) -> CacheKey:
+    labels = {feed.name: f"input {number}" for number, feed in enumerate(cut.whole.inputs)}
     labels |= {name: f"weight {number}" for number, name in enumerate(cut.before.captures)}
-    captured = [name for name in cut.before.captures if name not in cut.drawn]
-    weights = [cut.whole.variables.get(name, cut.whole.captures[name]) for name in captured]
+    # Seeds move while features are drawn, and belong to no features in particular.
+    captured = [name for name in cut.before.captures if name not in cut.random]
     precise = tf.config.experimental.tensor_float_32_execution_enabled()
     device = "GPU" if tf.config.list_logical_devices("GPU") else "CPU"
-    return {
-        "computation": fingerprint.of_texts([cut.before.described(labels)]),
-        "weights": fingerprint.of_texts(map(fingerprint.of_arrays, weights)),
-        "versions": f"tensorflow {tf.__version__}, keras {keras.__version__}, {device}, TF32 {precise}",
-    }
+    return CacheKey(
+        # Sorted, since data that shuffles itself comes in another order in each fit.
+        fingerprint.of_arrays(given.data) if given.is_arrays else fingerprint.of_texts([*sorted(seen), str(sizes)]),
+        fingerprint.of_texts([cut.before.canonical_text(labels)]),
+        fingerprint.of_arrays([cut.whole.variables.get(name, cut.whole.captures[name]) for name in captured]),
+        f"tensorflow {tf.__version__}, keras {keras.__version__}, {device}, TF32 {precise}",
+        repr(given.class_weight and sorted(given.class_weight.items())),
+        views,
+    )

@@ -1,4 +1,4 @@
-"""Going through data for its features: computing them, and finding out whether it is the same each time."""
+"""Going through data for its features: computing them, and finding out whether the data is the same each time."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from tapeloop.feature_cache.batch_independence import flat
 from tapeloop.feature_cache.frontier import Cut
 from tapeloop.feature_cache.storage import CachedFeatures
 
-ROWS_LOOKED_AT = 8  # examples of a batch that is looked at again
 AT_ONCE = 64  # batches of arrays whose features one call computes
 
 
 def computed(cut: Cut, batches: DataLoader) -> Iterator[tuple[Any, int, list[np.ndarray]]]:
-    """Give the features of data batch by batch, with the batch and its size; where they can be gathered, of several."""
+    """Give features of one batch of data or of several: the batch or None, its number of examples, the features."""
+    # Only arrays can be gathered by number in a graph. The loop that does it must not also wait for an iterator.
     source = batches.feed().source
     if not isinstance(source, ArrayReader):
         for batch in batches.drawn():
@@ -63,30 +63,27 @@ def check_same(given: DataSpec, seen: Sequence[str], again: Sequence[str], sizes
 
 
 def check_sample(given: DataSpec, kept: CachedFeatures) -> None:
-    """Check, before an epoch on features, that some examples of data still are what the features were computed of.
+    """Check, before an epoch on features, that a hundredth of the batches still are what these were computed of.
 
-    Only data that gives any batch by its number can be sampled: lists and `PyDataset`s. A few examples of a hundredth
-    of the batches, one at least, are looked at.
+    Only data that gives any batch by its number can be sampled: lists and `PyDataset`s.
 
     Raises:
         CacheError: They are not.
     """
     data = given.data
     is_dataset = isinstance(data, keras.utils.PyDataset)
-    if given.is_arrays or not (is_dataset or isinstance(data, Sequence)) or len(kept.examples) != sum(kept.sizes):
-        return
+    if not (is_dataset or isinstance(data, Sequence)) or len(kept.examples) != sum(kept.sizes):
+        return  # of arrays and of what does not stand apart there are no digests by example
+    # Keras promises a `PyDataset` these calls around each epoch, in which it may draw its examples.
     if is_dataset:
         data.on_epoch_begin()
-    count, generator = len(kept.sizes), np.random.default_rng()
-    starts, known = np.cumsum([0, *kept.sizes]), Counter(kept.examples)
-    for number in generator.choice(count, max(1, count // 100), replace=False).tolist():
-        size = kept.sizes[number]
-        rows = np.sort(generator.choice(size, min(size, ROWS_LOOKED_AT), replace=False))
-        found = _digests_of(given, data[number], rows, size)
-        if found is None:
-            continue
-        there = [kept.examples[starts[number] + row] for row in rows]
-        if found != there and not (kept.shuffled and Counter(found) <= known):
+    count, starts, weights = len(kept.sizes), np.cumsum([0, *kept.sizes]), given.class_weights
+    for number in np.random.default_rng().choice(count, max(1, count // 100), replace=False).tolist():
+        batch = as_tensors(data[number], f"`{given.name}`")
+        found = fingerprint.of_examples(batch if weights is None else weights.applied(batch))
+        there = list(kept.examples[starts[number] : starts[number + 1]])
+        # Data that shuffles itself may give any of its examples, but each only as often as it has it.
+        if found != there and not (kept.shuffled and Counter(found) <= Counter(kept.examples)):
             raise CacheError(
                 f"`{given.name}` has changed since its features were computed: batch {number} has other examples. "
                 "Leave `feature_cache` out, or let the data stay as it is, randomness standing in the model with "
@@ -94,19 +91,6 @@ def check_sample(given: DataSpec, kept: CachedFeatures) -> None:
             )
     if is_dataset:
         data.on_epoch_end()
-
-
-def _digests_of(given: DataSpec, batch: Any, rows: np.ndarray, size: int) -> list[str] | None:
-    """Return the digests of some examples of a batch; None where it cannot be taken apart by examples."""
-    tensors = as_tensors(batch, f"`{given.name}`")
-    flat_batch = [value for value in tf.nest.flatten(tensors) if value is not None]
-    if not all(isinstance(value, tf.Tensor) and value.shape.rank for value in flat_batch):
-        return None
-    if any(value.shape[0] != size for value in flat_batch):
-        return []
-    some = tf.nest.map_structure(lambda value: None if value is None else tf.gather(value, rows), tensors)
-    weights = given.class_weights
-    return fingerprint.of_examples(some if weights is None else weights.applied(some))
 
 
 def seen_in(batches: DataLoader) -> tuple[list[str], list[int]]:
@@ -125,5 +109,5 @@ def open_spec(batches: DataLoader) -> Any:
 
 
 def are_even(sizes: Sequence[int]) -> bool:
-    """Tell whether batches have one size, but for a smaller last one."""
+    """Tell whether batches have one size, except for a smaller last one."""
     return len(set(sizes[:-1])) <= 1 and sizes[-1] <= sizes[0]

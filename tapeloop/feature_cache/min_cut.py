@@ -6,81 +6,60 @@ import math
 from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping
 
-_Place = tuple[str, int]  # a node is two places, 0 where ways come in and 1 where they go out
+_Place = tuple[str, str]  # a node is two places: edges end in one and begin in the other
 
 
 def smallest_cut(
     weights: Mapping[str, float], edges: Iterable[tuple[str, str]], sources: Iterable[str], sinks: Iterable[str]
 ) -> set[str] | None:
-    """Return the nodes of least weight in all without which no sink can be reached from a source.
+    """Return the nodes of least total weight without which no sink can be reached from a source.
 
-    Where several sets weigh the least, it is the one nearest to the sinks.
+    If several sets weigh the least, the set nearest to the sinks is returned.
 
     Args:
-        weights: The weight of each node; infinite where it cannot be cut.
-        edges: From one node to another.
+        weights: The weight of each node; infinite if it cannot be cut.
+        edges: Pairs of nodes, from the first to the second.
         sources: Where ways begin; a source may be cut itself.
-        sinks: Where they end; a sink may be cut itself.
+        sinks: Where ways end; a sink may be cut itself.
 
     Returns:
-        The nodes, or None where there is no such set of finite weight.
+        The nodes, or None if there is no such set of finite weight.
 
     Source: Edmonds and Karp, Theoretical improvements in algorithmic efficiency for network flow problems, 1972.
     """
-    start, end = ("", 0), ("", 1)
-    room: dict[_Place, dict[_Place, float]] = defaultdict(lambda: defaultdict(float))
-
-    def connect(one: _Place, other: _Place, weight: float) -> None:
-        room[one][other] += weight
-        room[other][one] += 0.0
-
-    for node, weight in weights.items():
-        connect((node, 0), (node, 1), weight)
-    for before, behind in edges:
-        connect((before, 1), (behind, 0), math.inf)
-    for node in sources:
-        connect(start, (node, 0), math.inf)
-    for node in sinks:
-        connect((node, 1), end, math.inf)
-    while (way := _way(room, start, end)) is not None:
-        flow = min(room[one][other] for one, other in way)
+    # The flow runs from the sinks to the sources: what the last search still reaches is the side of the sinks.
+    capacity: dict[_Place, dict[_Place, float]] = defaultdict(lambda: defaultdict(float))
+    start, end = ("", "sinks"), ("", "sources")
+    # Only the edge within a node can be cut, as all others have room without end.
+    pairs = [((node, "out"), (node, "in"), weight) for node, weight in weights.items()]
+    pairs += [((after, "in"), (before, "out"), math.inf) for before, after in edges]
+    pairs += [(start, (node, "out"), math.inf) for node in sinks]
+    pairs += [((node, "in"), end, math.inf) for node in sources]
+    for one, other, weight in pairs:
+        capacity[one][other] += weight
+        capacity[other][one] += 0.0  # the way back must exist for flow to be taken back
+    while end in (came_from := _search(capacity, start, end)):
+        way, place = [], end
+        while place != start:
+            way.append((came_from[place], place))
+            place = came_from[place]
+        flow = min(capacity[one][other] for one, other in way)
         if math.isinf(flow):
             return None
         for one, other in way:
-            room[one][other] -= flow
-            room[other][one] += flow
-    reaching = _reaching(room, end)
-    return {node for node in weights if (node, 1) in reaching and (node, 0) not in reaching}
+            capacity[one][other] -= flow
+            capacity[other][one] += flow
+    return {node for node in weights if (node, "out") in came_from and (node, "in") not in came_from}
 
 
-def _way(
-    room: Mapping[_Place, Mapping[_Place, float]], start: _Place, end: _Place
-) -> list[tuple[_Place, _Place]] | None:
-    """Return a shortest way along which there is room, or None."""
-    came: dict[_Place, _Place] = {start: start}
-    waiting = deque([start])
-    while waiting and end not in came:
+def _search(capacity: Mapping[_Place, Mapping[_Place, float]], start: _Place, end: _Place) -> dict[_Place, _Place]:
+    """Return the places that are reached from the start until the end is found, each with the place before it."""
+    # Breadth first: along shortest ways the number of searches is bounded whatever the weights are.
+    came_from, waiting = {start: start}, deque([start])
+    while waiting and end not in came_from:
         place = waiting.popleft()
-        for other, left in room[place].items():
-            if left > 0 and other not in came:
-                came[other] = place
+        for other, left in capacity[place].items():
+            if left > 0 and other not in came_from:
+                came_from[other] = place
                 waiting.append(other)
-    if end not in came:
-        return None
-    way, place = [], end
-    while place != start:
-        way.append((came[place], place))
-        place = came[place]
-    return way
-
-
-def _reaching(room: Mapping[_Place, Mapping[_Place, float]], end: _Place) -> set[_Place]:
-    """Return the places from which there is a way to the end along which there is room."""
-    found, waiting = {end}, [end]
-    while waiting:
-        place = waiting.pop()
-        for other in room[place]:
-            if other not in found and room[other][place] > 0:
-                found.add(other)
-                waiting.append(other)
-    return found
+    return came_from

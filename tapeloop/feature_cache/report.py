@@ -1,4 +1,4 @@
-"""What a feature cache would save: the report of a frontier."""
+"""The report of a frontier: what a feature cache would save."""
 
 from __future__ import annotations
 
@@ -25,15 +25,27 @@ ROUNDS = 5
 
 @dataclass(frozen=True)
 class Frontier:
-    """Where in a training step what is frozen comes to its end.
+    """Where in a training step the computations end that are frozen and the same for an example in each epoch.
+
+    `Trainer.frontier` returns it. It is true if there is a frontier, and prints as a short report.
 
     Attributes:
-        submodels: The paths of the submodels that lie wholly before it, of nested ones the outermost.
-        bytes_per_example: The bytes of the features of an example; None where there is no frontier.
-        examples: How many examples the data has, at most; None where nobody can say.
-        share: The share of a step's work that lies before it, measured: of the forward and the backward pass, without
-            the optimizer. None where there is no frontier.
-        obstacles: Where there is none, what stands in the way.
+        submodels: The paths of the submodels that lie wholly before it, the outermost of nested ones.
+        bytes_per_example: The bytes of the features of one example; None if there is no frontier.
+        examples: How many examples the data has at most; None if that is not known before the end of the data.
+        share: The measured share, from 0 to 1, of the time of a step's forward and backward pass that lies before the
+            frontier, without the optimizer; None if there is no frontier.
+        obstacles: What stands in the way, if there is no frontier.
+
+    Example:
+        >>> dense = keras.layers.Dense
+        >>> model = keras.Sequential([keras.Input((4,)), dense(3, name="base"), dense(2, name="head")])
+        >>> x, y = np.ones((8, 4), "float32"), np.ones((8, 2), "float32")
+        >>> found = tl.Trainer(model, tl.Freeze("base"), loss="mse").frontier((x, y))
+        >>> bool(found), found.submodels, found.bytes_per_example, found.bytes
+        (True, ('base',), 20, 160)
+        >>> print(tl.Trainer(model, loss="mse").frontier((x, y)))
+        There is no frontier: `base/kernel` trains and comes first.
     """
 
     submodels: tuple[str, ...] = ()
@@ -44,8 +56,10 @@ class Frontier:
 
     @property
     def bytes(self) -> int | None:
-        """The bytes of the features of all examples."""
-        return None if None in (self.bytes_per_example, self.examples) else self.bytes_per_example * self.examples  # type: ignore[operator]
+        """The bytes of the features of all examples; None if that is not known."""
+        if self.bytes_per_example is None or self.examples is None:
+            return None
+        return self.bytes_per_example * self.examples
 
     def __bool__(self) -> bool:
         return self.bytes_per_example is not None
@@ -70,19 +84,19 @@ def frontier_of(step: CompiledStep, loader: DataLoader) -> Frontier:
     found = split(step, spec, batch, random=False)
     if not isinstance(found, Cut):
         return Frontier(examples=examples, obstacles=tuple(map(str, found)))
-    paths = tuple(submodel.path for submodel in found.submodels)
-    return Frontier(paths, found.bytes, examples, _share(found, batch))
+    return Frontier(tuple(submodel.path for submodel in found.submodels), found.bytes, examples, _share(found, batch))
 
 
 def _share(cut: Cut, batch: Any) -> float:
     """Return the share of the time of a step that lies before its cut: the median of some rounds, after a warm-up."""
     after = tf.function(cut.rest, autograph=False)
+    # The rest of the step updates weights, statistics and metrics.
     kept = Snapshot([cut.whole.variables[name] for name in cut.whole.written() if name in cut.whole.variables])
     tensors = flat(batch)
     features = Features(tuple(cut.compute(*tensors)))
     try:
         shares = []
-        for _ in range(ROUNDS + 1):
+        for _ in range(ROUNDS + 1):  # the first traces, and does not count
             early, late = _seconds(lambda: cut.compute(*tensors)), _seconds(lambda: after(features))
             shares.append(early / (early + late))
         return statistics.median(shares[1:])
@@ -94,5 +108,6 @@ def _seconds(run: Callable[[], Any]) -> float:
     began = time.perf_counter()
     tensors = [value for value in tf.nest.flatten(run()) if isinstance(value, tf.Tensor)]
     if tensors:
-        min(tensors, key=lambda value: value.shape.num_elements() or 0).numpy()  # for which a device must be done
+        # A device computes in the background. Fetching the smallest tensor waits for it and copies little.
+        min(tensors, key=lambda value: value.shape.num_elements() or 0).numpy()
     return time.perf_counter() - began

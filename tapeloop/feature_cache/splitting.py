@@ -3,73 +3,67 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from tapeloop._backend.traced_graph import TracedGraph
-from tapeloop.feature_cache.frontier import Cut, find
-from tapeloop.feature_cache.obstacles import Obstacle
+from tapeloop.feature_cache.frontier import Cut, Obstacle, find
+from tapeloop.feature_cache.frozen_ops import model_variables
 from tapeloop.loop.compiled_step import CompiledStep
+from tapeloop.model.tree import VariableInfo
 from tapeloop.step.plan import StepPlan
 
+_Moves = frozenset[VariableInfo]
 
-@dataclass
-class _Known:
-    """What is known of a step.
+
+@dataclass(frozen=True)
+class _Split:
+    """A step that is cut.
 
     Attributes:
-        moves: The identities of the variables that it assigns to.
-        cuts: Its cuts, by the signature of batches, whether randomness may come before, and what another step moves.
-        rests: What plans the rest of the step behind each cut.
+        cut: Where.
+        plan_rest: Plans the rest of the step, for features of a signature.
     """
 
-    moves: frozenset[int] = frozenset()
-    cuts: dict[tuple[str, bool, frozenset[int]], Cut] = field(default_factory=dict)
-    rests: dict[tuple[str, bool, frozenset[int]], Callable[[Any], StepPlan]] = field(default_factory=dict)
+    cut: Cut
+    plan_rest: Callable[[Any], StepPlan]
 
 
-_known: weakref.WeakKeyDictionary[CompiledStep, _Known] = weakref.WeakKeyDictionary()
+# Kept beside the steps, which know nothing of the cache: a later fit finds its cut, and traces nothing.
+_splits: weakref.WeakKeyDictionary[CompiledStep, dict[tuple[str, bool, _Moves], _Split]] = weakref.WeakKeyDictionary()
+_moves: weakref.WeakKeyDictionary[CompiledStep, _Moves] = weakref.WeakKeyDictionary()
 
 
 def split(
-    step: CompiledStep, spec: Any, batch: Any, *, random: bool, moving: frozenset[int] = frozenset()
+    step: CompiledStep, spec: Any, batch: Any, *, random: bool, beside: CompiledStep | None = None
 ) -> Cut | list[Obstacle]:
-    """Find the frontier of a step, on whose features it then runs where it is fed them.
+    """Find the frontier of a step. The step then runs from there if it is given features.
 
     Args:
         step: The step.
         spec: The signature of batches.
         batch: One of them.
-        random: Whether what is random may come before it.
-        moving: The identities of variables that another step moves.
+        random: Whether random ops may come before the frontier.
+        beside: The training step of which it evaluates the results. What that step assigns to is not frozen.
 
     Returns:
         Where the step is cut, or what stands in the way.
     """
-    known, key = _known.setdefault(step, _Known()), (str(spec), random, moving)
-    if key not in known.cuts:
+    moving = frozenset() if beside is None else _moves.get(beside, frozenset())
+    splits, key = _splits.setdefault(step, {}), (str(spec), random, moving)
+    if key not in splits:
+        # The plan is cut in its graph: forward and backward pass, several updates and overridden steps are cut by the
+        # same code, and the model is traced no more often than without a cache.
         plan = step.plan(spec)
-        variables = [v.tf_variable for v in step.selection.tree.variables] + step.planner.parts.attributes.variables()
-        whole = TracedGraph(plan.functions[0], variables)
-        known.moves = frozenset(id(whole.variables[name]) for name in whole.written() if name in whole.variables)
-        found = find(whole, step.selection, batch, random=random, moving=moving)
-        if not isinstance(found, Cut):
-            return found
-        known.cuts[key] = found
-        known.rests[key] = functools.partial(_plan_rest, plan, found)
-    step.split_at(known.rests[key])
-    return known.cuts[key]
-
-
-def _plan_rest(plan: StepPlan, cut: Cut, features: Any) -> StepPlan:
-    """Return the plan of a step that computes only the rest behind its cut, on features of this signature."""
-    return dataclasses.replace(plan, compute=cut.rest_for(features))
-
-
-def moves_of(step: CompiledStep) -> frozenset[int]:
-    """Return the identities of the variables that a step assigns to, once its frontier was looked for."""
-    known = _known.get(step)
-    return frozenset() if known is None else known.moves
+        known = [variable.tf_variable for variable in step.selection.tree.variables]
+        whole = TracedGraph(plan.functions[0], [*known, *step.planner.parts.attributes.variables()])
+        written, variables = whole.written(), model_variables(whole, step.selection.tree)
+        _moves[step] = frozenset(variable for name, variable in variables.items() if name in written)
+        cut = find(whole, step.selection, batch, random=random, moving=moving)
+        if not isinstance(cut, Cut):  # not kept: another batch may show no obstacle
+            return cut
+        splits[key] = _Split(cut, lambda features: dataclasses.replace(plan, compute=cut.rest_for(features)))
+    step.split_at(splits[key].plan_rest)
+    return splits[key].cut

@@ -3,286 +3,219 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
+import io
 import json
 import logging
+import math
 import os
 import pathlib
 import shutil
-import tempfile
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, BinaryIO
 
 import numpy as np
 import tensorflow as tf
 
-from tapeloop.errors import CacheError
 from tapeloop.feature_cache import fingerprint
+from tapeloop.feature_cache.fingerprint import CacheKey
 
-FORMAT = "1"
-SHARE = 0.5  # of the memory that is free, which features may take
-_DESCRIPTION = "description.json"
-_WORKING = ".writing-"  # what the names of folders begin with that are not complete
-ATTEMPTS = 5
-ABANDONED_AFTER_S = 24 * 3600  # after which a folder that nothing was written to is nobody's
+SHARE = 0.5  # of the free memory, which features may take
+ABANDONED_AFTER_S = 24 * 3600  # after which a partial file that nothing was written to is nobody's
+_SUFFIX = ".features"
+_WORKING = ".writing-"  # what the names of partial files begin with
+_LENGTH_BYTES, _DIGEST_BYTES = 8, 64
 _LOG = logging.getLogger("tapeloop")
-Ingredients = Mapping[str, str]
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class CachedFeatures:
     """The features of some data.
 
     Attributes:
         arrays: Tensors or arrays with the examples first, those of one pass over the data after the other.
+        key: What they depend on.
         sizes: How many examples each batch of a pass had.
-        examples: The digests of the examples of the data, in the order of the first pass; empty for arrays.
+        examples: The digests of the examples in the order of the features; empty for arrays.
         shuffled: Whether the data came in another order when it was gone through again.
     """
 
     arrays: tuple[Any, ...]
+    key: CacheKey
     sizes: tuple[int, ...]
     examples: tuple[str, ...]
     shuffled: bool
 
-    def passed(self, number: int) -> tuple[Any, ...]:
+    def in_pass(self, number: int) -> tuple[Any, ...]:
         """Return the features of one pass over the data, counted from 0 and around."""
         rows = sum(self.sizes)
-        start = rows * (number % max(1, len(self.arrays[0]) // rows))
-        return self.arrays if len(self.arrays[0]) == rows else tuple(part[start : start + rows] for part in self.arrays)
+        start = rows * (number % self.key.views)
+        return self.arrays if self.key.views == 1 else tuple(part[start : start + rows] for part in self.arrays)
 
 
-class Writer(Protocol):
-    """What takes features in, batch by batch."""
+class Writer:
+    """Takes features in batch by batch, and writes all tensors of an example side by side."""
 
-    def add(self, rows: list[np.ndarray]) -> None:
-        """Take in the features of a batch."""
+    def __init__(self, file: BinaryIO, keep: Callable[[BinaryIO, dict[str, Any]], CachedFeatures]) -> None:
+        """Write to a file, which `keep` makes features of when all are there."""
+        self._file = file
+        self._keep = keep
+        self._tensors: list[tuple[str, tuple[int, ...]]] = []
 
-    def finish(self, ingredients: Ingredients, sizes: list[int], examples: list[str], shuffled: bool) -> CachedFeatures:
-        """Keep them, and return them."""
+    def add(self, rows: Sequence[np.ndarray]) -> None:
+        """Write the features of a batch, the examples first."""
+        # Rows of records rather than an array for each tensor: any order of examples reads each from one place, and
+        # batches can be appended to a single file. `tf.data`'s `save` could only be read as a stream.
+        self._tensors = [(tf.as_dtype(row.dtype).name, row.shape[1:]) for row in rows]
+        records = np.empty(len(rows[0]), _record(self._tensors))
+        for number, row in enumerate(rows):
+            records[str(number)] = row
+        self._file.write(records.tobytes())
 
-    def abandon(self) -> None:
-        """Leave nothing behind of what was taken in."""
+    def finish(self, key: CacheKey, sizes: Sequence[int], examples: Sequence[str], shuffled: bool) -> CachedFeatures:
+        """Keep what was written, and return it; see `CachedFeatures`."""
+        description = {"sizes": sizes, "examples": examples, "shuffled": shuffled, "tensors": self._tensors}
+        return self._keep(self._file, {**description, "key": dataclasses.asdict(key)})
 
 
 class Memory:
-    """Features in memory, the last of each data; names are `DATA-COMPUTATION-CONTENT`."""
+    """Features in memory: the latest of each data set. Names are `DATA-COMPUTATION-CONTENT`."""
 
     def __init__(self) -> None:
-        self._kept: dict[str, tuple[Ingredients, CachedFeatures]] = {}
+        self._kept: dict[str, CachedFeatures] = {}
 
-    def find(self, name: str) -> tuple[Ingredients, CachedFeatures] | None:
-        """Return what is kept under a name, with what went into it."""
+    def find(self, name: str) -> CachedFeatures | None:
+        """Return the features that are kept under a name."""
         return self._kept.get(name)
 
-    def check(self, features: int, said: str) -> None:
-        """Check that so many bytes of features may be kept.
-
-        Raises:
-            CacheError: They do not fit.
-        """
+    def room(self) -> tuple[float, str]:
+        """Return how many bytes of features may be kept, and what to say if there are more."""
         free = free_memory()
-        if free is not None and features > SHARE * free:
-            raise CacheError(
-                f"{said} come to {features:,} bytes, and of memory {free:,} bytes are free, of which the cache takes "
-                f"{SHARE:.0%} at most. Give `feature_cache` a path to keep them in files, or leave it out."
-            )
+        return SHARE * free, (
+            f"of memory {free:,} bytes are free, of which the cache takes {SHARE:.0%} at most. Give `feature_cache` a "
+            "path to keep them in files, or leave it out."
+        )
 
-    def write(self, name: str) -> Writer:
-        """Return what takes in features to be kept under a name; what was kept of the same data goes now."""
+    @contextlib.contextmanager
+    def writing(self, name: str) -> Iterator[Writer]:
+        """Give a writer of features to be kept under a name. Those of the same data go now, to make room."""
         of_the_same_data = name.partition("-")[0]
+        # Only the latest: a fit with other weights or another phase would otherwise keep twice the memory.
         for other in [other for other in self._kept if other.partition("-")[0] == of_the_same_data]:
             del self._kept[other]
-        return _InMemory(self._kept, name)
+        yield Writer(io.BytesIO(), functools.partial(self._keep, name))
 
-
-class _InMemory:
-    def __init__(self, kept: dict[str, tuple[Ingredients, CachedFeatures]], name: str) -> None:
-        self._kept = kept
-        self._name = name
-        self._rows: list[list[np.ndarray]] = []
-
-    def add(self, rows: list[np.ndarray]) -> None:
-        self._rows.append(rows)
-
-    def finish(self, ingredients: Ingredients, sizes: list[int], examples: list[str], shuffled: bool) -> CachedFeatures:
-        arrays = []
-        for place in range(len(self._rows[0])):
-            arrays.append(tf.constant(np.concatenate([rows[place] for rows in self._rows])))
-            for rows in self._rows:
-                rows[place] = rows[place][:0]
-        kept = CachedFeatures(tuple(arrays), tuple(sizes), tuple(examples), shuffled)
-        self._kept[self._name] = ingredients, kept
-        return kept
-
-    def abandon(self) -> None:
-        self._rows.clear()
+    def _keep(self, name: str, file: BinaryIO, description: dict[str, Any]) -> CachedFeatures:
+        file.seek(0)
+        records = np.frombuffer(file.read(), _record(description["tensors"]))
+        self._kept[name] = _features(records, description)
+        return self._kept[name]
 
 
 class Files:
-    """Features in files: a folder for each name, put in place when it is complete.
+    """Features in files, one for each name. Processes and threads may share the folder.
 
-    Processes and threads may share the folder: each writes in one of its own, and the first to be complete is taken.
+    Each writes a partial file of its own and renames it when it is complete, which replaces the file of that name at
+    once. Who has opened that file goes on reading it.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         """Choose the folder, which is made when there is something to keep."""
         self._folder = pathlib.Path(folder).expanduser()
 
-    def find(self, name: str) -> tuple[Ingredients, CachedFeatures] | None:
-        """Return what is kept under a name, with what went into it; what is damaged is named and not returned."""
-        place = self._folder / name
-        if not place.is_dir():
-            return None
+    def find(self, name: str) -> CachedFeatures | None:
+        """Return the features that are kept under a name; a damaged file is named in a warning and not returned."""
+        path = self._folder / f"{name}{_SUFFIX}"
         try:
-            said = json.loads((place / _DESCRIPTION).read_text())
-            if said.pop("digest") != _digest(said):
-                raise ValueError("its description is not as it was written")
-            rows = sum(said["sizes"]) * int(said["ingredients"]["views"])
-            if not rows or not said["arrays"] or any(one["shape"][0] != rows for one in said["arrays"]):
-                raise ValueError(f"its arrays have not the {rows} rows of its batches")
-            arrays = tuple(_opened(place / one["file"], one) for one in said["arrays"])
-            return said["ingredients"], CachedFeatures(
-                arrays, tuple(said["sizes"]), tuple(said["examples"]), said["shuffled"]
-            )
+            return _read(path) if path.is_file() else None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            _LOG.warning("The feature cache in %s is damaged (%s): it is computed anew.", place, error)
+            _LOG.warning("The feature cache in %s is damaged (%s): it is computed anew.", path, error)
             return None
 
-    def check(self, features: int, said: str) -> None:
-        """Check that so many bytes of features may be kept.
-
-        Raises:
-            CacheError: They do not fit.
-        """
+    def room(self) -> tuple[float, str]:
+        """Return how many bytes of features may be kept, and what to say if there are more."""
+        # The folder may not be there yet; the disk is that of the nearest parent.
         there = next(place for place in (self._folder, *self._folder.absolute().parents) if place.exists())
         free = shutil.disk_usage(there).free
-        if features > free:
-            raise CacheError(
-                f"{said} come to {features:,} bytes, and on the disk of {self._folder} {free:,} bytes are free. Give "
-                "`feature_cache` a path on another, or leave it out."
-            )
+        return free, (
+            f"on the disk of {self._folder} {free:,} bytes are free. Give `feature_cache` a path on another, or leave "
+            "it out."
+        )
 
-    def write(self, name: str) -> Writer:
-        """Return what takes in features to be kept under a name; what was kept under it goes when they are there."""
+    @contextlib.contextmanager
+    def writing(self, name: str) -> Iterator[Writer]:
+        """Give a writer of features to be kept under a name. If it is not finished, nothing is left of it."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        for left in self._folder.glob(f"{_WORKING}*"):  # by a process that was stopped, here or on another host
+        for left in self._folder.glob(f"{_WORKING}*"):  # by a process that was killed, here or on another host
             with contextlib.suppress(OSError):
-                touched = max(each.stat().st_mtime for each in (left, *left.iterdir()))
-                if time.time() - touched > ABANDONED_AFTER_S:
-                    shutil.rmtree(left, ignore_errors=True)
-        return _InFiles(self, self._folder, name)
+                if time.time() - left.stat().st_mtime > ABANDONED_AFTER_S:
+                    left.unlink()
+        partial = self._folder / f"{_WORKING}{uuid.uuid4().hex}"
+        try:
+            with open(partial, "wb") as file:
+                yield Writer(file, functools.partial(self._keep, name))
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _keep(self, name: str, file: BinaryIO, description: dict[str, Any]) -> CachedFeatures:
+        seal(file, description)
+        # Read before it is renamed: afterwards another process may have put its own file there.
+        features = _read(pathlib.Path(file.name))
+        os.replace(file.name, self._folder / f"{name}{_SUFFIX}")
+        return features
 
 
-class _InFiles:
-    """Features on their way into files, in a folder that is nobody else's until it is complete."""
-
-    def __init__(self, files: Files, folder: pathlib.Path, name: str) -> None:
-        self._files = files
-        self._folder = folder
-        self._name = name
-        self._making = pathlib.Path(tempfile.mkdtemp(prefix=_WORKING, dir=folder))
-        self._making.chmod(0o755)
-        self._shapes: list[tuple[int, ...]] = []
-        self._dtypes: list[str] = []
-        self._digests: list[Any] = []
-        self._count = 0
-
-    def add(self, rows: list[np.ndarray]) -> None:
-        self._shapes = [row.shape[1:] for row in rows]
-        self._dtypes = [tf.as_dtype(row.dtype).name for row in rows]
-        self._digests = self._digests or [fingerprint.new() for _ in rows]
-        self._count += len(rows[0])
-        for number, (row, digested) in enumerate(zip(rows, self._digests)):
-            content = row.tobytes()
-            digested.update(content)
-            with open(self._making / f"{number}.bin", "ab") as file:
-                file.write(content)
-
-    def abandon(self) -> None:
-        shutil.rmtree(self._making, ignore_errors=True)
-
-    def finish(self, ingredients: Ingredients, sizes: list[int], examples: list[str], shuffled: bool) -> CachedFeatures:
-        arrays: list[dict[str, Any]] = []
-        for number, (shape, dtype, digested) in enumerate(zip(self._shapes, self._dtypes, self._digests)):
-            path = self._making / f"{number}.bin"
-            with open(path, "rb+") as file:
-                os.fsync(file.fileno())
-            arrays.append(
-                {"file": path.name, "shape": [self._count, *shape], "dtype": dtype, "digest": digested.hexdigest()}
-            )
-        said: dict[str, Any] = {
-            "ingredients": dict(ingredients),
-            "arrays": arrays,
-            "sizes": sizes,
-            "examples": examples,
-        }
-        said["shuffled"] = shuffled
-        with open(self._making / _DESCRIPTION, "w") as file:
-            json.dump({**said, "digest": _digest(said)}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        for _ in range(ATTEMPTS):
-            if self._put_in_place(ingredients):
-                break
-        else:
-            raise CacheError(
-                f"The features could not be put at {self._folder / self._name}: others are put there all the time."
-            )
-        found = self._files.find(self._name)
-        if found is None or changed(found[0], ingredients):
-            raise CacheError(
-                f"The features at {self._folder / self._name} were replaced as soon as they were written, by another "
-                "process with other weights. Give each process a `feature_cache` of its own."
-            )
-        return found[1]
-
-    def _put_in_place(self, ingredients: Ingredients) -> bool:
-        """Move the folder to its place, unless another process has put the same there; False if it has put others."""
-        place = self._folder / self._name
-        with contextlib.suppress(OSError):
-            os.rename(self._making, place)
-            return True
-        found = self._files.find(self._name)
-        if found is not None and not changed(found[0], ingredients):
-            self.abandon()
-            return True
-        aside = pathlib.Path(tempfile.mkdtemp(prefix=_WORKING, dir=self._folder))
-        with contextlib.suppress(OSError):  # another process may have moved it
-            os.rename(place, aside / self._name)
-        shutil.rmtree(aside, ignore_errors=True)
-        return False
+def seal(file: BinaryIO, description: dict[str, Any]) -> None:
+    """Complete a file of rows: append their description, its length, and the digest of all before it."""
+    content = json.dumps(description).encode()
+    file.write(content + len(content).to_bytes(_LENGTH_BYTES, "little"))
+    file.flush()
+    # Over the features too: a flipped bit in them would go into training unseen.
+    file.write(fingerprint.of_arrays(np.memmap(file.name, np.uint8, "r")).encode())
+    file.flush()
+    os.fsync(file.fileno())
 
 
-def _opened(path: pathlib.Path, said: Mapping[str, Any]) -> Any:
-    """Return an array that lies in a file: read where there is memory for it, else left there.
+def _read(path: pathlib.Path) -> CachedFeatures:
+    """Return the features in a file: read if there is memory for them, else left there.
 
     Raises:
-        ValueError: It is not as it was written.
+        ValueError: The file is not as it was written.
     """
-    if fingerprint.of_file(str(path)) != said["digest"]:
-        raise ValueError(f"{path.name} is not as it was written")
-    dtype, shape = tf.as_dtype(said["dtype"]).as_numpy_dtype, tuple(said["shape"])
-    free = free_memory()
-    if free is not None and path.stat().st_size > SHARE / 2 * free:
-        return np.memmap(path, dtype, "r", shape=shape)
-    return tf.constant(np.fromfile(path, dtype).reshape(shape))
+    content = np.memmap(path, np.uint8, "r")
+    body, digest = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:].tobytes()
+    if fingerprint.of_arrays(body).encode() != digest:
+        raise ValueError("it is not as it was written")
+    length = int.from_bytes(body[-_LENGTH_BYTES:].tobytes(), "little")
+    description = json.loads(body[-_LENGTH_BYTES - length : -_LENGTH_BYTES].tobytes())
+    record, rows = _record(description["tensors"]), sum(description["sizes"]) * description["key"]["views"]
+    if not rows or rows * record.itemsize != len(body) - _LENGTH_BYTES - length:
+        raise ValueError(f"it has not the {rows} rows of its batches")
+    records = np.memmap(path, record, "r", shape=(rows,))
+    return _features(records, description, stay=records.nbytes > SHARE / 2 * free_memory())
 
 
-def _digest(said: Mapping[str, Any]) -> str:
-    return fingerprint.of_texts([json.dumps(said, sort_keys=True)])
+def _record(tensors: Sequence[tuple[str, Sequence[int]]]) -> np.dtype[Any]:
+    """Return the dtype of one example's features, given the dtype and shape of each."""
+    return np.dtype(
+        [(str(n), tf.as_dtype(name).as_numpy_dtype, tuple(shape)) for n, (name, shape) in enumerate(tensors)]
+    )
 
 
-def free_memory() -> int | None:
-    """Return how many bytes of memory are free, or None where the system does not say."""
+def _features(records: np.ndarray, description: Mapping[str, Any], *, stay: bool = False) -> CachedFeatures:
+    arrays = tuple(records[name] if stay else tf.constant(records[name]) for name in records.dtype.names or ())
+    sizes, examples = tuple(description["sizes"]), tuple(description["examples"])
+    return CachedFeatures(arrays, CacheKey(**description["key"]), sizes, examples, description["shuffled"])
+
+
+def free_memory() -> float:
+    """Return how many bytes of memory are free, or infinity if the system does not say."""
     try:
+        # Not what is unused: the system gives back what it uses for caching files.
         said = pathlib.Path("/proc/meminfo").read_text()
         return 1024 * int(said.split("MemAvailable:")[1].split()[0])
     except (OSError, IndexError, ValueError):
-        return None
-
-
-def changed(one: Ingredients, other: Ingredients) -> list[str]:
-    """Return the names of what went into one and not in the same way into another."""
-    return [name for name in {**one, **other} if one.get(name) != other.get(name)]
+        return math.inf

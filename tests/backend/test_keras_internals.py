@@ -57,9 +57,8 @@ def test_a_call_that_is_repeated_inherits_a_mode_and_leaves_no_trace():
             inner(tf.zeros((1, 1)))
     inner(tf.zeros((1, 1)))
     assert seen == [True, False, None]
-    assert (
-        len(keras_internals.added_losses(inner)) == 1
-    )  # the outermost call forgets those before, as it does elsewhere
+    # The outermost call forgets the losses before, as it does elsewhere.
+    assert len(keras_internals.added_losses(inner)) == 1
 
 
 def test_a_repeated_call_in_a_stateless_scope_adds_no_losses():
@@ -190,10 +189,10 @@ def test_the_effects_of_a_function_are_what_runs_unasked():
 
 
 def test_types_of_ops_are_told_apart_by_whether_they_are_stateful():
-    assert not tracing.is_stateful("MatMul")
-    assert not tracing.is_stateful("StatelessRandomUniformV2")
-    assert tracing.is_stateful("RandomUniform")
-    assert tracing.is_stateful("AssignVariableOp")
+    assert not any(map(tracing.is_stateful, ("MatMul", "StatelessRandomUniformV2")))
+    assert all(map(tracing.is_stateful, ("RandomUniform", "AssignVariableOp")))
+    with pytest.raises(ValueError, match="TensorFlow knows no op of the type `Nonsense`"):
+        tracing.is_stateful("Nonsense")
 
 
 def test_a_layers_own_metrics_are_neither_its_childrens_nor_those_of_compile():

@@ -8,23 +8,9 @@ import tensorflow as tf
 import tapeloop as tl
 from tapeloop.feature_cache.batch_independence import _is_alike
 from tapeloop.feature_cache.frontier import Cut
-from tests.support.classifiers import N, classifier, cut_of, images
+from tests.support.classifiers import N, Wrapped, classifier, cut_of, images
 
 layers = keras.layers
-
-
-class Wrapped(layers.Layer):
-    """Each example is seen in a way that mixes them, before weights that are frozen."""
-
-    def __init__(self, mix, **options):
-        super().__init__(**options)
-        self.mix = mix
-
-    def build(self, shape):
-        self.scale = self.add_weight(shape=(shape[-1],), initializer="ones", name="scale")
-
-    def call(self, inputs):
-        return self.mix(inputs) * self.scale
 
 
 def by_the_largest(x):

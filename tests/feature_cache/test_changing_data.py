@@ -1,6 +1,6 @@
 """Runs in which a cache could go wrong, and does not."""
 
-import threading
+import functools
 
 import keras
 import numpy as np
@@ -8,7 +8,16 @@ import pytest
 import tensorflow as tf
 
 import tapeloop as tl
-from tests.support.cached import BATCH, check_same, images, of_kind, spy, trainer_of
+from tests.support.cached import (
+    BATCH,
+    check_cached_run,
+    frozen_base,
+    images,
+    in_batches,
+    in_threads,
+    of_kind,
+    trainer_of,
+)
 from tests.support.classifiers import classifier
 
 layers = keras.layers
@@ -30,14 +39,12 @@ class Counting(layers.Layer):
     "layer",
     [lambda: layers.BatchNormalization(center=False, scale=False, name="bn"), lambda: Counting(name="counting")],
 )
-def test_what_the_training_step_moves_is_not_cached_for_an_evaluation(layer, monkeypatch):
-    computed, runs = spy(monkeypatch), []
-    for cache in ("memory", None):
-        trainer = trainer_of(lambda: classifier(behind=[layer()]), tl.TrainOnly("head"))
-        options = {"validation_data": images(), "feature_cache": cache, "progress": "none"}
-        runs.append((trainer, trainer.fit(images(), batch_size=BATCH, epochs=3, **options).history))
-    check_same(*runs)
-    assert computed == ["data", "validation_data"]  # and not anew in each epoch
+def test_what_the_training_step_moves_is_not_cached_for_an_evaluation(layer):
+    # Features are computed once, and not anew in each epoch.
+    check_cached_run(
+        lambda: trainer_of(lambda: classifier(behind=[layer()]), tl.TrainOnly("head")),
+        images, validation_data=images(), batch_size=BATCH, epochs=3,
+    )  # fmt: skip
 
 
 class Masked(tl.Trainer):
@@ -68,14 +75,10 @@ def masked():
 
 
 def test_masks_that_leave_examples_out():
-    options = {"batch_size": BATCH, "shuffle": False, "epochs": 2, "progress": "none"}
-    runs = []
-    for cache in ("memory", None):
-        trainer = trainer_of(classifier, tl.Freeze("base"), Masked, metrics=None)
-        runs.append((trainer, trainer.fit(masked(), feature_cache=cache, **options).history))
-    check_same(*runs)
+    options = {"batch_size": BATCH, "shuffle": False, "epochs": 2}
+    check_cached_run(lambda: frozen_base(Masked, metrics=None), masked, **options)
     with pytest.raises(tl.CacheError, match="makes one thing of the examples of a batch"):
-        trainer_of(classifier, tl.Freeze("base"), Early, metrics=None).fit(masked(), feature_cache="memory", **options)
+        frozen_base(Early, metrics=None).fit(masked(), feature_cache="memory", progress="none", **options)
 
 
 class Moving(tl.VariablePolicy):
@@ -93,42 +96,25 @@ class Moving(tl.VariablePolicy):
 
 
 def test_a_frozen_weight_that_changes_within_a_fit_is_noticed():
-    runs = []
-    for cache in ("memory", None):
-        keras.utils.set_random_seed(0)
+    def make():
         model = classifier()
-        trainer = tl.Trainer(model, Moving(model), loss="mse", optimizer="adam", seed=1)
-        options = {"validation_data": images(), "feature_cache": cache, "progress": "none"}
-        runs.append((trainer, trainer.fit(images(), batch_size=BATCH, epochs=3, **options).history))
-    check_same(*runs)
+        return trainer_of(lambda: model, Moving(model))
+
+    options = {"validation_data": images(), "batch_size": BATCH, "epochs": 3}
+    check_cached_run(make, images, computed=["data", "validation_data"] * 3, **options)
 
 
 def test_validation_in_batches_of_any_size():
-    runs = []
-    for cache in ("memory", None):
-        trainer = trainer_of(classifier, tl.Freeze("base"))
-        options = {"validation_data": of_kind("uneven", images()), "feature_cache": cache, "progress": "none"}
-        runs.append((trainer, trainer.fit(images(), batch_size=BATCH, epochs=2, **options).history))
-    check_same(*runs)
+    uneven = of_kind("uneven", images())
+    check_cached_run(frozen_base, images, validation_data=uneven, batch_size=BATCH, epochs=2)
 
 
-def test_trainers_in_threads():
-    trainers = [trainer_of(classifier, tl.Freeze("base")) for _ in range(3)]
-    failures = []
-
-    def run(trainer):
-        try:
-            trainer.fit(images(), batch_size=BATCH, epochs=2, feature_cache="memory", progress="none")
-        except Exception as failure:
-            failures.append(failure)
-
-    threads = [threading.Thread(target=run, args=(trainer,)) for trainer in trainers]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
+def test_trainers_in_threads(watched):
+    trainers = [frozen_base() for _ in range(3)]
+    options = {"batch_size": BATCH, "epochs": 2, "feature_cache": "memory", "progress": "none"}
+    in_threads([functools.partial(trainer.fit, images(), **options) for trainer in trainers])
     assert len({trainer.model.get_layer("head").kernel.numpy().tobytes() for trainer in trainers}) == 1
+    assert watched.served == ["data"] * 6
 
 
 class Drifting(keras.utils.PyDataset):
@@ -157,19 +143,18 @@ class Drifting(keras.utils.PyDataset):
 
 @pytest.mark.parametrize("where", ["memory", "path"])
 def test_a_pydataset_that_changes_after_its_features_were_computed_is_noticed(where, tmp_path):
-    trainer = trainer_of(classifier, tl.Freeze("base"))
+    trainer = frozen_base()
     where = tmp_path if where == "path" else where
     with pytest.raises(tl.CacheError, match=r"`data` has changed since its features were computed: batch \d has other"):
         trainer.fit(Drifting(still=2), epochs=6, feature_cache=where, progress="none", shuffle=False)
     assert trainer.epoch == 1
     still = Drifting(still=99)
-    trainer_of(classifier, tl.Freeze("base")).fit(still, epochs=4, feature_cache="memory", progress="none")
+    frozen_base().fit(still, epochs=4, feature_cache="memory", progress="none")
     assert still.ended == 2 + 3  # two passes for the features, then a look in each epoch
 
 
 def test_a_list_that_changes_after_its_features_were_computed_is_noticed():
-    x, y = images()
-    batches = [(x[start : start + BATCH], y[start : start + BATCH].copy()) for start in range(0, 16, BATCH)]
+    batches = in_batches(images(16))
 
     class Changes(tl.VariablePolicy):
         def at(self, progress):
@@ -184,10 +169,17 @@ def test_a_list_that_changes_after_its_features_were_computed_is_noticed():
     assert trainer.epoch == 2
 
 
-def test_a_list_with_class_weights_is_looked_at_with_them():
-    x, _ = images(16)
-    batches = [(x[start : start + BATCH], np.arange(4) % 2) for start in range(0, 16, BATCH)]
-    make = {"loss": keras.losses.SparseCategoricalCrossentropy(from_logits=True), "metrics": None}
-    trainer = trainer_of(classifier, tl.Freeze("base"), **make)
-    trainer.fit(batches, epochs=3, class_weight={0: 2.0}, feature_cache="memory", progress="none")
-    assert trainer.epoch == 3
+def test_a_list_with_class_weights_is_looked_at_with_them(watched):
+    batches = in_batches((images(16)[0], np.arange(16) % 2))
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    options = {"class_weight": {0: 2.0}, "feature_cache": "memory", "progress": "none"}
+    frozen_base(loss=loss, metrics=None).fit(batches, epochs=3, **options)
+    assert watched.served == ["data"] * 3
+
+
+def test_a_list_in_another_order_is_another_cache(watched, caplog):
+    trainer, batches = frozen_base(), in_batches(images(16))
+    for data in (batches, [*batches], batches[::-1]):
+        trainer.fit(data, feature_cache="memory", progress="none")
+    assert watched.computed == ["data"] * 2
+    assert "out of date (the order of the data changed)" in caplog.text

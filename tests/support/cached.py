@@ -1,32 +1,42 @@
 """Models, data and helpers of the tests of the feature cache."""
 
+import concurrent.futures
+import contextlib
+from collections import Counter
+from types import SimpleNamespace
+
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 
 import tapeloop as tl
+from tapeloop.data.given import DataSpec
+from tapeloop.feature_cache import cache
 from tapeloop.feature_cache.cache import FeatureCache
+from tapeloop.model.tree import Tree
 from tests.support.classifiers import backbone, classifier
 
 layers = keras.layers
 N, BATCH = 22, 4
 
 
-def images(count=N):
+def drawn(*shapes):
     generator = np.random.default_rng(0)
-    x = generator.normal(size=(count, 16, 16, 3)).astype("float32")
-    return x, generator.normal(size=(count, 2)).astype("float32")
+    return [generator.normal(size=shape).astype("float32") for shape in shapes]
+
+
+def images(count=N):
+    return tuple(drawn((count, 16, 16, 3), (count, 2)))
 
 
 def tokens():
-    generator = np.random.default_rng(0)
-    return generator.integers(0, 50, (N, 7)), generator.normal(size=(N, 2)).astype("float32")
+    return np.random.default_rng(0).integers(0, 50, (N, 7)), *drawn((N, 2))
 
 
 def pairs():
-    generator = np.random.default_rng(0)
-    x = generator.normal(size=(N, 4)).astype("float32"), generator.normal(size=(N, 5)).astype("float32")
-    return x, generator.normal(size=(N, 2)).astype("float32")
+    first, second, y = drawn((N, 4), (N, 5), (N, 2))
+    return (first, second), y
 
 
 def two_inputs():
@@ -42,16 +52,10 @@ def around():
     return keras.Model(inputs, layers.Dense(2, name="head")(x))
 
 
-def embedded():
+def sequence(recurrent, **options):
     inputs = keras.Input((7,), dtype="int32")
-    x = layers.Embedding(50, 8, mask_zero=True, name="embedding")(inputs)
-    return keras.Model(inputs, layers.Dense(2, name="head")(layers.LSTM(5, name="lstm")(x)))
-
-
-def recurrent():
-    inputs = keras.Input((7,), dtype="int32")
-    x = layers.GRU(5, name="gru")(layers.Embedding(50, 8, name="embedding")(inputs))
-    return keras.Model(inputs, layers.Dense(2, name="head")(x))
+    x = layers.Embedding(50, 8, name="embedding", **options)(inputs)
+    return keras.Model(inputs, layers.Dense(2, name="head")(recurrent(x)))
 
 
 def attention():
@@ -62,8 +66,7 @@ def attention():
 
 
 def regularized():
-    model = classifier(behind=[layers.Dense(6, "relu", kernel_regularizer="l2", name="middle")])
-    return model
+    return classifier(behind=[layers.Dense(6, "relu", kernel_regularizer="l2", name="middle")])
 
 
 class Subclassed(keras.Model):
@@ -125,8 +128,13 @@ MODELS = {
     "subclassed": (Subclassed, tl.Freeze("base"), images, tl.Trainer),
     "two inputs": (two_inputs, tl.TrainOnly("head"), pairs, tl.Trainer),
     "around": (around, tl.TrainOnly("head", "trained"), images, tl.Trainer),
-    "embedding": (embedded, tl.Freeze("embedding"), tokens, tl.Trainer),
-    "recurrent": (recurrent, tl.TrainOnly("head"), tokens, tl.Trainer),
+    "embedding": (
+        lambda: sequence(layers.LSTM(5, name="lstm"), mask_zero=True),
+        tl.Freeze("embedding"),
+        tokens,
+        tl.Trainer,
+    ),
+    "recurrent": (lambda: sequence(layers.GRU(5, name="gru")), tl.TrainOnly("head"), tokens, tl.Trainer),
     "attention": (attention, tl.TrainOnly("head"), tokens, tl.Trainer),
     "regularized": (regularized, tl.TrainOnly("middle", "head"), images, tl.Trainer),
     "teacher": (networks, tl.TrainOnly("student/head"), images, Distilling),
@@ -144,51 +152,96 @@ def trainer_of(make, policy, kind=tl.Trainer, **options):
     return kind(make(), policy, optimizer="adam", seed=1, **{**plain, **options})
 
 
+def frozen_base(kind=tl.Trainer, **options):
+    return trainer_of(classifier, tl.Freeze("base"), kind, **options)
+
+
 def weights(trainer):
-    tree = tl.Trainer(trainer.model).selection.tree
-    return {variable.path: np.asarray(variable.variable) for variable in tree.variables}
+    return {variable.path: np.asarray(variable.variable) for variable in Tree.of(trainer.model).variables}
 
 
-def check_same(one, other):
+def check_same(one, other, rtol=1e-5, atol=1e-5):
+    """Check that two runs `(trainer, history)` came to the same."""
     (trainer, history), (plain, without) = one, other
     assert history.keys() == without.keys()
     for name, values in without.items():
-        np.testing.assert_allclose(history[name], values, rtol=1e-5, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(history[name], values, rtol, atol / 10, err_msg=name)
     for path, value in weights(plain).items():
-        np.testing.assert_allclose(weights(trainer)[path], value, rtol=1e-5, atol=1e-5, err_msg=path)
+        np.testing.assert_allclose(weights(trainer)[path], value, rtol, atol, err_msg=path)
     assert trainer.step == plain.step
 
 
+@contextlib.contextmanager
+def watched_cache():
+    """Note the names of data of which features are computed, and of data in whose stead epochs are given features."""
+    watched = SimpleNamespace(computed=[], served=[])
+
+    def noting(function, names):
+        def noted(*args):
+            names.extend(arg.name for arg in args if isinstance(arg, DataSpec))
+            return function(*args)
+
+        return noted
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FeatureCache, "_compute", noting(FeatureCache._compute, watched.computed))
+        patch.setattr(cache, "_loader", noting(cache._loader, watched.served))
+        yield watched
+
+
+def check_cached_run(make, data, *, where="memory", computed=None, served=None, rtol=1e-5, atol=1e-5, **options):
+    """Check that a run with a cache is the run without it, and that it did train and evaluate on features.
+
+    Args:
+        make: Makes a trainer.
+        data: Makes what it is fitted to.
+        where: Where features are kept.
+        computed: The names of the data of which features should be computed; by default once of each.
+        served: The names of the data in whose stead features should come; by default that of each, in each epoch.
+    """
+    names = ["data", "validation_data"] if "validation_data" in options else ["data"]
+    runs = []
+    for place in (where, None):
+        trainer = make()
+        with watched_cache() as watched:
+            history = trainer.fit(data(), feature_cache=place, progress="none", **options).history
+        if place is not None:
+            assert watched.computed == (names if computed is None else computed), watched
+            expected = Counter(names * options.get("epochs", 1) if served is None else served)
+            assert expected.keys() == set(watched.served), watched
+            assert expected <= Counter(watched.served), watched  # a fit with validation asks once more, to trace
+        runs.append((trainer, history))
+    check_same(*runs, rtol, atol)
+    return runs
+
+
+def in_batches(data):
+    return [tuple(part[start : start + BATCH] for part in data) for start in range(0, len(data[0]), BATCH)]
+
+
 def of_kind(kind, data):
-    def batched():
-        return [tuple(part[n : n + BATCH] for part in data) for n in range(0, len(data[0]), BATCH)]
+    batches = in_batches(data)
 
     class Py(keras.utils.PyDataset):
         def __len__(self):
-            return len(batched())
+            return len(batches)
 
         def __getitem__(self, number):
-            return batched()[number]
+            return batches[number]
 
     dataset = tf.data.Dataset.from_tensor_slices(data)
     return {
         "arrays": data,
         "dataset": dataset.batch(BATCH),
-        "list": batched(),
-        "uneven": [batched()[0], *(tuple(part[4:7] for part in data) for _ in "a"), *batched()[2:]],
+        "list": batches,
+        "uneven": [batches[0], tuple(part[4:7] for part in data), *batches[2:]],
         "pydataset": Py(),
         "shuffled": dataset.shuffle(N, seed=0).batch(BATCH),
     }[kind]
 
 
-def spy(monkeypatch):
-    """Count how often features are computed."""
-    computed = []
-    compute = FeatureCache._compute
-
-    def counting(self, *args):
-        computed.append(args[1].name)
-        return compute(self, *args)
-
-    monkeypatch.setattr(FeatureCache, "_compute", counting)
-    return computed
+def in_threads(functions):
+    """Call functions in a thread each, and raise what one of them raises."""
+    with concurrent.futures.ThreadPoolExecutor(len(functions)) as pool:
+        for future in [pool.submit(function) for function in functions]:
+            future.result()

@@ -36,6 +36,20 @@ def classifier(before=(), behind=()):
     return keras.Model(inputs, layers.Dense(2, name="head")(x))
 
 
+class Wrapped(layers.Layer):
+    """Changes its inputs in a way that mixes examples, before weights that are frozen."""
+
+    def __init__(self, mix, width=None, **options):
+        super().__init__(**options)
+        self.mix, self.width = mix, width
+
+    def build(self, shape):
+        self.scale = self.add_weight(shape=(self.width or shape[-1],), initializer="ones", name="scale")
+
+    def call(self, inputs):
+        return self.mix(inputs) * self.scale
+
+
 def cut_of(model, policy, batch, kind="train", random=False, **options):
     options = {"loss": "mse", "optimizer": "sgd", **options}
     trainer = tl.Trainer(model, policy, **options)
