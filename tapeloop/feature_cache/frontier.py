@@ -102,7 +102,7 @@ class Cut:
         return tuple(zlib.crc32(value.reshape(-1).view(np.uint8).data) for value in values)
 
     def rest_for(self, features: Any) -> Any:
-        """Return a function of features of this signature that runs the rest of the step, to be called in a traced one."""
+        """Return the rest of the step as a function of features of this signature, to be called in a traced one."""
         # A partial, since TensorFlow counts traces by code and would warn that the cuts of all steps retrace.
         return tf.function(functools.partial(self.rest), autograph=False).get_concrete_function(features)
 
