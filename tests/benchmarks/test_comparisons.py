@@ -73,25 +73,30 @@ class FakeWorker:
         pass
 
 
-def measured(monkeypatch, tmp_path, name="results", fails=None, **planted):
-    """Results of a run whose arms are slower, or keep more, or fail, as planted."""
+@pytest.fixture
+def measured(monkeypatch, tmp_path):
+    """A function that returns the results of a run whose arms are slower, or keep more, or fail, as planted."""
     monkeypatch.setattr(runner, "Worker", FakeWorker)
-    monkeypatch.setattr(FakeWorker, "planted", planted)
-    monkeypatch.setattr(FakeWorker, "fails", fails or {})
     monkeypatch.setattr(runner, "prepare", lambda: None)
     # The allocator is made up, so that there is no garbage to collect; after many traces that takes seconds each time.
     monkeypatch.setattr(measure.gc, "collect", lambda: 0)
-    results = Results(tmp_path / f"{name}.json", "a command")
-    runner.run([(GROUP, [Case(GROUP, arm) for arm in SECONDS])], results, show=lambda line: None)
-    return results
+
+    def run(name="results", fails=None, group=GROUP, **planted):
+        monkeypatch.setattr(FakeWorker, "planted", planted)
+        monkeypatch.setattr(FakeWorker, "fails", fails or {})
+        results = Results(tmp_path / f"{name}.json", "a command")
+        runner.run([(group, [Case(group, arm) for arm in SECONDS])], results, show=lambda line: None)
+        return results
+
+    return run
 
 
 def row_of(results, arm):
     return next(row for row in results.rows if row["arm"] == arm)
 
 
-def test_the_figures_of_an_arm_are_those_of_the_clock_and_the_allocator(monkeypatch, tmp_path):
-    row = row_of(measured(monkeypatch, tmp_path), "tapeloop")
+def test_the_figures_of_an_arm_are_those_of_the_clock_and_the_allocator(measured):
+    row = row_of(measured(), "tapeloop")
     assert row["step_ms"] == pytest.approx(2.0, rel=0.03)
     assert row["steps_timed"] == 70
     assert len(row["rounds_ms"]) == 7
@@ -101,13 +106,13 @@ def test_the_figures_of_an_arm_are_those_of_the_clock_and_the_allocator(monkeypa
     assert (row["persistent"], row["growth"]) == (1_000_000, 0)
 
 
-def test_two_runs_of_the_same_have_no_regressions(monkeypatch, tmp_path):
-    assert compare(measured(monkeypatch, tmp_path), measured(monkeypatch, tmp_path)) == ([], [])
+def test_two_runs_of_the_same_have_no_regressions(measured):
+    assert compare(measured(), measured()) == ([], [])
 
 
-def test_a_step_slower_by_a_tenth_is_found(monkeypatch, tmp_path):
-    before = measured(monkeypatch, tmp_path)
-    after = measured(monkeypatch, tmp_path, tapeloop={"slower": 1.1})
+def test_a_step_slower_by_a_tenth_is_found(measured):
+    before = measured()
+    after = measured(tapeloop={"slower": 1.1})
     (found,), said = compare(before, after)
     assert re.match(r"mlp head, batch 64, tapeloop: a step .* of `forward` \(\+\d", found)
     assert said == []
@@ -116,22 +121,22 @@ def test_a_step_slower_by_a_tenth_is_found(monkeypatch, tmp_path):
     assert "(-" in better
 
 
-def test_alarms_are_rare_and_a_tenth_is_nearly_always_found(monkeypatch, tmp_path):
-    runs = [measured(monkeypatch, tmp_path) for _ in range(30)]
-    slow = [measured(monkeypatch, tmp_path, tapeloop={"slower": 1.1}) for _ in range(30)]
+def test_alarms_are_rare_and_a_tenth_is_nearly_always_found(measured):
+    runs = [measured() for _ in range(30)]
+    slow = [measured(tapeloop={"slower": 1.1}) for _ in range(30)]
     false = sum(len(compare(one, other)[0]) for one, other in itertools.pairwise(runs))
     assert false <= 2  # of 29 times 4 comparisons
     assert sum(bool(compare(one, other)[0]) for one, other in zip(runs, slow)) >= 29
 
 
-def test_one_round_says_nothing(monkeypatch, tmp_path):
-    monkeypatch.setattr("tests.benchmarks.test_comparisons.GROUP", dataclasses.replace(GROUP, rounds=1))
-    before, after = measured(monkeypatch, tmp_path), measured(monkeypatch, tmp_path, tapeloop={"slower": 9})
+def test_one_round_says_nothing(measured):
+    once = dataclasses.replace(GROUP, rounds=1)
+    before, after = measured(group=once), measured(group=once, tapeloop={"slower": 9})
     assert compare(before, after) == ([], ["mlp head, batch 64, tapeloop: too few rounds to tell a step's time"])
 
 
-def test_times_of_an_arm_alone_may_be_the_machines(monkeypatch, tmp_path):
-    before, after = (measured(monkeypatch, tmp_path, tapeloop={"slower": slower}) for slower in (1.0, 1.3))
+def test_times_of_an_arm_alone_may_be_the_machines(measured):
+    before, after = (measured(tapeloop={"slower": slower}) for slower in (1.0, 1.3))
     for results in (before, after):
         results.rows = [row_of(results, "tapeloop")]
     regressions, (said,) = compare(before, after)
@@ -139,9 +144,9 @@ def test_times_of_an_arm_alone_may_be_the_machines(monkeypatch, tmp_path):
     assert said.endswith("no other arm ran beside it, so this may be the machine's")
 
 
-def test_a_machine_that_is_slower_as_a_whole_is_no_regression(monkeypatch, tmp_path):
+def test_a_machine_that_is_slower_as_a_whole_is_no_regression(measured):
     drifted = {arm: {"slower": 1.3} for arm in SECONDS}
-    assert compare(measured(monkeypatch, tmp_path), measured(monkeypatch, tmp_path, **drifted)) == ([], [])
+    assert compare(measured(), measured(**drifted)) == ([], [])
 
 
 @pytest.mark.parametrize(
@@ -153,33 +158,33 @@ def test_a_machine_that_is_slower_as_a_whole_is_no_regression(monkeypatch, tmp_p
     ],
     ids=["leaked at each step", "held for good", "ten more at a time"],
 )
-def test_one_activation_more_is_found(monkeypatch, tmp_path, planted, expected):
-    before, after = measured(monkeypatch, tmp_path), measured(monkeypatch, tmp_path, tapeloop=planted)
+def test_one_activation_more_is_found(measured, planted, expected):
+    before, after = measured(), measured(tapeloop=planted)
     regressions, _ = compare(before, after)
     assert {line.split("tapeloop: ")[1].split()[0] for line in regressions} == expected
 
 
-def test_a_case_that_fails_is_a_row_and_the_others_go_on(monkeypatch, tmp_path):
-    results = measured(monkeypatch, tmp_path, fails={"full": "memory", "selective": "round"})
+def test_a_case_that_fails_is_a_row_and_the_others_go_on(measured):
+    results = measured(fails={"full": "memory", "selective": "round"})
     assert row_of(results, "full")["error"] == "while memory was measured: out of memory: the device is full"
     assert row_of(results, "selective")["error"] == "out of memory: the device is full"
     assert "step_ms" in row_of(results, "tapeloop")
     text = tables.report(results, [])
     assert "- `full` failed: while memory was measured: out of memory: the device is full" in text
-    regressions, _ = compare(measured(monkeypatch, tmp_path), results)
+    regressions, _ = compare(measured(), results)
     assert len([line for line in regressions if "error: " in line]) == 2
 
 
-def test_arms_that_compute_something_else_are_invalid(monkeypatch, tmp_path):
-    results = measured(monkeypatch, tmp_path, tapeloop={"loss": 2.01})
+def test_arms_that_compute_something_else_are_invalid(measured):
+    results = measured(tapeloop={"loss": 2.01})
     assert row_of(results, "tapeloop")["invalid"] == "its loss after the same steps is 2.01, that of `selective` 2"
     assert "invalid" not in row_of(results, "full")  # it trains more
     assert "`tapeloop` is **invalid**" in tables.report(results, [])
-    assert any("invalid" in line for line in compare(measured(monkeypatch, tmp_path), results)[0])
+    assert any("invalid" in line for line in compare(measured(), results)[0])
 
 
-def test_a_run_goes_on_where_it_was_cut_off(monkeypatch, tmp_path):
-    first = measured(monkeypatch, tmp_path)
+def test_a_run_goes_on_where_it_was_cut_off(measured):
+    first = measured()
     assert not Results.load(first.path).complete
     resumed = Results.resume(first.path, "a command")
     assert resumed.has(GROUP)
@@ -192,36 +197,35 @@ def test_a_run_goes_on_where_it_was_cut_off(monkeypatch, tmp_path):
     assert Results.resume(first.path, "a command").rows == []  # what came to its end begins anew
 
 
-def test_results_of_another_run_are_not_gone_on_with(monkeypatch, tmp_path):
-    path = measured(monkeypatch, tmp_path).path
-    with pytest.raises(
-        ValueError, match=r"has results of another run: `a command`.*Give another `--out`, or delete it"
-    ):
+def test_results_of_another_run_are_not_gone_on_with(measured):
+    path = measured().path
+    text = r"has results of another run: `a command`.*Give another `--out`, or delete it"
+    with pytest.raises(ValueError, match=text):
         Results.resume(path, "another command")
 
 
-def test_a_file_cut_short_is_named(monkeypatch, tmp_path, capsys):
-    path = measured(monkeypatch, tmp_path).path
+def test_a_file_cut_short_is_named(measured, capsys):
+    path = measured().path
     path.write_text(path.read_text()[:-200])
     assert cli.main(["report", str(path)]) == 2
     assert "is no file of results, or was cut short" in capsys.readouterr().err
 
 
-def test_a_run_that_did_not_end_is_reported_as_such(monkeypatch, tmp_path):
-    assert "The run did not come to its end" in tables.report(measured(monkeypatch, tmp_path), [])
+def test_a_run_that_did_not_end_is_reported_as_such(measured):
+    assert "The run did not come to its end" in tables.report(measured(), [])
 
 
-def test_different_machines_are_warned_of(monkeypatch, tmp_path, capsys):
-    one, other = measured(monkeypatch, tmp_path, "one"), measured(monkeypatch, tmp_path, "other")
+def test_different_machines_are_warned_of(measured, capsys):
+    one, other = measured("one"), measured("other")
     other.machine["processor"] = "another processor"
     other.write()
     assert cli.main(["compare", str(one.path), str(other.path)]) == 0
     assert "WARNING: the two runs are of different machines or versions (processor:" in capsys.readouterr().out
 
 
-def test_compare_ends_with_1_where_something_got_worse(monkeypatch, tmp_path, capsys):
-    one = measured(monkeypatch, tmp_path, "one")
-    other = measured(monkeypatch, tmp_path, "other", tapeloop={"slower": 1.2})
+def test_compare_ends_with_1_where_something_got_worse(measured, capsys):
+    one = measured("one")
+    other = measured("other", tapeloop={"slower": 1.2})
     assert cli.main(["compare", str(one.path), str(other.path)]) == 1
     assert "WORSE: mlp head, batch 64, tapeloop: a step" in capsys.readouterr().out
 
@@ -241,12 +245,12 @@ def test_wrong_use_is_a_clear_error(arguments, said, monkeypatch, capsys):
     assert said in capsys.readouterr().err
 
 
-def test_a_group_can_be_made_of_its_row(monkeypatch, tmp_path):
-    results = measured(monkeypatch, tmp_path)
+def test_a_group_can_be_made_of_its_row(measured):
+    results = measured()
     assert {group_of(row) for row in json.loads(results.path.read_text())["rows"]} == {GROUP}
 
 
-def test_what_is_invalid_stands_in_no_comparison(monkeypatch, tmp_path):
-    results = measured(monkeypatch, tmp_path, tapeloop={"loss": 2.01})
+def test_what_is_invalid_stands_in_no_comparison(measured):
+    results = measured(tapeloop={"loss": 2.01})
     assert len(tables.floors(tables.by_group(results.rows))) == 2  # the header alone
     assert "tapeloop (invalid)" in tables.report(results, [])

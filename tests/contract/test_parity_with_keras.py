@@ -6,6 +6,8 @@ import pytest
 import tensorflow as tf
 
 import tapeloop as tl
+from tapeloop.data.class_weight import class_weights_of
+from tests.support.compare import assert_close
 
 layers = keras.layers
 GENERATOR = np.random.default_rng(0)
@@ -45,8 +47,9 @@ def subclassed():
 
 
 def two_headed():
-    inputs = keras.Input((6,))
-    hidden = layers.Dense(8, activation="tanh")(inputs)
+    """A model with two inputs and two outputs, told apart by their names."""
+    inputs = {"a": keras.Input((2,), name="a"), "b": keras.Input((4,), name="b")}
+    hidden = layers.Dense(8, activation="tanh")(layers.Concatenate()([inputs["a"], inputs["b"]]))
     return keras.Model(inputs, {"label": layers.Dense(3, name="label")(hidden), "y": layers.Dense(3, name="y")(hidden)})
 
 
@@ -75,28 +78,30 @@ CASES = {
 }
 
 
-def compare(make, data, options_of, optimizer=None, fit=None, theirs=None):
-    """Train alike in both; `theirs` is what Keras is to be given where that differs."""
+def dict_of(**options):
+    return lambda: options
+
+
+def compare(make, data, options_of, optimizer=None, **fit):
+    """Train alike in both, evaluate and predict."""
     keras.utils.set_random_seed(0)
     model, twin = make(), make()
     twin.set_weights(model.get_weights())
     optimizer = optimizer or keras.optimizers.SGD(0.01, momentum=0.9)
     trainer = tl.Trainer(model, optimizer=optimizer, **options_of())  # metrics of its own
-    fit = fit or {}
-    mine = trainer.fit(
-        data, batch_size=8, epochs=3, shuffle=False, validation_data=data, progress="none", **fit
-    ).history
     twin.compile(keras.optimizers.deserialize(keras.optimizers.serialize(optimizer)), **options_of())
-    x, y, weight = (*data, None, None)[:3]
-    its = twin.fit(
-        x, y, 8, 3, verbose=0, shuffle=False, sample_weight=weight, validation_data=data, **(theirs or fit)
-    ).history
+    fit |= {"epochs": 3, "shuffle": False, "validation_data": data}
+    if isinstance(data, tuple):
+        fit["batch_size"] = 8
+    x, y, weight = (*data, None, None)[:3] if isinstance(data, tuple) else (data, None, None)
+    mine = trainer.fit(data, progress="none", **fit).history
+    its = twin.fit(x, y, verbose=0, sample_weight=weight, **fit).history
     assert mine.keys() == its.keys()
     for name, values in its.items():
         np.testing.assert_allclose(mine[name], values, rtol=1e-6, atol=1e-6, err_msg=name)
-    for one, other in zip(model.get_weights(), twin.get_weights()):
-        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+    assert_close(model, twin, rtol=1e-4, atol=1e-5)
     assert trainer.trace_count == 1
+    return trainer, twin
 
 
 def pairs():
@@ -116,49 +121,45 @@ def test_logs_are_those_of_fit(make, case):
 @pytest.mark.parametrize("case", ["labels", "huber"])
 def test_with_sample_weights(case):
     y, options = CASES[case]
-    compare(functional, (X, y, WEIGHTS), options)
+    trainer, twin = compare(functional, (X, y, WEIGHTS), options)
+    if case == "labels":
+        evaluated = twin.evaluate(X, y, sample_weight=WEIGHTS, verbose=0, return_dict=True)
+        assert trainer.evaluate((X, y, WEIGHTS), progress="none") == pytest.approx(evaluated, rel=1e-5)
+        assert_close(trainer.predict(X, batch_size=16), twin.predict(X, verbose=0), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "rmsprop", "adamw", "lion"])
+SLOW_OPTIMIZERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("rmsprop", "lion")]
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", *SLOW_OPTIMIZERS])
 def test_with_other_optimizers(optimizer):
     compare(sequential, (X, LABELS), CASES["labels"][1], keras.optimizers.get(optimizer))
 
 
+def test_with_class_weights():
+    options = dict_of(loss=CROSS_ENTROPY, weighted_metrics=["accuracy"])
+    compare(sequential, (X, LABELS), options, class_weight={0: 0.5, 2: 3.0})
+
+
 @pytest.mark.parametrize("labels", [LABELS, LABELS[:, None], ONE_HOT, LABELS.astype("float32")], ids=np.shape)
-def test_with_class_weights(labels):
-    loss = CASES["one-hot"][1]()["loss"] if labels.shape[-1] == 3 else CROSS_ENTROPY
-
-    def options():
-        return {"loss": loss, "weighted_metrics": ["accuracy"]}
-
-    compare(sequential, (X, labels), options, fit={"class_weight": {0: 0.5, 2: 3.0}})
+def test_class_weights_of_labels_of_any_shape(labels):
+    _, _, weights = class_weights_of({0: 0.5, 2: 3.0}).applied((X, tf.constant(labels)))
+    np.testing.assert_array_equal(weights, np.array([0.5, 1.0, 3.0], "float32")[LABELS])
 
 
-def test_with_several_outputs():
-    def options():
-        return {
-            "loss": {"label": CROSS_ENTROPY, "y": "mse"},
-            "loss_weights": {"label": 0.3, "y": 2.0},
-            "metrics": {"label": ["accuracy"], "y": ["mae", "mse"]},
-        }
-
-    compare(two_headed, (X, {"label": LABELS, "y": TARGETS}), options)
+def test_with_several_inputs_and_outputs():
+    options = dict_of(
+        loss={"label": CROSS_ENTROPY, "y": "mse"},
+        loss_weights={"label": 0.3, "y": 2.0},
+        metrics={"label": ["accuracy"], "y": ["mae", "mse"]},
+    )
+    data = ({"a": X[:, :2], "b": X[:, 2:]}, {"label": LABELS, "y": TARGETS})
+    trainer, _ = compare(two_headed, data, options)
+    shapes = {name: values.shape for name, values in trainer.predict(data[0]).items()}
+    assert shapes == {"label": (37, 3), "y": (37, 3)}
 
 
 def test_batches_of_a_dataset_and_steps_per_epoch_are_the_same():
-    data = tf.data.Dataset.from_tensor_slices((X, LABELS)).batch(8).repeat()
-    keras.utils.set_random_seed(0)
-    model, twin = functional(), functional()
-    twin.set_weights(model.get_weights())
-    _, options = CASES["labels"]
-    trainer = tl.Trainer(model, optimizer=keras.optimizers.SGD(0.05), **options())
-    mine = trainer.fit(
-        data, epochs=3, steps_per_epoch=4, validation_data=data, validation_steps=2, progress="none"
-    ).history
-    twin.compile(keras.optimizers.SGD(0.05), **options())
-    its = twin.fit(
-        data, epochs=3, steps_per_epoch=4, validation_data=data, validation_steps=2, verbose=0, shuffle=False
-    ).history
-    for name, values in its.items():
-        np.testing.assert_allclose(mine[name], values, rtol=1e-6, atol=1e-6, err_msg=name)
-    assert trainer.step == 12
+    data = tf.data.Dataset.from_tensor_slices((X[:32], LABELS[:32])).batch(8).repeat()
+    trainer, _ = compare(functional, data, CASES["labels"][1], steps_per_epoch=3, validation_steps=2)
+    assert trainer.step == 9

@@ -1,22 +1,19 @@
 """State that a frozen and a trained part share: frozen only where all the places that hold it are."""
 
-import os
-
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import tapeloop as tl
 from tapeloop.step.freezing import immutable_variables
-from tests.support import models, recipes
+from tests.support import recipes
+from tests.support.fitting import X, Y, fit, history_of, moved
 
 layers = keras.layers
-WIDTH = recipes.WIDTH
-X = np.random.default_rng(0).normal(size=(8, WIDTH)).astype("float32")
-Y = np.random.default_rng(1).normal(size=(8, 1)).astype("float32")
+SGD = keras.optimizers.SGD
 POOL = {
     "drop": lambda: layers.Dropout(0.5, seed=3),
     "noise": lambda: layers.GaussianNoise(0.5, seed=4),
@@ -25,32 +22,25 @@ POOL = {
 }
 
 
-def blocks_of(plan):
-    """Chains of a Dense layer and weightless layers of one pool, and the pool."""
-    keras.utils.set_random_seed(0)
-    pool = {name: make() for name, make in POOL.items()}
-    chains = [
-        recipes.Chain(
-            [layers.Dense(WIDTH, activation="tanh"), *(pool[name] for name in names)], False, f"block{number}"
-        )
-        for number, (names, _) in enumerate(plan)
-    ]
-    return chains, pool, layers.Dense(1, name="head")
+def chain_model(*parts):
+    """Layers one after the other, any of which may come twice, and a head."""
+    inputs = x = keras.Input((4,))
+    for part in parts:
+        x = part(x)
+    return keras.Model(inputs, layers.Dense(3, name="head")(x))
 
 
 def model_of(plan):
-    chains, pool, head = blocks_of(plan)
-    inputs = x = keras.Input((WIDTH,))
-    for chain in chains:
-        x = chain(x)
-    return keras.Model(inputs, head(x)), pool
+    """Chains of a Dense layer and weightless layers of one pool."""
+    keras.utils.set_random_seed(0)
+    pool = {name: make() for name, make in POOL.items()}
+    children = [[layers.Dense(4, activation="tanh"), *(pool[name] for name in names)] for names, _ in plan]
+    return chain_model(*(recipes.Chain(parts, False, f"block{number}") for number, parts in enumerate(children)))
 
 
-def by_hand(plan, model, steps):
+def by_hand(plan, steps):
     """Train a twin with every call spelled out: frozen blocks in inference mode, without their penalties."""
-    twin, _ = model_of(plan)
-    twin.set_weights(model.get_weights())
-    optimizer, losses = keras.optimizers.SGD(0.1), []
+    twin, optimizer, losses = model_of(plan), SGD(0.1), []
     blocks = [(twin.get_layer(f"block{number}"), freezes) for number, (_, freezes) in enumerate(plan)]
     trained = [v for block, freezes in blocks if not freezes for v in block.steps[0].trainable_variables]
     trained += twin.get_layer("head").trainable_variables
@@ -74,75 +64,57 @@ plans = st.lists(
 ).filter(lambda plan: any(freezes for _, freezes in plan))
 
 
-@settings(
-    max_examples=int(os.environ.get("TAPELOOP_EXAMPLES", "40")) // 2,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=list(HealthCheck),
-    print_blob=True,
-)
+@recipes.thorough(share=0.5)
 @given(plans)
 def test_layers_shared_at_random_train_as_in_a_loop_by_hand(plan):
-    model, _ = model_of(plan)
-    twin, losses = by_hand(plan, model, 3)
     policy = tl.Freeze(*(f"block{number}" for number, (_, freezes) in enumerate(plan) if freezes))
-    trainer = tl.Trainer(model, policy, loss="mse", optimizer=keras.optimizers.SGD(0.1))
-    history = trainer.fit([(X, Y)] * 3, progress="none").history
-    np.testing.assert_allclose(history["loss"], np.mean(losses), rtol=1e-4)
+    trainer = fit(model_of(plan), policy, optimizer=SGD(0.1))
+    twin, losses = by_hand(plan, 3)
+    np.testing.assert_allclose(trainer.history.history["loss"], np.mean(losses), rtol=1e-4)
     for mine, theirs in zip(trainer.selection.tree.variables, tl.Trainer(twin).selection.tree.variables):
         np.testing.assert_allclose(mine.tf_variable, theirs.tf_variable, rtol=1e-3, atol=1e-5, err_msg=mine.path)
 
 
 def shared(layer):
     """A layer inside a frozen base and again in front of a trained head."""
-    inputs = keras.Input((WIDTH,))
-    base = keras.Sequential([keras.Input((WIDTH,)), layers.Dense(WIDTH), layer], name="base")
-    return keras.Model(inputs, layers.Dense(1, name="head")(layer(base(inputs))))
+    return chain_model(keras.Sequential([keras.Input((4,)), layers.Dense(4), layer], name="base"), layer)
 
 
 @pytest.mark.parametrize("eagerly", [False, True])
 def test_a_dropout_in_a_frozen_base_and_a_trained_head_draws_anew_in_the_head(eagerly):
     drop = layers.Dropout(0.5, seed=3)
-    trainer = tl.Trainer(shared(drop), tl.Freeze("base"), loss="mse", run_eagerly=eagerly)
     before = drop.seed_generator.state.numpy()
-    trainer.fit([(X, Y)] * 3, progress="none")
+    fit(shared(drop), tl.Freeze("base"), run_eagerly=eagerly)
     assert (drop.seed_generator.state.numpy() - before).tolist() == [0, 3]  # once a step: in the head alone
 
 
 def test_a_seed_that_two_submodels_share_goes_on_while_they_train_in_turn():
     drop = layers.Dropout(0.5, seed=3)
-    blocks = [keras.Sequential([keras.Input((WIDTH,)), layers.Dense(WIDTH), drop], name=name) for name in "ab"]
-    inputs = keras.Input((WIDTH,))
-    model = keras.Model(inputs, layers.Dense(1, name="head")(blocks[1](blocks[0](inputs))))
-    policy = tl.Cycle([tl.Freeze("a"), tl.Freeze("b")], every=1)
+    blocks = [keras.Sequential([keras.Input((4,)), layers.Dense(4), drop], name=name) for name in "ab"]
     before = drop.seed_generator.state.numpy()
-    tl.Trainer(model, policy, loss="mse").fit([(X, Y)] * 4, progress="none")
+    fit(chain_model(*blocks), tl.Cycle([tl.Freeze("a"), tl.Freeze("b")], every=1), steps=4)
     assert (drop.seed_generator.state.numpy() - before).tolist() == [0, 4]
 
 
 def test_shared_statistics_without_weights_move_in_the_trained_part():
     bn = layers.BatchNormalization(scale=False, center=False, momentum=0.5)
-    model = shared(bn)
-    trainer = tl.Trainer(model, tl.Freeze("base"), loss="mse", optimizer=keras.optimizers.SGD(0.0))
+    trainer = tl.Trainer(shared(bn), tl.Freeze("base"), loss="mse", optimizer=SGD(0.0))
     assert "moving_mean" not in {v.name for v in immutable_variables(trainer.selection)}
-    for _ in range(40):
-        logs = trainer.fit([(X, Y)], progress="none").history
-    evaluated = trainer.evaluate([(X, Y)], progress="none")
-    assert evaluated["loss"] == pytest.approx(logs["loss"][0], rel=0.05)
+    losses = trainer.fit([(X, Y)], epochs=40, progress="none").history["loss"]
+    assert trainer.evaluate([(X, Y)], progress="none")["loss"] == pytest.approx(losses[-1], rel=0.05)
 
 
 def test_a_penalty_counts_where_its_layer_is_called_in_a_trained_part_alone():
     penalty = layers.ActivityRegularization(l2=1.0)
     model = shared(penalty)
-    trainer = tl.Trainer(model, tl.Freeze("base"), loss="mse", optimizer=keras.optimizers.SGD(0.0))
     outputs = model.get_layer("base")(X)
     expected = float(tf.reduce_mean((model(X) - Y) ** 2) + penalty.activity_regularizer(outputs) / len(X))
-    assert trainer.fit([(X, Y)], progress="none").history["loss"][0] == pytest.approx(expected, rel=1e-5)
+    assert history_of(model, tl.Freeze("base"), optimizer=SGD(0.0))["loss"] == [pytest.approx(expected, rel=1e-5)]
 
 
 class Counting(tf.Module):
     def __init__(self):
-        self.scale = tf.Variable(tf.ones(WIDTH), name="scale")
+        self.scale = tf.Variable(tf.ones(4), name="scale")
         self.calls = tf.Variable(0.0, trainable=False, name="calls")
 
     def __call__(self, x):
@@ -155,7 +127,7 @@ class Holds(layers.Layer):
 
     def __init__(self, name):
         super().__init__(name=name)
-        self.module, self.dense = Counting(), layers.Dense(WIDTH)
+        self.module, self.dense = Counting(), layers.Dense(4)
 
     def build(self, shape):
         self.dense.build(shape)
@@ -166,20 +138,18 @@ class Holds(layers.Layer):
 
 @pytest.mark.parametrize("how", [{}, {"run_eagerly": True}, {"microbatches": 2}], ids=str)
 def test_a_module_inside_a_keras_layer_is_part_of_the_tree_and_frozen_with_it(how):
-    model = keras.Sequential([keras.Input((WIDTH,)), Holds("holds"), layers.Dense(1, name="head")])
+    model = chain_model(Holds("holds"))
     trainer = tl.Trainer(model, tl.Freeze("holds"), loss="mse", **how)
     assert {v.path for v in trainer.selection.frozen} >= {"holds/module/scale"}
-    before = models.values(model, "holds")
-    trainer.fit([(X, Y)] * 2, progress="none")  # a warning of untracked variables would be an error
-    assert models.values(model, "holds") == before
+    two_steps = lambda: trainer.fit([(X, Y)] * 2, progress="none")  # noqa: E731
+    assert moved(model, two_steps, "holds") == set()  # a warning of untracked variables would be an error
     trainer.policy = tl.TrainAll()
-    trainer.fit([(X, Y)] * 2, progress="none")
-    after = models.values(model, "holds")
-    assert {path for path in after if before[path] != after[path]} == set(after)
+    names = {"module/scale", "module/calls", "dense/kernel", "dense/bias"}
+    assert moved(model, two_steps, "holds") == {f"holds/{name}" for name in names}
 
 
 def test_a_flag_that_is_off_holds_for_a_module_inside_too():
-    model = keras.Sequential([keras.Input((WIDTH,)), Holds("holds"), layers.Dense(1, name="head")])
+    model = chain_model(Holds("holds"))
     model.get_layer("holds").trainable = False
     selection = tl.Trainer(model, loss="mse").selection
     assert [v.path for v in selection.trained] == ["head/kernel", "head/bias"]
@@ -201,8 +171,7 @@ class Counts(layers.Layer):
 @pytest.mark.parametrize("how", [{}, {"run_eagerly": True}], ids=str)
 def test_shared_state_does_not_move_in_the_calls_of_the_frozen_part(how):
     counts = Counts()
-    trainer = tl.Trainer(shared(counts), tl.Freeze("base"), loss="mse", **how)
-    trainer.fit([(X, Y)] * 3, progress="none")
+    trainer = fit(shared(counts), tl.Freeze("base"), **how)
     assert float(counts.calls) == 3.0  # once a step: in the head, and not in the base as well
     trainer.policy = tl.TrainAll()
     trainer.fit([(X, Y)] * 3, progress="none")

@@ -6,23 +6,15 @@ import pytest
 import tensorflow as tf
 
 import tapeloop as tl
-from tests.support import models
-from tests.support.fitting import RANDOM, X, Y, dense, fit
+from tests.support.fitting import RANDOM, X, Y, dense, fit, history_of, moved
 
 layers = keras.layers
 
 
 def base():
     return keras.Sequential(
-        [keras.Input((5,)), layers.Dense(4), layers.BatchNormalization(), layers.Dropout(0.5)], name="b"
+        [keras.Input((4,)), layers.Dense(4), layers.BatchNormalization(), layers.Dropout(0.5)], name="b"
     )
-
-
-def moved(model, run, under=""):
-    before = models.values(model, under)
-    run()
-    after = models.values(model, under)
-    return [path for path in before if before[path] != after[path]]
 
 
 def test_a_lazy_sequential_keeps_no_batch_size_from_its_first_batch():
@@ -30,7 +22,7 @@ def test_a_lazy_sequential_keeps_no_batch_size_from_its_first_batch():
     trainer = tl.Trainer(model, loss="mse")
     trainer.fit((X[:7], Y[:7]), batch_size=4, progress="none")
     assert (trainer.step, trainer.trace_count) == (2, 1)
-    assert model.input_shape == (None, 5)
+    assert model.input_shape == (None, 4)
     assert trainer.predict(X[:3]).shape == (3, 3)
 
 
@@ -58,7 +50,7 @@ class FunctionModel(keras.Model):
 def test_a_tf_function_inside_the_model_neither_breaks_the_freeze_nor_keeps_its_mode(make):
     model = make()
     model(X, training=True)  # its own trace, in training mode
-    assert moved(model, lambda: fit(model, tl.Freeze("b")), "b") == []
+    assert moved(model, lambda: fit(model, tl.Freeze("b")), "b") == set()
     assert moved(model, lambda: fit(model, tl.TrainAll()), "b")
     fresh = make()
     fit(fresh, tl.Freeze("b"))
@@ -66,10 +58,10 @@ def test_a_tf_function_inside_the_model_neither_breaks_the_freeze_nor_keeps_its_
 
 
 def test_lists_of_inputs_and_targets():
-    inputs = keras.Input((5,))
+    inputs = keras.Input((4,))
     two = keras.Model(inputs, [layers.Dense(3)(inputs), layers.Dense(1)(inputs)])
     assert fit(two, loss=["mse", "mse"], data=(X, [Y, Y[:, :1]])).step == 1
-    a, b = keras.Input((5,)), keras.Input((5,))
+    a, b = keras.Input((4,)), keras.Input((4,))
     both = keras.Model([a, b], layers.Dense(3)(a + b))
     assert fit(both, data=([X, X], Y)).predict(([X, X],)).shape == (8, 3)
 
@@ -89,7 +81,7 @@ def test_prediction_and_evaluation_run_the_frozen_part_in_inference_mode_too():
     trainer = fit(model, tl.Freeze("b"))
     loss = trainer.evaluate([(X, Y)], progress="none")["loss"]
     predicted = []
-    assert moved(model, lambda: predicted.append(trainer.predict(X)), "b") == []
+    assert moved(model, lambda: predicted.append(trainer.predict(X)), "b") == set()
     assert loss == pytest.approx(float(np.mean((predicted[0] - Y) ** 2)), rel=1e-5)
 
 
@@ -121,14 +113,14 @@ def test_state_that_is_assigned_outside_of_call_is_sealed():
     model = Encodes()
     model(X)
     model.f(X)
-    assert moved(model, lambda: fit(model, tl.Freeze("f")), "f") == []
+    assert moved(model, lambda: fit(model, tl.Freeze("f")), "f") == set()
     assert "f/count" in moved(model, lambda: fit(model, tl.TrainAll()), "f")
 
 
 def test_a_module_that_counts_its_calls_is_sealed_when_frozen():
     class Counts(tf.Module):
         def __init__(self):
-            self.w, self.calls = tf.Variable(tf.ones((5, 3))), tf.Variable(0.0, trainable=False)
+            self.w, self.calls = tf.Variable(tf.ones((4, 3))), tf.Variable(0.0, trainable=False)
 
         def __call__(self, x):
             self.calls.assign_add(1.0)
@@ -142,17 +134,17 @@ def test_a_module_that_counts_its_calls_is_sealed_when_frozen():
             return self.counts(x) + self.b
 
     model = Whole()
-    assert moved(model, lambda: fit(model, tl.Freeze("counts"))) == ["b"]
-    assert set(moved(model, lambda: fit(model))) == {"counts/w", "counts/calls", "b"}
+    assert moved(model, lambda: fit(model, tl.Freeze("counts"))) == {"b"}
+    assert moved(model, lambda: fit(model)) == {"counts/w", "counts/calls", "b"}
 
 
 def test_one_frozen_cell_of_several():
-    inputs = keras.Input((4, 5))
+    inputs = keras.Input((4, 4))
     rnn = layers.RNN(layers.StackedRNNCells([layers.LSTMCell(3, dropout=0.3), layers.GRUCell(3)]), name="rnn")
     model = keras.Model(inputs, layers.Dense(3)(rnn(inputs)))
-    data = [(RANDOM.normal(size=(8, 4, 5)), Y)]
+    data = [(RANDOM.normal(size=(8, 4, 4)), Y)]
     run = lambda: fit(model, tl.Freeze(rnn.cell.cells[0]), data=data)  # noqa: E731
-    assert moved(model, run, "rnn/cell/cells/0") == []
+    assert moved(model, run, "rnn/cell/cells/0") == set()
 
 
 @pytest.mark.filterwarnings("ignore:`build..` was called on layer")  # some of its layers are never called
@@ -180,21 +172,20 @@ def test_a_dropout_shared_with_a_trained_submodel_is_off_inside_the_frozen_one()
 
     model = Net()
     model(X)
-    model.frozen.build((None, 5))
+    model.frozen.build((None, 4))
 
     class Compares(tl.Trainer):
         def train_step(self, batch):
             kept = tf.reduce_all(self.model.frozen(batch[0]) != 0.0)
             return {**super().train_step(batch), "kept": tf.cast(kept, tf.float32)}
 
-    trainer = Compares(model, tl.Freeze("frozen"), loss="mse")
-    assert trainer.fit([(X, Y)], progress="none").history["kept"] == [1.0]
+    assert history_of(model, tl.Freeze("frozen"), kind=Compares)["kept"] == [1.0]
 
 
 def test_a_modules_attribute_named_like_one_of_keras_is_seen():
     class Named(tf.Module):
         def __init__(self):
-            self._layers, self.loss = [tf.Variable(tf.ones((5, 3)))], tf.Variable(tf.zeros(3))
+            self._layers, self.loss = [tf.Variable(tf.ones((4, 3)))], tf.Variable(tf.zeros(3))
 
         def __call__(self, x):
             return x @ self._layers[0] + self.loss
@@ -217,7 +208,7 @@ def test_a_model_with_its_own_dunder_call_without_training():
 
 
 def test_nested_and_optional_inputs():
-    a, b, c = (keras.Input((5,), name=name) for name in "abc")
+    a, b, c = (keras.Input((4,), name=name) for name in "abc")
     nested = keras.Model({"ab": [a, b], "c": c}, layers.Dense(3)(a + b + c))
     assert fit(nested, data=[({"ab": [X, X], "c": X}, Y)]).step == 1
 
@@ -233,26 +224,15 @@ def test_a_frozen_model_can_be_evaluated_and_predict():
 def test_mixed_precision_freezes_the_same(policy):
     keras.config.set_dtype_policy(policy)
     try:
-        model = keras.Sequential([keras.Input((5,)), base(), layers.Dense(3, dtype="float32")])
+        model = keras.Sequential([keras.Input((4,)), base(), layers.Dense(3, dtype="float32")])
     finally:
         keras.config.set_dtype_policy("float32")
-    assert moved(model, lambda: fit(model, tl.Freeze("b")), "b") == []
+    assert moved(model, lambda: fit(model, tl.Freeze("b")), "b") == set()
 
 
 def test_a_quantized_layer_with_adapters_trains_the_adapters_alone():
-    model = keras.Sequential([keras.Input((5,)), layers.Dense(3, name="d")])
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(3, name="d")])
     model.layers[0].quantize("int8")
     model.layers[0].enable_lora(2)
-    assert set(moved(model, lambda: fit(model, tl.TrainOnly("d/lora_kernel_*"), optimizer="sgd"))) <= {
-        "d/lora_kernel_a", "d/lora_kernel_b",
-    }  # fmt: skip
-
-
-def test_the_states_of_a_frozen_recurrent_layer_stay():
-    inputs = keras.Input((3, 4), batch_size=2)
-    model = keras.Model(inputs, layers.Dense(1, name="head")(layers.LSTM(5, stateful=True, name="lstm")(inputs)))
-    before = models.values(model, "lstm")
-    assert {"lstm/states/0", "lstm/states/1"} <= before.keys()
-    data = (np.ones((2, 3, 4), "float32"), np.ones((2, 1), "float32"))
-    tl.Trainer(model, tl.Freeze("lstm"), loss="mse", optimizer="sgd").fit([data] * 3, progress="none")
-    assert models.values(model, "lstm") == before
+    found = moved(model, lambda: fit(model, tl.TrainOnly("d/lora_kernel_*"), optimizer="sgd"))
+    assert set() < found <= {"d/lora_kernel_a", "d/lora_kernel_b"}

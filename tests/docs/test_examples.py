@@ -1,8 +1,10 @@
-"""What the examples of research code print: their scores, with a margin, and their checks of their own claims."""
+"""What the examples print: their scores, with a margin, and their checks of their own claims."""
 
 import re
 
-from tests.support.examples import run
+import pytest
+
+from tests.support.examples import run, run_by_itself
 
 
 def numbers(pattern, printed):
@@ -71,3 +73,32 @@ def test_two_speeds():
     rates = re.findall(r"step +(\d+): head (\S+), backbone (\S+)", printed)
     assert rates[:2] == [("0", "0.0e+00", "0.0e+00"), ("20", "9.3e-03", "8.3e-05")]
     assert "every rate was as scheduled: True" in printed
+
+
+def test_transfer_digits():
+    printed = run_by_itself("transfer_digits")
+    scores = r"pretrained on 0-4 ([\d.]+), head only ([\d.]+), head and last block ([\d.]+)"
+    pretrained, head, block = numbers(scores, printed)
+    assert pretrained > 0.9
+    assert head > 0.7
+    assert block > 0.9
+    assert printed.count("are as they were") == 2
+
+
+def test_feature_extraction():
+    printed = run("feature_extraction")
+    assert "the backbone, batch statistics included, is bit-identical" in printed
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", printed)]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_partial_freeze():
+    before, after = numbers(r"new target ([\d.]+) -> ([\d.]+); blocks 0 and 1", run("partial_freeze"))
+    assert after < 0.1 * before
+
+
+@pytest.mark.parametrize("name", ["explicit_tape", "adaptive_policy"])
+def test_accuracy(name):
+    printed = run(name)
+    assert float(re.findall(r"accuracy ([\d.]+)", printed)[-1]) > 0.85
+    assert name == "explicit_tape" or re.search(r"\n3 phases, 3 traces", printed)

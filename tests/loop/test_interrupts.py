@@ -1,19 +1,16 @@
 """Ctrl-C, in a process of its own, and what a run is after it."""
 
-import os
+import contextlib
 import signal
 import subprocess
 import sys
-import textwrap
 import threading
 import time
 
-import keras
-import numpy as np
 import pytest
 
-import tapeloop as tl
 from tapeloop.loop.interrupts import deferred_interrupt
+from tests.support.fitting import X, Y, fit, mlp
 from tests.support.inspect import train_step
 
 SCRIPT = """
@@ -58,9 +55,7 @@ print("goes on", trainer.step)
 
 
 def test_ctrl_c_while_data_is_slow_after_it_was_fast_ends_at_once():
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(SCRIPT)], capture_output=True, text=True, timeout=300, cwd=os.getcwd()
-    )
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     said = dict(line.split(" ", 1) for line in done.stdout.splitlines() if " " in line)
     assert float(said["seconds"]) < 2.0
@@ -79,11 +74,9 @@ def test_a_call_ends_by_time_when_steps_turn_slow():
             for number in range(112):
                 if number >= 100:
                     time.sleep(0.1)
-                yield np.ones((4, 3), "float32"), np.ones((4, 1), "float32")
+                yield X, Y
 
-    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
-    trainer = tl.Trainer(model, loss="mse", optimizer="sgd")
-    trainer.fit([(np.ones((4, 3), "float32"), np.ones((4, 1), "float32"))] * 3000, progress="none")  # hundreds a call
+    trainer = fit(mlp("head"), steps=3000, optimizer="sgd")  # hundreds a call
     step = train_step(trainer)
     run = step.run
 
@@ -100,6 +93,15 @@ def test_a_call_ends_by_time_when_steps_turn_slow():
     assert max(seconds for _, seconds in calls) < 1.0
 
 
+@contextlib.contextmanager
+def handler(of_interrupts):
+    before = signal.signal(signal.SIGINT, of_interrupts)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_an_interrupt_waits_for_the_end_of_what_it_must_not_cut():
     done = []
 
@@ -114,25 +116,17 @@ def test_an_interrupt_waits_for_the_end_of_what_it_must_not_cut():
             signal.raise_signal(signal.SIGINT)
             done.append("never")
 
-    before = signal.getsignal(signal.SIGINT)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            once()
-        assert done == ["first"]
-        with pytest.raises(KeyboardInterrupt):
-            twice()
-        assert done == ["first"]
+    with handler(signal.default_int_handler):
+        for interrupted in (once, twice):
+            with pytest.raises(KeyboardInterrupt):
+                interrupted()
+            assert done == ["first"]
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def test_a_handler_of_the_users_own_is_left_alone_and_so_are_threads():
-    before = signal.getsignal(signal.SIGINT)
     seen = []
-    signal.signal(signal.SIGINT, lambda *args: seen.append(args))
-    try:
+    with handler(lambda *args: seen.append(args)):
         with deferred_interrupt():
             signal.raise_signal(signal.SIGINT)
             assert len(seen) == 1
@@ -140,5 +134,3 @@ def test_a_handler_of_the_users_own_is_left_alone_and_so_are_threads():
         thread.start()
         thread.join()
         assert seen[-1] == "thread"
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -1,5 +1,7 @@
 """The loop in the graph: how many steps it runs, when it stops, what it counts."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import tensorflow as tf
 import tapeloop as tl
 from tapeloop.loop.compiled_step import CompiledStep
 from tests.support import models
+from tests.support.compare import assert_close
 from tests.support.models import trainer_of
 
 layers = keras.layers
@@ -67,43 +70,65 @@ def counting(**options):
     return Counting(models.functional(), tl.Freeze("base"), loss=models.cross_entropy(), optimizer="adam", **options)
 
 
-@pytest.mark.parametrize("options", [{}, {"steps_per_call": 3}, {"run_eagerly": True}, {"microbatches": 2}], ids=str)
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_batch_is_trained_on_once(kind, options):
-    trainer, other = counting(**options), counting(steps_per_call=1)
+@pytest.fixture(scope="module")
+def expected():
+    """The logs of an epoch in calls of one step."""
+    trainer = counting(steps_per_call=1)
+    return trainer.fit(batches(), batch_size=4, validation_data=(X, Y), progress="none").history
+
+
+def kinds_and_options():
+    """Every kind of data in every way to run steps; in pieces arrays alone, and slowly all."""
+    for options in ({}, {"steps_per_call": 3}, {"run_eagerly": True}, {"microbatches": 2}):
+        for kind in KINDS:
+            slow = "microbatches" in options and kind != "arrays"
+            yield pytest.param(kind, options, id=f"{kind}-{options}", marks=[pytest.mark.slow] * slow)
+
+
+@pytest.mark.parametrize(("kind", "options"), list(kinds_and_options()))
+def test_every_batch_is_trained_on_once(kind, options, expected):
+    trainer = counting(**options)
     history = trainer.fit(KINDS[kind](), batch_size=4, shuffle=False, validation_data=(X, Y), progress="none").history
-    its = other.fit(batches(), batch_size=4, validation_data=(X, Y), progress="none").history
     pieces = options.get("microbatches", 1)
     assert (trainer.step, int(trainer.trained), int(trainer.evaluated)) == (5, 5 * pieces, 5)
     assert trainer.trace_count == (0 if "run_eagerly" in options else 1)
-    for name, values in its.items():
-        np.testing.assert_allclose(history[name], values, rtol=1e-5)
+    assert_close(history, expected, rtol=1e-5)
     trainer.evaluate(KINDS[kind](), batch_size=4, progress="none")
     assert int(trainer.evaluated) == 10
     assert trainer.predict(KINDS[kind](), batch_size=4).shape == (20, 3)
 
 
+EPOCHS = [(1, 3), (3, 4), (5, 2), (7, 2)]  # of so many steps, so many epochs in each fit
+
+
+@pytest.fixture(scope="module")
+def weights_after_each_fit():
+    trainer, given = counting(), batches()
+    found = []
+    for steps, epochs in EPOCHS:
+        trainer.fit([given[number % 5] for number in range(steps * epochs)], progress="none")
+        found.append(models.values(trainer.model))
+    return found
+
+
 @pytest.mark.parametrize("kind", sorted(set(KINDS) - {"generator"}))
-@pytest.mark.parametrize(("steps", "epochs"), [(1, 3), (3, 4), (5, 2), (7, 2)])
-def test_epochs_of_any_length_go_around_the_data(kind, steps, epochs):
-    trainer = counting()
-    trainer.fit(KINDS[kind](), batch_size=4, shuffle=False, steps_per_epoch=steps, epochs=epochs, progress="none")
-    assert trainer.step == int(trainer.trained) == steps * epochs
-    other = counting()
-    given = batches()
-    other.fit([given[number % 5] for number in range(steps * epochs)], progress="none")
-    assert models.values(trainer.model) == models.values(other.model)
+def test_epochs_of_any_length_go_around_the_data(kind, weights_after_each_fit):
+    trainer, done = counting(), 0
+    for (steps, epochs), weights in zip(EPOCHS, weights_after_each_fit):
+        trainer.fit(KINDS[kind](), batch_size=4, shuffle=False, steps_per_epoch=steps, epochs=epochs, progress="none")
+        done += steps * epochs
+        assert trainer.step == int(trainer.trained) == done
+        assert models.values(trainer.model) == weights
 
 
-@pytest.mark.parametrize("steps_per_call", [1, 2, 100, "auto"])
-def test_how_many_steps_a_call_runs_changes_nothing(steps_per_call):
-    def run(count):
+def test_how_many_steps_a_call_runs_changes_nothing():
+    found = []
+    for count in (7, 1, 2, 100, "auto"):
         keras.utils.set_random_seed(0)
         trainer = trainer_of(models.functional(), optimizer="adam", metrics=["accuracy"], steps_per_call=count)
         history = trainer.fit((X, Y), batch_size=3, epochs=3, shuffle=False, progress="none").history
-        return models.values(trainer.model), history
-
-    assert run(steps_per_call) == run(7)
+        found.append((models.values(trainer.model), history))
+    assert found == found[:1] * 5
 
 
 def calls_of(trainer, data, monkeypatch, **options):
@@ -140,7 +165,7 @@ def test_so_many_bad_batches_in_a_row_are_counted_over_calls(steps_per_call):
     trainer = trainer_of(**options)
     history = trainer.fit(weighted([0, 1, 3, 4]), progress="none").history
     assert (trainer.step, history["skipped_steps"]) == (1, [4.0])
-    with pytest.raises(tl.NonFiniteError, match="2 steps in a row were skipped before it"):
+    with pytest.raises(tl.NonFiniteError, match="2 steps in a row were skipped before it, as many as may be"):
         trainer.fit(weighted([0, 1]), progress="none")  # with the two before it
     assert trainer.step == 1
 
@@ -160,13 +185,12 @@ def test_all_data_that_is_skipped_or_ends_early_is_said():
 
 @pytest.mark.parametrize(("verb", "steps"), [("fit", "steps_per_epoch"), ("evaluate", "steps"), ("predict", "steps")])
 def test_data_without_end_needs_a_number_of_steps(verb, steps):
-    trainer = trainer_of()
-    quiet = {} if verb == "predict" else {"progress": "none"}
+    run = functools.partial(getattr(trainer_of(), verb), dataset().repeat())
     with pytest.raises(tl.DataError, match=rf"`data` never ends. Pass `{steps}`, or a dataset with an end"):
-        getattr(trainer, verb)(dataset().repeat(), **quiet)
-    getattr(trainer, verb)(dataset().repeat(), **{steps: 2}, **quiet)
+        run()
+    run(**{steps: 2})
     with pytest.raises(ValueError, match=rf"`{steps}` must be a whole number, 1 or more. Received: 0"):
-        getattr(trainer, verb)(dataset().repeat(), **{steps: 0}, **quiet)
+        run(**{steps: 0})
 
 
 def test_validation_without_end_needs_a_number_of_steps():

@@ -1,7 +1,4 @@
-import pytest
-
 from tapeloop.loop.pace import Pace
-from tests.support.models import trainer_of
 
 
 def run(pace, seconds_of_step, calls, overhead=0.0, most=None):
@@ -49,9 +46,3 @@ def test_a_call_without_steps_says_nothing():
 
 def test_a_number_that_was_asked_for_stays():
     assert run(Pace(7), 0.001, 3) == [7, 7, 7]
-
-
-@pytest.mark.parametrize("value", [0, -1, 2.5, True, "all", None])
-def test_wrong_numbers(value):
-    with pytest.raises(ValueError, match=r"`steps_per_call` must be a whole number, 1 or more. Received: "):
-        trainer_of(steps_per_call=value)

@@ -9,9 +9,8 @@ from tests.support.models import trainer_of
 
 
 def test_learning_rates_are_read_and_set_without_a_trace():
-    trainer = trainer_of(
-        policy=tl.Groups({"h": "head", "b": "base"}, multipliers={"b": 0.1}), optimizer=keras.optimizers.SGD(0.5)
-    )
+    policy = tl.Groups({"h": "head", "b": "base"}, multipliers={"b": 0.1})
+    trainer = trainer_of(policy=policy, optimizer=keras.optimizers.SGD(0.5))
     assert dict(trainer.learning_rates) == pytest.approx({"b": 0.05, "h": 0.5})
     trainer.fit([models.images(8)], progress="none")
     trainer.learning_rates["h"] = 0.0
@@ -36,12 +35,9 @@ def test_a_rate_set_before_the_first_fit_holds():
 
 def test_schedules_count_from_the_step_at_which_a_cohort_began():
     schedule = keras.optimizers.schedules.PiecewiseConstantDecay([3], [1.0, 0.5])
-    trainer = trainer_of(
-        policy=tl.Phases(
-            {0: tl.Groups({"h": "head"}), 1: tl.Groups({"h": "head", "b": "base"}, multipliers={"b": 0.5})}
-        ),
-        optimizer=keras.optimizers.SGD(schedule),
-    )
+    both = tl.Groups({"h": "head", "b": "base"}, multipliers={"b": 0.5})
+    policy = tl.Phases({0: tl.Groups({"h": "head"}), 1: both})
+    trainer = trainer_of(policy=policy, optimizer=keras.optimizers.SGD(schedule))
     trainer.fit([models.images(8)] * 5, progress="none")
     assert trainer.learning_rates["h"] == 0.5
     trainer.fit([models.images(8)] * 1, progress="none")

@@ -8,6 +8,7 @@ import tensorflow as tf
 import tapeloop as tl
 from tapeloop.optimization.loss_scale import FIRST_SCALE, GROWS_AFTER, LossScale
 from tests.support import models
+from tests.support.steps import InTurn
 
 layers = keras.layers
 
@@ -41,14 +42,12 @@ def test_an_overflow_in_float16_halves_the_scale_and_moves_nothing():
     assert scales[-1] == scales[-2]
 
 
-class Grouped(tl.Trainer):
-    def train_step(self, batch):
-        x, y = batch
-        for group, factor in (("hidden", 1e6), ("head", 1.0)):
-            with self.tape(group) as tape:
-                loss = factor * models.cross_entropy()(y, self.model(x, training=True))
-            self.update(tape, loss)
-        return {"loss": loss}
+class Grouped(InTurn):
+    order = ("hidden", "head")
+
+    def loss_of(self, group, batch):
+        factor = 1e6 if group == "hidden" else 1.0
+        return factor * models.cross_entropy()(batch[1], self.model(batch[0], training=True))
 
 
 def test_an_overflow_in_one_group_halves_the_scale_once_and_moves_none():

@@ -8,6 +8,8 @@ from tapeloop.model.tree import Tree
 from tapeloop.optimization.optimizers import Optimizers
 from tapeloop.policies.resolve import resolve
 from tests.support import models
+from tests.support.compare import assert_close, assert_same
+from tests.support.fitting import X, Y, fit, mlp
 
 
 def ones(selection):
@@ -31,18 +33,19 @@ def test_each_variable_is_charged_for_its_own_state(optimizer, state_bytes, tree
     assert by_path["base/conv/kernel"] == 0
 
 
-NAMES = ["adam", "adamw", "adafactor", "lion", "nadam", "ftrl", "rmsprop", "adamax"]
+NAMES = ["sgd", "adam", "adamw", "adafactor", "lion", "nadam", "ftrl", "rmsprop", "adamax", "lamb"]
 
 
 @pytest.mark.parametrize("name", [*NAMES, *(["muon"] if hasattr(keras.optimizers, "Muon") else [])])
-def test_no_state_is_left_out(name, tree):
+def test_every_optimizer_of_keras_can_be_cloned_and_no_state_is_left_out(name, tree):
     optimizers = Optimizers(name)
-    optimizers.prepare(resolve(tl.TrainAll(), tree))
-    (cohort,) = optimizers.cohorts
-    counted = {id(slot) for slots in cohort.slots.values() for slot in slots}
-    assert {slot.name for slot in cohort.optimizer.variables if id(slot) not in counted} <= {
-        "iteration", "learning_rate", "variable",  # the last is Nadam's momentum schedule
-    }  # fmt: skip
+    optimizers.prepare(resolve(tl.Groups({"h": "head", "b": "base"}), tree))
+    assert len(optimizers.cohorts) == 2
+    for cohort in optimizers.cohorts:
+        counted = {id(slot) for slots in cohort.slots.values() for slot in slots}
+        assert {slot.name.removesuffix("_1") for slot in cohort.optimizer.variables if id(slot) not in counted} <= {
+            "iteration", "learning_rate", "variable",  # the last is Nadam's momentum schedule
+        }  # fmt: skip
 
 
 def test_the_first_cohort_has_the_very_optimizer_and_the_next_a_clone(tree):
@@ -72,11 +75,10 @@ def test_who_joins_later_starts_its_own_count_and_who_stays_keeps_its_state(tree
     optimizers.prepare(head)
     for _ in range(3):
         optimizers.apply(head, ones(head))
-    slots = [slot.numpy() for slots in optimizers.cohorts[0].slots.values() for slot in slots]
+    slots = {number: [slot.numpy() for slot in s] for number, s in optimizers.cohorts[0].slots.items()}
     optimizers.prepare(everything)
-    assert [slot.numpy().tolist() for s in optimizers.cohorts[0].slots.values() for slot in s] == [
-        slot.tolist() for slot in slots
-    ]
+    for number, of_variable in optimizers.cohorts[0].slots.items():
+        assert_same(list(of_variable), slots[number])
     before = tree.variables[0].tf_variable.numpy()
     optimizers.apply(everything, ones(everything))
     np.testing.assert_allclose(before - tree.variables[0].tf_variable.numpy(), 0.1, rtol=1e-4)
@@ -87,40 +89,10 @@ def test_who_joins_later_starts_its_own_count_and_who_stays_keeps_its_state(tree
 
 def test_the_optimizers_must_be_for_the_groups(tree):
     optimizers = Optimizers({"head": "adam", "neck": "adam"})
-    with pytest.raises(
-        tl.PolicyError, match=r"The groups are \['backbone', 'head'\], the optimizers are for \['head', 'neck'\]"
-    ):
+    text = r"The groups are \['backbone', 'head'\], the optimizers are for \['head', 'neck'\]"
+    with pytest.raises(tl.PolicyError, match=text):
         optimizers.prepare(resolve(tl.Groups({"head": "head", "backbone": "base"}), tree))
     assert not optimizers.cohorts
-
-
-@pytest.mark.parametrize("optimizer", [3, None, {"head": 3}, keras.optimizers.Adam])
-def test_what_is_no_optimizer_is_refused(optimizer):
-    with pytest.raises(TypeError, match=r"`optimizer` must be a Keras optimizer, its name, or a mapping"):
-        Optimizers(optimizer)
-
-
-@pytest.mark.parametrize(
-    ("optimizer", "text"),
-    [
-        (keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1)), "must not scale the loss"),
-        (keras.optimizers.SGD(0.1, loss_scale_factor=2.0), "must not scale the loss"),
-        (keras.optimizers.SGD(0.1, use_ema=True), "must not have `use_ema=True`"),
-        (keras.optimizers.SGD(0.1, gradient_accumulation_steps=2), "must not accumulate gradients"),
-    ],
-)
-def test_what_would_act_behind_the_groups_back_is_refused(optimizer, text):
-    with pytest.raises(TypeError, match=text):
-        Optimizers(optimizer)
-
-
-def test_weight_decay_touches_nothing_frozen(tree):
-    optimizers = Optimizers(keras.optimizers.AdamW(0.1, weight_decay=0.5))
-    selection = resolve(tl.Freeze("base"), tree)
-    optimizers.prepare(selection)
-    before = {variable.path: variable.tf_variable.numpy().tobytes() for variable in selection.frozen}
-    optimizers.apply(selection, ones(selection))
-    assert {variable.path: variable.tf_variable.numpy().tobytes() for variable in selection.frozen} == before
 
 
 class Lookahead(keras.optimizers.SGD):
@@ -140,36 +112,26 @@ class Twice(keras.optimizers.Adam):
         super().apply(grads, trainable_variables)
 
 
-@pytest.mark.parametrize(
-    "optimizer",
-    [Lookahead(0.1), Twice(0.01)],
-    ids=["counts after", "twice"],
-)
+@pytest.mark.parametrize("optimizer", [Lookahead(0.1), Twice(0.01)], ids=["counts after", "twice"])
 @pytest.mark.parametrize("eagerly", [False, True])
 def test_the_step_count_is_read_anew_once_it_has_moved(optimizer, eagerly):
-    x, y = np.random.default_rng(0).normal(size=(40, 3)).astype("float32"), np.ones((40, 1), "float32")
-    models = []
-    for _ in range(2):
-        keras.utils.set_random_seed(0)
-        models.append(keras.Sequential([keras.Input((3,)), keras.layers.Dense(4), keras.layers.Dense(1)]))
-    tl.Trainer(models[0], loss="mse", optimizer=optimizer, run_eagerly=eagerly).fit((x, y), batch_size=4, shuffle=False)
-    models[1].compile(type(optimizer).from_config(optimizer.get_config()), "mse", run_eagerly=eagerly)
-    models[1].fit(x, y, batch_size=4, shuffle=False, verbose=0)
-    for ours, theirs in zip(models[0].get_weights(), models[1].get_weights()):
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)
+    x, y = np.concatenate([X] * 5), np.concatenate([Y] * 5)
+    mine, theirs = mlp("hidden", "head"), mlp("hidden", "head")
+    theirs.compile(type(optimizer).from_config(optimizer.get_config()), "mse", run_eagerly=eagerly)
+    theirs.fit(x, y, batch_size=4, shuffle=False, verbose=0)
+    tl.Trainer(mine, loss="mse", optimizer=optimizer, run_eagerly=eagerly).fit((x, y), batch_size=4, shuffle=False)
+    assert_close(mine, theirs, atol=1e-6)
 
 
 def test_the_step_count_is_read_once_an_update():
     """What Adam computes of it, two powers, stands in the graph once and not for each of four variables."""
     reads = []
-    keras.utils.set_random_seed(0)
-    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(4), keras.layers.Dense(1)])
 
     class Noting(keras.optimizers.Adam):
         def update_step(self, gradient, variable, learning_rate):
             reads.append(self.iterations.value.value().ref())
             super().update_step(gradient, variable, learning_rate)
 
-    tl.Trainer(model, loss="mse", optimizer=Noting()).fit((np.ones((4, 3)), np.ones((4, 1))))
+    fit(mlp("hidden", "head"), steps=1, optimizer=Noting())
     assert len(reads) == 4
     assert len(set(reads)) == 1

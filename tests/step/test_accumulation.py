@@ -8,8 +8,11 @@ import tensorflow as tf
 import tapeloop as tl
 from tapeloop.step.accumulation import Pieces, cut
 from tests.support import models
+from tests.support.compare import assert_close
+from tests.support.fitting import fit, history_of, mlp, refused
 from tests.support.models import trainer_of
 from tests.support.networks import network
+from tests.support.steps import InTurn
 
 layers = keras.layers
 
@@ -32,27 +35,21 @@ def test_pieces_differ_by_one_example_at_most_and_cover_all(examples, count, cut
         assert covered == list(range(examples))
 
 
-def trained(batch, model=network, kind=tl.Trainer, policy=None, steps=3, loss=None, **options):
-    options.setdefault("optimizer", keras.optimizers.SGD(0.1))
-    trainer = kind(model(), policy, loss=loss or models.cross_entropy(), metrics=["accuracy"], **options)
-    history = trainer.fit([batch] * steps, progress="none").history
-    return trainer, history
+def assert_pieces_are_the_whole(batch, counts, model=network, kind=tl.Trainer, policy=None, **options):
+    """Training on a batch in pieces ends as training on the whole."""
+    options = {"optimizer": keras.optimizers.SGD(0.1), "loss": models.cross_entropy(), **options}
+    whole, *others = (
+        fit(model(), policy, kind=kind, data=[batch] * 3, metrics=["accuracy"], microbatches=count, **options)
+        for count in (1, *counts)
+    )
+    for other in others:
+        assert_close(other, whole, atol=1e-6)
+        assert_close(other.history.history, whole.history.history, rtol=1e-5)
 
 
-def assert_alike(one, other):
-    for mine, its in zip(one[0].model.get_weights(), other[0].model.get_weights()):
-        np.testing.assert_allclose(mine, its, atol=1e-6)
-    assert one[1].keys() == other[1].keys()
-    for name, values in one[1].items():
-        np.testing.assert_allclose(values, other[1][name], rtol=1e-5)
-
-
-@pytest.mark.parametrize("count", [2, 5, 13])
 @pytest.mark.parametrize("options", [{}, {"run_eagerly": True}, {"clip_norm": 0.05}], ids=str)
-def test_microbatches_of_a_ragged_batch_equal_the_whole(count, options):
-    batch = models.images(13)
-    whole = trained(batch, **options)
-    assert_alike(trained(batch, microbatches=count, **options), whole)
+def test_microbatches_of_a_ragged_batch_equal_the_whole(options):
+    assert_pieces_are_the_whole(models.images(13), [2, 5, 13], **options)
 
 
 def test_a_ragged_last_batch_costs_no_trace():
@@ -65,24 +62,20 @@ def test_a_ragged_last_batch_costs_no_trace():
 def test_penalties_and_sample_weights_count_as_in_the_whole(weights):
     x, y = models.images(10)
     batch = (x, y, np.linspace(0, 2, 10, dtype="float32")) if weights else (x, y)
-    model = lambda: network(keras.regularizers.L2(0.1))  # noqa: E731
-    assert_alike(trained(batch, model, microbatches=3), trained(batch, model))
+    assert_pieces_are_the_whole(batch, [3], lambda: network(keras.regularizers.L2(0.1)))
 
 
-class TwoUpdates(tl.Trainer):
+class TwoUpdates(InTurn):
     """Two groups, a tape and an update each; neither loss reads what the other update moves."""
 
-    def train_step(self, batch):
+    order = ("conv", "head")
+
+    def loss_of(self, group, batch):
         x, y = batch
-        with self.tape("conv") as tape:
-            first = tf.reduce_mean(self.model.get_layer("conv")(x) ** 2)
-        self.update(tape, first)
-        with self.tape("head") as tape:
-            features = tf.stop_gradient(tf.reshape(x, [tf.shape(x)[0], -1]))
-            head = self.model.get_layer("head")
-            second = models.cross_entropy()(y, tf.matmul(features, head.kernel[:36]) + head.bias)
-        self.update(tape, second)
-        return {"first": first, "second": second}
+        if group == "conv":
+            return tf.reduce_mean(self.model.get_layer("conv")(x) ** 2)
+        features, head = tf.reshape(x, [tf.shape(x)[0], -1]), self.model.get_layer("head")
+        return models.cross_entropy()(y, tf.matmul(features, head.kernel[:36]) + head.bias)
 
 
 GROUPS = tl.Groups({"conv": "conv", "head": "head"})
@@ -93,24 +86,19 @@ GROUPS = tl.Groups({"conv": "conv", "head": "head"})
 def test_two_groups_in_two_microbatches_equal_one_double_batch(kind, optimizer):
     # Adam's first steps divide by the gradient's own size, and so turn a rounding difference into a step.
     optimizer = {"sgd": keras.optimizers.SGD(0.1), "adam": keras.optimizers.Adam(1e-3, epsilon=1e-2)}[optimizer]
-    batch = models.images(16)
-    options = {"kind": kind, "policy": GROUPS, "optimizer": {"conv": optimizer, "head": optimizer}}
-    assert_alike(trained(batch, microbatches=2, **options), trained(batch, **options))
+    optimizers = {"conv": optimizer, "head": optimizer}
+    assert_pieces_are_the_whole(models.images(16), [2], kind=kind, policy=GROUPS, optimizer=optimizers)
 
 
 def test_updates_of_a_step_in_microbatches_see_the_values_from_before():
     class Order(tl.Trainer):
         def train_step(self, batch):
-            with self.tape() as tape:
-                loss = tf.reduce_mean(self.model(batch) ** 2)
             before = tf.reduce_sum(self.model.weights[0])
-            self.update(tape, loss)
-            return {"moved": tf.reduce_sum(self.model.weights[0]) - before}
+            logs = super().train_step(batch)
+            return {**logs, "moved": tf.reduce_sum(self.model.weights[0]) - before}
 
-    x = np.ones((4, 3), "float32")
     for count, moved in ((1, True), (2, False)):
-        model = keras.Sequential([keras.Input((3,)), layers.Dense(2)])
-        history = Order(model, optimizer="sgd", microbatches=count).fit([x], progress="none").history
+        history = history_of(mlp("head"), kind=Order, microbatches=count)
         assert (history["moved"][0] != 0) == moved
 
 
@@ -123,7 +111,7 @@ def test_an_embedding_accumulates_too():
 
     batch = (np.arange(50).reshape(10, 5) % 7, np.arange(10) % 3)
     for options in ({}, {"clip_norm": 0.01}, {"optimizer": keras.optimizers.Adam(1e-3, epsilon=1e-2)}):
-        assert_alike(trained(batch, model, microbatches=4, **options), trained(batch, model, **options))
+        assert_pieces_are_the_whole(batch, [4], model, **options)
 
 
 def test_rows_of_an_embedding_that_are_read_twice_are_one_gradient_in_the_norm():
@@ -144,30 +132,19 @@ class Summed(tl.Trainer):
 
 @pytest.mark.parametrize("kind", ["ragged", "sparse"])
 def test_ragged_and_sparse_inputs_are_cut_too(kind):
-    def model():
-        keras.utils.set_random_seed(0)
-        return keras.Sequential([keras.Input((4,)), layers.Dense(3)])
-
     rows = [[1.0], [2.0, 3.0], [], [4.0, 5.0, 6.0, 7.0], [8.0]]
     x = tf.ragged.constant(rows)
     x = x if kind == "ragged" else tf.sparse.from_dense(x.to_tensor(shape=[5, 4]))
     batch = (x, tf.constant([0, 1, 2, 0, 1]))
-    assert_alike(trained(batch, model, Summed, microbatches=2), trained(batch, model, Summed))
+    assert_pieces_are_the_whole(batch, [2], lambda: mlp("head"), Summed)
 
 
-def test_a_batch_smaller_than_the_microbatches_raises_before_it_moves_anything():
-    model = network()
-    before = models.values(model)
-    trainer = trainer_of(model, microbatches=4)
-    with pytest.raises(tl.DataError, match=r"A batch of 3 examples cannot be cut in 4 micro-batches. Make the batches"):
-        trainer.fit([models.images(3)], progress="none")
-    assert models.values(model) == before
-
-
-def test_a_last_batch_that_is_too_small_is_found_before_the_first():
+@pytest.mark.parametrize("examples", [3, 18], ids=["the only batch", "the last"])
+def test_a_batch_smaller_than_the_microbatches_is_found_before_anything_moves(examples):
     trainer = trainer_of(network(), microbatches=4)
-    with pytest.raises(tl.DataError, match=r"A batch of 2 examples cannot be cut in 4 micro-batches"):
-        trainer.fit(models.images(18), batch_size=16, progress="none")
+    text = rf"A batch of {examples % 16} examples cannot be cut in 4 micro-batches. Make the batches"
+    with refused(trainer.model, tl.DataError, text):
+        trainer.fit(models.images(examples), batch_size=16, progress="none")
     assert trainer.step == 0
 
 
@@ -183,23 +160,6 @@ class Prototypes(tl.Trainer):
 def test_a_batch_of_several_sizes_is_whole_or_nothing():
     x, y = models.images(8)
     Prototypes(network(), optimizer="sgd").fit([(x[:3], x, y)], progress="none")
-    with pytest.raises(
-        tl.DataError, match=r"different first dimensions cannot be cut in micro-batches: 3 and 8 \. Make"
-    ):
+    text = r"different first dimensions cannot be cut in micro-batches: 3 and 8 \. Make"
+    with pytest.raises(tl.DataError, match=text):
         Prototypes(network(), optimizer="sgd", microbatches=2).fit([(x[:3], x, y)], progress="none")
-
-
-@pytest.mark.parametrize("reduction", ["sum", "mean_with_sample_weight"])
-def test_losses_that_are_no_means_over_examples_are_refused(reduction):
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction=reduction)
-    with pytest.raises(
-        ValueError, match=rf"Micro-batches average losses by examples, which the reduction '{reduction}'"
-    ):
-        trainer_of(network(), loss=loss, microbatches=2)
-    trainer_of(network(), loss=loss)
-
-
-@pytest.mark.parametrize("count", [0, 2.5, "many", True])
-def test_the_number_must_be_a_whole_one(count):
-    with pytest.raises(ValueError, match=r"`microbatches` must be a whole number, 1 or more. Received: "):
-        trainer_of(microbatches=count)

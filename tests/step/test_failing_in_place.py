@@ -40,14 +40,22 @@ KINDS = {
     "dataset": lambda given: tf.data.Dataset.from_tensor_slices(given).batch(4),
     "generator": batches,
 }
-OPTIONS = [
-    {"optimizer": "adam"},
-    {"optimizer": keras.optimizers.AdamW(0.01, weight_decay=0.1), "ema": 0.9},
-    {"optimizer": keras.optimizers.SGD(0.01, momentum=0.9, nesterov=True), "clip_norm": 0.5},
-    {"optimizer": keras.optimizers.SGD(keras.optimizers.schedules.ExponentialDecay(0.1, 3, 0.9))},
-    {"policy": tl.Groups({"a": "head", "b": "body"}), "optimizer": {"a": "adam", "b": "rmsprop"}},
-    {"policy": tl.Freeze("body"), "optimizer": "adam", "steps_per_call": 5},
-]
+OPTIONS = {
+    "plain": {"optimizer": "adam"},
+    "decay": {"optimizer": keras.optimizers.AdamW(0.01, weight_decay=0.1), "ema": 0.9},
+    "momentum": {"optimizer": keras.optimizers.SGD(0.01, momentum=0.9, nesterov=True), "clip_norm": 0.5},
+    "schedule": {"optimizer": keras.optimizers.SGD(keras.optimizers.schedules.ExponentialDecay(0.1, 3, 0.9))},
+    "groups": {"policy": tl.Groups({"a": "head", "b": "body"}), "optimizer": {"a": "adam", "b": "rmsprop"}},
+    "calls": {"policy": tl.Freeze("body"), "optimizer": "adam", "steps_per_call": 5},
+}
+
+
+def kinds_and_options():
+    """Arrays with every option; other data with those that the data's end might meet, and slowly all."""
+    for kind in KINDS:
+        for name in OPTIONS:
+            slow = kind != "arrays" and name not in ("plain", "calls")
+            yield pytest.param(kind, OPTIONS[name], id=f"{kind}-{name}", marks=[pytest.mark.slow] * slow)
 
 
 def trainer_of(model, kind=tl.Trainer, **options):
@@ -58,8 +66,7 @@ def fit(trainer, given, **options):
     return trainer.fit(given, batch_size=4, shuffle=False, progress="none", **options)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("options", OPTIONS, ids=[str(number) for number in range(len(OPTIONS))])
+@pytest.mark.parametrize(("kind", "options"), list(kinds_and_options()))
 def test_all_is_as_after_the_last_good_step_and_training_goes_on(kind, options):
     trainer, other = trainer_of(network(), **options), trainer_of(network(), **options)
     with pytest.raises(tl.NonFiniteError, match=rf"At step {BAD}, epoch 0, the loss is inf, .*`head/kernel`") as raised:
@@ -75,13 +82,15 @@ def test_all_is_as_after_the_last_good_step_and_training_goes_on(kind, options):
     assert everything(trainer) == everything(other)
 
 
-class Clipped(tl.Trainer):
-    """Weights are kept small after each update."""
+def clipped(self, tape, loss):
+    """An `update` that keeps weights small."""
+    tl.Trainer.update(self, tape, loss)
+    for variable in self.model.trainable_variables:
+        variable.assign(tf.clip_by_value(variable.value, -0.1, 0.1))
 
-    def update(self, tape, loss):
-        super().update(tape, loss)
-        for variable in self.model.trainable_variables:
-            variable.assign(tf.clip_by_value(variable.value, -0.1, 0.1))
+
+class Clipped(tl.Trainer):
+    update = clipped
 
 
 class Noting(tl.Trainer):
@@ -144,34 +153,18 @@ def test_what_leaves_more_than_its_update_behind_is_undone(more, kind):
 
 
 def test_what_comes_after_an_update_sees_what_it_did():
-    clipped = trainer_of(network(), Clipped, optimizer=keras.optimizers.SGD(1.0))
-    fit(clipped, data(bad=None))
-    assert max(np.abs(variable).max() for variable in clipped.model.get_weights()) <= np.float32(0.1)
     noting = trainer_of(network(), Noting, optimizer="sgd")
     logs = fit(noting, tuple(part[:4] for part in data(bad=None))).history
     assert logs["head"] == [pytest.approx(float(np.sum(noting.model.get_layer("head").kernel.numpy() ** 2)), rel=1e-6)]
 
 
-def clipping():
-    """An `update` that keeps weights small, to replace that of a trainer or of its class."""
-    update = tl.Trainer.update
-
-    def clipped(self, tape, loss):
-        update(self, tape, loss)
-        for variable in self.model.trainable_variables:
-            variable.assign(tf.clip_by_value(variable.value, -0.1, 0.1))
-
-    return clipped
-
-
-@pytest.mark.parametrize("where", ["object", "class"])
-def test_an_update_that_is_replaced_after_the_trainer_was_made_comes_before_what_follows(where):
-    kind = type("Patched", (tl.Trainer,), {})
+@pytest.mark.parametrize("where", ["subclass", "object", "class"])
+def test_an_update_that_is_replaced_even_after_the_trainer_was_made_comes_before_what_follows(where):
+    kind = Clipped if where == "subclass" else type("Patched", (tl.Trainer,), {})
     trainer = trainer_of(network(), kind, optimizer=keras.optimizers.SGD(1.0))
-    clipped = clipping()
     if where == "object":
         trainer.update = types.MethodType(clipped, trainer)
-    else:
+    elif where == "class":
         kind.update = clipped
     fit(trainer, data(bad=None))
     assert max(np.abs(variable).max() for variable in trainer.model.get_weights()) <= np.float32(0.1)
@@ -189,10 +182,11 @@ class Twice(tl.Trainer):
 
 
 def test_an_update_within_the_loss_is_seen_by_the_loss():
-    trainer = trainer_of(network(), Twice, optimizer=keras.optimizers.SGD(0.1))
-    x = data(bad=None)[0][:4]
-    eager = trainer_of(network(), Twice, optimizer=keras.optimizers.SGD(0.1), run_eagerly=True)
-    logs = [fit(each, (x, x[:, :2])).history["loss"] for each in (trainer, eager)]
+    trainer, eager = (
+        trainer_of(network(), Twice, optimizer=keras.optimizers.SGD(0.1), run_eagerly=eagerly)
+        for eagerly in (False, True)
+    )
+    logs = [fit(each, tuple(part[:4] for part in data(bad=None))).history["loss"] for each in (trainer, eager)]
     assert logs[0] == pytest.approx(logs[1], rel=1e-5)
     assert "Assert" not in ops_of_the_loop(trainer)
 

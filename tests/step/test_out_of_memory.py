@@ -44,15 +44,8 @@ class Hungry(layers.Layer):
 
 def hungry(limit, ask=refused):
     keras.utils.set_random_seed(0)
-    return keras.Sequential(
-        [
-            keras.Input((6, 6, 1)),
-            layers.Flatten(),
-            layers.Dense(8, name="hidden"),
-            Hungry(limit, ask),
-            layers.Dense(3, name="head"),
-        ]
-    )
+    before = [keras.Input((6, 6, 1)), layers.Flatten(), layers.Dense(8, name="hidden")]
+    return keras.Sequential([*before, Hungry(limit, ask), layers.Dense(3, name="head")])
 
 
 @pytest.mark.parametrize("options", [{}, {"run_eagerly": True}], ids=str)

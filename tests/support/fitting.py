@@ -1,21 +1,56 @@
-"""Small models and fits for layers of unusual kinds."""
+"""Small models, and fits of a few steps."""
+
+import contextlib
 
 import keras
 import numpy as np
+import pytest
 
 import tapeloop as tl
+from tests.support import models
 
 layers = keras.layers
 RANDOM = np.random.default_rng(0)
-X = RANDOM.normal(size=(8, 5)).astype("float32")
+X = RANDOM.normal(size=(8, 4)).astype("float32")
 Y = RANDOM.normal(size=(8, 3)).astype("float32")
+BAD = np.full_like(X, np.nan)
+
+
+def mlp(*names):
+    """A chain of Dense layers of these names: 4 numbers in, 4 in between, 3 out."""
+    keras.utils.set_random_seed(0)
+    hidden = [layers.Dense(4, name=name) for name in names[:-1]]
+    return keras.Sequential([keras.Input((4,)), *hidden, layers.Dense(3, name=names[-1])])
 
 
 def dense():
-    return keras.Sequential([keras.Input((5,)), layers.Dense(3, name="d")])
+    return mlp("d")
 
 
-def fit(model, policy=None, steps=3, loss="mse", data=None, **options):
-    trainer = tl.Trainer(model, policy, loss=loss, **options)
-    trainer.fit(data or [(X, Y)] * steps, progress="none")
+def fit(model, policy=None, steps=3, epochs=1, loss="mse", data=None, kind=tl.Trainer, **options):
+    """A trainer that has trained for some epochs, of so many steps on one batch, or on other data."""
+    trainer = kind(model, policy, loss=loss, **options)
+    trainer.fit(data or [(X, Y)] * steps, epochs=epochs, progress="none")
     return trainer
+
+
+def history_of(model, policy=None, steps=1, **options):
+    """The logs of one epoch, by their names."""
+    return fit(model, policy, steps, **options).history.history
+
+
+def moved(model, run, under=""):
+    """The paths of the variables that a function changes."""
+    before = models.values(model, under)
+    run()
+    after = models.values(model, under)
+    return {path for path in before if before[path] != after[path]}
+
+
+@contextlib.contextmanager
+def refused(model, error, text):
+    """A block that raises, and has changed no variable of the model."""
+    before = models.values(model)
+    with pytest.raises(error, match=text) as raised:
+        yield raised
+    assert models.values(model) == before

@@ -27,11 +27,6 @@ def iterations(trainer):
     return [int(optimizer.iterations) for optimizer in optimizers(trainer)]
 
 
-def slots(trainer):
-    """The optimizer's state of each variable of the first cohort, step count and learning rate aside."""
-    return [slot for slots in cohorts(trainer)[0].slots.values() for slot in slots]
-
-
 def optimizer_state_bytes(trainer, variable):
     """How many bytes of optimizer state there are for a `VariableInfo`."""
     return trainer.state.optimizers.state_bytes(variable)

@@ -1,7 +1,10 @@
 """Nested models made from recipes, which Hypothesis draws: the same recipe makes the same model again."""
 
+import os
+
 import keras
 import tensorflow as tf
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 layers = keras.layers
@@ -94,14 +97,28 @@ LEAVES = {
 }
 
 
-def recipes(depth=3):
-    """Draw `(kind, children)`, nested up to `depth`; "shared" repeats the first dense layer made."""
-    leaf = st.sampled_from([*LEAVES, "shared"])
+UNQUIET = ("spectral", "augment")  # what plain Keras has no way to hold still
+
+
+def leaves(recipe):
+    return [leaf for step in recipe for leaf in ([step] if isinstance(step, str) else leaves(step[1]))]
+
+
+def thorough(share=1.0):
+    """Settings of a law: how many examples there are is said by `TAPELOOP_EXAMPLES`, of which some take a share."""
+    count = int(int(os.environ.get("TAPELOOP_EXAMPLES", "40")) * share)
+    checks = list(HealthCheck)
+    return settings(max_examples=count, deadline=None, derandomize=True, suppress_health_check=checks, print_blob=True)
+
+
+def recipes(without=(), depth=3, most=8):
+    """Draw lists of leaves and `(kind, children)`, nested up to `depth`; "shared" repeats the first dense layer."""
+    leaf = st.sampled_from([name for name in (*LEAVES, "shared") if name not in without])
     inner = leaf
     for _ in range(depth):
         containers = st.sampled_from(["sequential", "functional", "chain", "insistent"])
         inner = st.one_of(leaf, st.tuples(containers, st.lists(inner, min_size=1, max_size=3)))
-    return st.lists(inner, min_size=1, max_size=3)
+    return st.lists(inner, min_size=1, max_size=3).filter(lambda recipe: 2 <= len(leaves(recipe)) <= most)
 
 
 def make(recipe):
@@ -129,4 +146,4 @@ def make(recipe):
     inputs = x = keras.Input((WIDTH,))
     for index, step in enumerate(recipe):
         x = part(step, f"block{index}")(x)
-    return keras.Model(inputs, layers.Dense(1, name="head")(x))
+    return keras.Model(inputs, layers.Dense(3, name="head")(x))

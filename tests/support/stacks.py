@@ -1,7 +1,10 @@
 """A stack of layers that compute twice."""
 
+import functools
+
 import keras
 import numpy as np
+import pytest
 
 from tests.support.models import trainer_of
 
@@ -41,8 +44,21 @@ def data(model):
     return generator.normal(size=(8, 6, 6, 4)).astype("float32"), y
 
 
-def weights(make, policy=None, steps=2, **options):
+def trained(make, policy=None, steps=2, **options):
     model = make()
     trainer = trainer_of(model, policy, optimizer=keras.optimizers.SGD(0.1), **options)
-    history = trainer.fit([data(model)] * steps, progress="none").history
-    return {v.path: v.tf_variable.numpy() for v in trainer.selection.tree.variables}, history["loss"], trainer
+    trainer.fit([data(model)] * steps, progress="none")
+    return trainer
+
+
+TRAINED_ONCE = functools.cache(lambda make, steps, options: trained(make, steps=steps, **dict(options)))
+
+
+def assert_twice_is_once(make, remat, steps=2, atol=1e-5, **options):
+    """What is computed twice ends as what is computed once."""
+    once = TRAINED_ONCE(make, steps, tuple(options.items()))
+    twice = trained(make, steps=steps, remat=remat, **options)
+    assert twice.history.history["loss"] == pytest.approx(once.history.history["loss"], rel=1e-5)
+    for mine, its in zip(twice.selection.tree.variables, once.selection.tree.variables, strict=True):
+        exact = mine.tf_variable.dtype != "float32"
+        np.testing.assert_allclose(mine.tf_variable, its.tf_variable, atol=0 if exact else atol, err_msg=mine.path)
