@@ -8,7 +8,7 @@ from typing import Any
 
 from tapeloop.body import Body
 from tapeloop.data.batch import examples_of
-from tapeloop.data.given import DataSpec
+from tapeloop.data.loader import DataSpec
 from tapeloop.feature_cache import report
 from tapeloop.feature_cache.fill import open_spec
 from tapeloop.feature_cache.report import Frontier
@@ -150,12 +150,12 @@ class Readings(Body):
         """
         self._loop.check_idle()
         given = DataSpec("data", data, batch_size, ("steps_per_epoch", None))
-        batches = given.batches()
+        batches = given.loader()
         self._steps.build(self.model, batches.specs)
-        spec, batch = open_spec(batches), next(batches.drawn())
+        spec, batch = open_spec(batches), next(iter(batches))
         size = int(examples_of(batch))
-        last = size if batches.fewest is None else batches.fewest
-        examples = None if batches.per_epoch is None else (batches.per_epoch - 1) * size + last
+        last = size if batches.smallest_batch is None else batches.smallest_batch
+        examples = None if batches.batches_per_epoch is None else (batches.batches_per_epoch - 1) * size + last
         step = self._due(self._loop.last_logs, True).step
         found = split(step, spec, batch, random=False)
         return report.frontier(found, batch, examples)

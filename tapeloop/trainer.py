@@ -13,8 +13,7 @@ import tensorflow as tf
 from tapeloop._validation import whole_number
 from tapeloop.body import OVERRIDABLE, Body
 from tapeloop.data.batch import as_tensors, examples_of, open_spec_of
-from tapeloop.data.given import DataSpec
-from tapeloop.data.loader import DataLoader, as_loader
+from tapeloop.data.loader import DataLoader, DataSpec
 from tapeloop.data.sampler import Sampler
 from tapeloop.feature_cache.cache import FeatureCache
 from tapeloop.feature_cache.storage import Memory
@@ -225,14 +224,14 @@ class Trainer(Readings):
         self._updates.averages.check_may_train()
         steps, seed = ("steps_per_epoch", steps_per_epoch), Sampler(shuffle, self._seed).seed
         given = DataSpec("data", data, batch_size, steps, class_weight, shuffle, seed)
-        batches, validation = given.batches(given.orders(self.epoch)), None
+        batches, validation = given.loader(given.sampler(self.epoch)), None
         judged = DataSpec("validation_data", validation_data, batch_size, ("validation_steps", validation_steps))
         if validation_data is not None:
-            validation = judged.batches()
-            validation.lasts(epochs)
-            validation.check()
-        batches.lasts(epochs)
-        check_pieces(self._updates.microbatches, batches.fewest)
+            validation = judged.loader()
+            validation.require_epochs(epochs)
+            validation.cursor()
+        batches.require_epochs(epochs)
+        check_pieces(self._updates.microbatches, batches.smallest_batch)
         cache = FeatureCache(self._cached, feature_cache, feature_cache_views)
         cache.check([given, judged], self._updates.microbatches, self._steps.run_eagerly)
         self._steps.build(self.model, batches.specs)
@@ -267,8 +266,8 @@ class Trainer(Readings):
             ['loss', 'mae']
         """
         self._loop.check_idle()
-        batches = as_loader(data, batch_size=batch_size, steps=("steps", steps))
-        batches.lasts(1)
+        batches = DataSpec("data", data, batch_size, ("steps", steps)).loader()
+        batches.require_epochs(1)
         self._steps.build(self.model, batches.specs)
         return self._loop.run(self._evaluation(), batches, ProgressDisplay(progress), "evaluation")
 
@@ -325,9 +324,9 @@ class Trainer(Readings):
             >>> tl.Trainer(model).predict(np.ones((8, 4))).shape
             (8, 2)
         """
-        batches = as_loader(data, batch_size=batch_size, steps=("steps", steps))
-        batches.lasts(1)
+        batches = DataSpec("data", data, batch_size, ("steps", steps)).loader()
+        batches.require_epochs(1)
         self._steps.build(self.model, batches.specs, "predict")
         step = self._steps.other("predict", self._held())
-        outputs = [tf.nest.map_structure(lambda output: np.atleast_1d(output), step(b)) for b in batches.drawn()]
+        outputs = [tf.nest.map_structure(lambda output: np.atleast_1d(output), step(b)) for b in batches]
         return tf.nest.map_structure(lambda *arrays: np.concatenate(arrays), *outputs)

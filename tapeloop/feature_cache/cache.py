@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -17,8 +16,7 @@ import tensorflow as tf
 from tapeloop._validation import whole_number
 from tapeloop.data.array_source import SparseSource
 from tapeloop.data.batch import Features
-from tapeloop.data.given import DataSpec
-from tapeloop.data.loader import DataLoader, as_loader
+from tapeloop.data.loader import DataLoader, DataSpec
 from tapeloop.data.sampler import Sampler
 from tapeloop.errors import CacheError
 from tapeloop.feature_cache import fingerprint
@@ -140,31 +138,31 @@ class FeatureCache:
         if ready is None or is_fresh:
             kept, cut = self._features(step, given)
             ready = self._ready[given.name] = _Ready(step, kept, cut, None if cut is None else cut.checksum())
-        kept, orders = ready.kept, given.orders(epoch)
+        kept, orders = ready.kept, given.sampler(epoch)
         if kept is None:
-            return given.batches(orders)
+            return given.loader(orders)
         if not is_fresh:
             check_sample(given, kept)
         tensors = kept.passed(epoch)
         if given.is_sparse:  # which `tf.data` shuffles
-            source = SparseSource(Features(tensors), given.batch_size, len(tensors[0]), orders, None)
-            return DataLoader(source, math.ceil(len(tensors[0]) / given.batch_size), None, given.name)
+            source = SparseSource(Features(tensors), given.batch_size, orders)
+            return DataLoader(source, None, given.name)
         if given.is_arrays:
-            return as_loader(Features(tensors), batch_size=given.batch_size, orders=orders, name=given.name)
+            return DataSpec(given.name, Features(tensors), given.batch_size).loader(orders)
         if given.shuffles_batches or not are_even(kept.sizes):
             starts = np.cumsum([0, *kept.sizes])
-            numbers = orders.next(len(kept.sizes)) if given.shuffles_batches else range(len(kept.sizes))
+            numbers = orders.next_order(len(kept.sizes)) if given.shuffles_batches else range(len(kept.sizes))
             apart = [Features(tuple(part[starts[n] : starts[n + 1]] for part in tensors)) for n in numbers]
-            return as_loader(apart, name=given.name)
+            return DataSpec(given.name, apart).loader()
         again = Sampler(kept.shuffled, given.seed, epoch)
-        return as_loader(Features(tensors), batch_size=kept.sizes[0], orders=again, name=given.name)
+        return DataSpec(given.name, Features(tensors), kept.sizes[0]).loader(again)
 
     def _features(self, step: CompiledStep, given: DataSpec) -> tuple[CachedFeatures | None, Cut | None]:
         """Find or compute the features of some data for a step, and its cut; neither where it has no frontier."""
         assert self._store is not None
-        batches = given.batches()
+        batches = given.loader()
         spec = open_spec(batches)
-        batch = next(batches.drawn())
+        batch = next(iter(batches))
         batches.rewind()
         trains = step.kind == "train"
         views = self._views if trains else 1

@@ -11,9 +11,9 @@ import numpy as np
 import tensorflow as tf
 
 from tapeloop.data.batch import as_tensors, examples_of, open_spec_of
+from tapeloop.data.class_weight import with_class_weights
 from tapeloop.data.cursor import ArrayReader
-from tapeloop.data.given import DataSpec
-from tapeloop.data.loader import DataLoader
+from tapeloop.data.loader import DataLoader, DataSpec
 from tapeloop.errors import CacheError
 from tapeloop.feature_cache import fingerprint
 from tapeloop.feature_cache.batch_independence import flat
@@ -26,19 +26,19 @@ AT_ONCE = 64  # batches of arrays whose features one call computes
 
 def computed(cut: Cut, batches: DataLoader) -> Iterator[tuple[Any, int, list[np.ndarray]]]:
     """Give the features of data batch by batch, with the batch and its size; where they can be gathered, of several."""
-    source = batches.feed().source
+    source = batches.cursor().reader
     if not isinstance(source, ArrayReader):
-        for batch in batches.drawn():
+        for batch in batches:
             yield batch, int(examples_of(batch)), [value.numpy() for value in cut.compute(*flat(batch))]
         return
     number, count = tf.TensorSpec((), tf.int64), tf.TensorSpec((), tf.int32)
     several = cut.compute_several.get_concrete_function(source.signature(), number, count)
     for feed in batches.epoch():
-        while feed.left:
-            most = min(feed.left, AT_ONCE)
-            rows, examples = several(feed.source, tf.constant(feed.position, tf.int64), tf.constant(most))
+        while feed.remaining:
+            most = min(feed.remaining, AT_ONCE)
+            rows, examples = several(feed.reader, tf.constant(feed.position, tf.int64), tf.constant(most))
             yield None, int(examples), [value.numpy() for value in rows]
-            feed.drawn(most)
+            feed.advance(most)
 
 
 def check_same(given: DataSpec, seen: Sequence[str], again: Sequence[str], sizes: Sequence[int]) -> None:
@@ -105,14 +105,13 @@ def _digests_of(given: DataSpec, batch: Any, rows: np.ndarray, size: int) -> lis
     if any(value.shape[0] != size for value in flat_batch):
         return []
     some = tf.nest.map_structure(lambda value: None if value is None else tf.gather(value, rows), tensors)
-    weights = given.class_weights
-    return fingerprint.of_examples(some if weights is None else weights.applied(some))
+    return fingerprint.of_examples(with_class_weights(some, given.class_weights))
 
 
 def seen_in(batches: DataLoader) -> tuple[list[str], list[int]]:
     """Go through data once, and return the digests of its examples and the sizes of its batches."""
     examples, sizes = list[str](), list[int]()
-    for batch in batches.drawn():
+    for batch in batches:
         examples += fingerprint.of_examples(batch)
         sizes.append(int(examples_of(batch)))
     batches.rewind()
@@ -121,7 +120,7 @@ def seen_in(batches: DataLoader) -> tuple[list[str], list[int]]:
 
 def open_spec(batches: DataLoader) -> Any:
     """Return the signature of batches with any number of examples: what has no open dimension mixes examples."""
-    return open_spec_of(batches.feed().spec())
+    return open_spec_of(batches.cursor().spec())
 
 
 def are_even(sizes: Sequence[int]) -> bool:

@@ -17,7 +17,7 @@ from tapeloop._backend import assertions
 from tapeloop._backend.assertions import DRAWING, has_stopped
 from tapeloop._backend.patching import Note
 from tapeloop.data.batch import Features, after, open_spec_of
-from tapeloop.data.cursor import ArrayReader, BatchCursor, IteratorReader, places_of
+from tapeloop.data.cursor import ArrayReader, BatchCursor, IteratorReader, layout_of
 from tapeloop.loop.pace import Pace
 from tapeloop.loop.step_counts import StepCounts, counted, limits
 from tapeloop.model.selection import Selection
@@ -105,21 +105,21 @@ class CompiledStep:
         failure: BaseException | None = None
         try:
             if not self.is_driven:
-                self._loop_over(feed)(feed.source, start, self._begun.read_value(), limit, seconds)
+                self._loop_over(feed)(feed.reader, start, self._begun.read_value(), limit, seconds)
             else:
                 if self._is_on_trial:
                     self.trace(feed)
-                self._loop(self, feed.source, start, self._begun.read_value(), limit, seconds)
+                self._loop(self, feed.reader, start, self._begun.read_value(), limit, seconds)
                 self._is_on_trial = False
         except BaseException as error:
             failure = error
         tally = StepCounts.of(self._begun)
         if failure is not None and has_stopped(failure):
             tally, failure = tally.stopped(), None
-        feed.drawn(tally.batches)
-        if isinstance(failure, tf.errors.OutOfRangeError) and feed.has_ended(failure):
+        feed.advance(tally.batches)
+        if isinstance(failure, tf.errors.OutOfRangeError) and feed.ended_with(failure):
             failure = None
-        return tally, failure and (feed.cause_of(failure) or failure)
+        return tally, failure and (feed.user_error_behind(failure) or failure)
 
     def run_on(
         self, batch: Any, before: StepCounts, so_far: tuple[int, int], take_logs: TakeLogs
@@ -217,7 +217,7 @@ class CompiledStep:
         if self._latest is None or self._latest[0]() is not feed:
             start, limit = tf.constant(0, tf.int64), limits(1, 0)
             args = start, self._begun.read_value(), limit, tf.constant(math.inf, tf.float64)
-            looped = self._check(self._looped, feed.source.signature(), *args)
+            looped = self._check(self._looped, feed.reader.signature(), *args)
             self._latest = weakref.ref(feed), looped
         return self._latest[1]
 
@@ -225,7 +225,7 @@ class CompiledStep:
         """Return the step that is traced for batches like one, of any size; by their shapes, it is found at once."""
         leaves = tf.nest.flatten(batch)
         key = str([None if value is None else (value.dtype, value.shape[1:]) for value in leaves])
-        key = f"{key} {places_of(batch)}"
+        key = f"{key} {layout_of(batch)}"
         if key not in self._singles:
 
             def alone(batch: Any, counts: tf.Tensor) -> Any:
@@ -262,7 +262,7 @@ class CompiledStep:
             with tf.device("CPU:0"):
                 noted, number = self._begun.assign(counts), start + counts[0]
             with tf.control_dependencies([noted]), tf.name_scope(DRAWING):
-                batch = source.batch(number)
+                batch = source.read(number)
             with after(batch) if isinstance(source, IteratorReader) else contextlib.nullcontext():
                 ended = step(batch)
             with tf.device("CPU:0"):

@@ -77,8 +77,8 @@ class EpochLoop:
         for number in range(1, epochs + 1):
             due = choose(self.last_logs, starting=True)
             if validation is not None and number == 1:
-                due.step.trace(batches(due).feed())
-                evaluation().trace(validation(evaluation()).feed())
+                due.step.trace(batches(due).cursor())
+                evaluation().trace(validation(evaluation()).cursor())
             logs = self.run(due.step, batches(due), shown, f"epoch {number}/{epochs}", due.every_steps, choose)
             if validation is not None:
                 step = evaluation()
@@ -160,14 +160,14 @@ class EpochLoop:
         look = functools.partial(self._steps.logs, kind, selections)
         before = asked = self.steps_done
         drawn = 0
-        shown.start(title, batches.per_epoch)
+        shown.start(title, batches.batches_per_epoch)
         self.runs = True
         try:
             for feed in batches.epoch():
-                while feed.left != 0:
-                    most = step.pace.steps if feed.left is None else min(step.pace.steps, feed.left)
+                while feed.remaining != 0:
+                    most = step.pace.steps if feed.remaining is None else min(step.pace.steps, feed.remaining)
                     if every_steps is not None and choose is not None:
-                        ends = drawn == batches.per_epoch  # the next epoch asks at its start
+                        ends = drawn == batches.batches_per_epoch  # the next epoch asks at its start
                         if self.steps_done != asked and self.steps_done % every_steps == 0 and not ends:
                             asked = self.steps_done
                             due = choose(LazyLogs(lambda: look()[0]))
@@ -186,7 +186,7 @@ class EpochLoop:
                 final |= self._judge.logs()
             shown.end(final, examples)
         except BaseException:
-            batches.stop()
+            batches.close()
             raise
         finally:
             self.runs = False
