@@ -39,6 +39,7 @@ class _Arrays:
         self.examples = int(tensors_in(self.arrays)[0].shape[0])
         self.batch_size = min(self.batch_size, self.examples)
         self.size = math.ceil(self.examples / self.batch_size)
+        self.smallest_batch = self.examples % self.batch_size or self.batch_size
 
 
 class ArraySource(_Arrays):
@@ -50,7 +51,8 @@ class ArraySource(_Arrays):
         too_large = sum(tensor.dtype.size * tensor.shape.num_elements() for tensor in dense) > ON_DEVICE_BYTES
         self._device = "CPU:0" if too_large and tf.config.list_logical_devices("GPU") else None
         if self._device is not None:
-            self.arrays = map_tensors(_on_the_host, self.arrays)
+            with tf.device(self._device):
+                self.arrays = map_tensors(tf.identity, self.arrays)
 
     def cursors(self) -> Iterator[BatchCursor]:
         """Yield the one cursor of the next epoch."""
@@ -60,11 +62,6 @@ class ArraySource(_Arrays):
         else:
             order = tf.reshape(order, [-1, self.batch_size])
         yield BatchCursor(ArrayReader(self.arrays, order, batch_size, self._device, self.class_weights), self.size)
-
-
-def _on_the_host(tensor: Any) -> Any:
-    with tf.device("CPU:0"):
-        return tf.identity(tensor) if isinstance(tensor, tf.Tensor) else tensor
 
 
 class SparseSource(_Arrays):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import tensorflow as tf
@@ -77,47 +78,37 @@ class IteratorReader(NamedTuple):
         return with_class_weights(batch, self.class_weights)
 
 
+@dataclass(eq=False)
 class BatchCursor:
     """A reader of batches, and how far it has been read.
 
     Attributes:
         reader: Gives a compiled loop its batches.
+        size: How many batches the reader has, or None if that is not known.
+        first_number: The number of its first batch in the data, counted from 0.
+        user_error: Returns the exception by which the user's own code ended the reader, if it did.
         position: How many batches were read.
         remaining: How many batches may be read before the loader is asked again; None if that is not known.
         exhausted: Whether there are no more batches.
     """
 
-    def __init__(
-        self,
-        reader: ArrayReader | IteratorReader,
-        size: int | None,
-        first_number: int = 0,
-        user_error: Callable[[], BaseException | None] = lambda: None,
-    ) -> None:
-        """Start at the reader's first batch.
+    reader: ArrayReader | IteratorReader
+    size: int | None
+    first_number: int = 0
+    user_error: Callable[[], BaseException | None] = lambda: None
+    position: int = field(init=False, default=0)
 
-        Args:
-            reader: Gives a compiled loop its batches.
-            size: How many batches it has, or None if that is not known.
-            first_number: The number of its first batch in the data, counted from 0.
-            user_error: Returns the exception by which the user's own code ended the reader, if it did.
-        """
-        self.reader = reader
-        self.position = 0
-        self.remaining = size
-        self.exhausted = size == 0
-        self._size = size
-        self._first_number = first_number
-        self._user_error = user_error
+    def __post_init__(self) -> None:
+        self.remaining, self.exhausted = self.size, self.size == 0
 
     @property
     def number(self) -> int:
         """The number of the next batch in the data, counted from 0."""
-        return self._first_number + self.position
+        return self.first_number + self.position
 
     def limit(self, batches: int | None) -> None:
         """Let at most this many batches be read from here; None: all."""
-        rest = None if self._size is None else self._size - self.position
+        rest = None if self.size is None else self.size - self.position
         self.remaining = min((count for count in (rest, batches) if count is not None), default=None)
 
     def advance(self, batches: int) -> None:
@@ -125,29 +116,25 @@ class BatchCursor:
         self.position += batches
         if self.remaining is not None:
             self.remaining -= batches
-        self.exhausted = self.position == self._size
+        self.exhausted = self.position == self.size
 
-    def exhaust(self) -> None:
-        """Note that there are no more batches."""
-        self.exhausted, self.remaining = True, 0
+    def error_behind(self, error: BaseException) -> BaseException | None:
+        """Return why the steps on this cursor ended, if they ended with an error.
 
-    def ended_with(self, error: Exception) -> bool:
-        """Tell whether an error of a compiled loop reports that the reader has no more batches.
-
-        A step may run an iterator of its own to its end, which raises the same error: the reader is asked for another
-        batch to tell the two apart.
+        Returns:
+            None if the reader has no more batches, the exception of the user's own code if that ended the reader, and
+            otherwise the error itself.
         """
-        if self._size is not None or not came_up_drawing(error):
-            return False
-        try:
-            self.reader.read(tf.constant(self.position, tf.int64))
-        except tf.errors.OutOfRangeError:
-            self.exhaust()
-        return self.exhausted
-
-    def user_error_behind(self, error: BaseException) -> BaseException | None:
-        """Return the exception of the user's own code that is behind a failed read, if the error is of one."""
-        return self._user_error() if came_up_drawing(error) else None
+        if not came_up_drawing(error):
+            return error
+        if isinstance(error, tf.errors.OutOfRangeError) and self.size is None:
+            # A step may run an iterator of its own to its end, which raises the same error: reading on tells which.
+            try:
+                self.reader.read(tf.constant(self.position, tf.int64))
+            except tf.errors.OutOfRangeError:
+                self.exhausted, self.remaining = True, 0
+                return None
+        return self.user_error() or error
 
     def spec(self) -> Any:
         """Return the signature of the next batch."""
@@ -164,7 +151,7 @@ def layout_of(batch: Any) -> Any:
 def prefetched_to_device(dataset: tf.data.Dataset) -> tf.data.Dataset:
     """Return a dataset that has its next elements on the device of the steps before they are asked for."""
     devices = tf.config.list_logical_devices("GPU")
-    # A GPU holds neither strings nor ragged and sparse tensors.
+    # Neither strings nor ragged and sparse tensors are copied to a GPU so.
     fits = all(
         isinstance(spec, tf.TensorSpec) and (spec.dtype.is_floating or spec.dtype.is_integer or spec.dtype.is_bool)
         for spec in tensors_in(dataset.element_spec)

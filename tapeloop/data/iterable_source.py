@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sized
+from dataclasses import dataclass
 from typing import Any
 
 import tensorflow as tf
@@ -17,25 +18,25 @@ from tapeloop.errors import DataError
 PREFETCHED = 2  # batches that Python makes before they are drawn
 
 
+@dataclass
 class IterableSource:
     """The batches of a Python iterable.
 
     The batches of a cursor share one signature, which leaves the number of examples open. A batch that does not fit
     ends the cursor and begins another, whose signature leaves open every length that differed: this costs a trace.
+
+    Attributes:
+        iterable: Gives batches.
+        name: What the data is called in errors.
+        class_weights: Weights of examples by class, if there are any.
     """
 
-    def __init__(self, iterable: Iterable[Any], name: str, class_weights: ClassWeights | None) -> None:
-        """Keep the iterable.
+    iterable: Iterable[Any]
+    name: str
+    class_weights: ClassWeights | None
 
-        Args:
-            iterable: Gives batches.
-            name: What it is called in errors.
-            class_weights: Weights of examples by class, if there are any.
-        """
-        self.size = (len(iterable) or None) if isinstance(iterable, Sized) else None
-        self._iterable = iterable
-        self._name = name
-        self._class_weights = class_weights
+    def __post_init__(self) -> None:
+        self.size = (len(self.iterable) or None) if isinstance(self.iterable, Sized) else None
         self._layout: Any = None
         self._specs: tuple[Any, ...] = ()
         self._error: BaseException | None = None
@@ -43,11 +44,11 @@ class IterableSource:
     @property
     def is_one_shot(self) -> bool:
         """Whether it is an iterator, which can be gone through only once."""
-        return iter(self._iterable) is self._iterable
+        return iter(self.iterable) is self.iterable
 
     def limit(self, batches: int) -> None:
         """Take at most this many batches from the iterable, though batches are made ahead."""
-        self._iterable = itertools.islice(self._iterable, batches)
+        self.iterable = itertools.islice(self.iterable, batches)
 
     def cursors(self) -> Iterator[BatchCursor]:
         """Go through the iterable once.
@@ -55,7 +56,7 @@ class IterableSource:
         Raises:
             DataError: A batch has another structure than the first, or an array that cannot be a tensor.
         """
-        batches = enumerate(self._iterable)
+        batches = enumerate(self.iterable)
         following = next(batches, None)
         while following is not None:
             number, batch = following
@@ -66,7 +67,7 @@ class IterableSource:
             dataset = tf.data.Dataset.from_generator(functools.partial(_drain, segment), output_signature=self._specs)
             self._error = None
             iterator = iter(prefetched_to_device(dataset.prefetch(PREFETCHED)))
-            reader = IteratorReader(iterator, self._layout, self._class_weights)
+            reader = IteratorReader(iterator, self._layout, self.class_weights)
             yield BatchCursor(reader, None, number, lambda: self._error)
             following = rest[0] if rest else None
 
@@ -95,13 +96,13 @@ class IterableSource:
         Raises:
             DataError: It has another structure or other dtypes than the batches before it.
         """
-        batch = as_tensors(batch, f"batch {number} of `{self._name}`")
+        batch = as_tensors(batch, f"batch {number} of `{self.name}`")
         layout = layout_of(batch)
         if self._layout is None:
             self._layout = layout
         elif layout != self._layout:
             raise DataError(
-                f"The structure changes at batch {number} of `{self._name}` (the first is 0): it is "
+                f"The structure changes at batch {number} of `{self.name}` (the first is 0): it is "
                 f"{_nesting(layout)}, those before it are {_nesting(self._layout)}. Give all batches the same nesting "
                 "of tuples and dicts, with the same members missing."
             )
@@ -109,7 +110,7 @@ class IterableSource:
         for value, spec in zip(flat, self._specs):
             if type(spec_of(value)) is not type(spec) or value.dtype != spec.dtype:
                 raise DataError(
-                    f"The types change at batch {number} of `{self._name}` (the first is 0): {shapes(value)} where "
+                    f"The types change at batch {number} of `{self.name}` (the first is 0): {shapes(value)} where "
                     f"those before it have {spec.dtype.name} in a {type(spec).__name__}. Give all batches the same."
                 )
         return flat

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NoReturn, TypeAlias
 
 import keras
 import tensorflow as tf
@@ -19,43 +19,28 @@ from tapeloop.data.pydataset import PyDatasetBatches
 from tapeloop.data.sampler import Sampler
 from tapeloop.errors import DataError
 
-
-class Source(Protocol):
-    """Batches that can be gone through again and again."""
-
-    @property
-    def size(self) -> int | None:
-        """How many batches it has, or None if that is not known."""
-
-    def cursors(self) -> Iterator[BatchCursor]:
-        """Go through all batches once, by one cursor after the other."""
+Source: TypeAlias = ArraySource | SparseSource | DatasetSource | IterableSource
 
 
+@dataclass(eq=False)
 class DataLoader:
     """Batches of data, epoch by epoch. Iterating over it gives the batches of one epoch, on the host.
 
     Attributes:
+        source: Gives the batches.
+        steps_per_epoch: After how many batches an epoch ends; None if it ends with the data.
         name: What the data is called in errors.
-        batches_per_epoch: How many batches an epoch has, or None if that is not known before its end.
         smallest_batch: How many examples the smallest batch has, or None if that is not known.
+        batches_per_epoch: How many batches an epoch has, or None if that is not known before its end.
     """
 
-    def __init__(
-        self, source: Source, steps_per_epoch: int | None, name: str, smallest_batch: int | None = None
-    ) -> None:
-        """Start before the first epoch.
+    source: Source
+    steps_per_epoch: int | None
+    name: str
+    smallest_batch: int | None = None
 
-        Args:
-            source: Gives the batches.
-            steps_per_epoch: After how many batches an epoch ends; None if it ends with the data.
-            name: What the data is called in errors.
-            smallest_batch: How many examples the smallest batch has, or None if that is not known.
-        """
-        self.name = name
-        self.batches_per_epoch = source.size if steps_per_epoch is None else steps_per_epoch
-        self.smallest_batch = smallest_batch
-        self._source = source
-        self._steps_per_epoch = steps_per_epoch
+    def __post_init__(self) -> None:
+        self.batches_per_epoch = self.source.size if self.steps_per_epoch is None else self.steps_per_epoch
         self._cursors: Iterator[BatchCursor] | None = None
         self._cursor: BatchCursor | None = None
         self._batches_read = 0
@@ -68,11 +53,10 @@ class DataLoader:
         """
         for cursors in (self._cursors, None):  # the rest of the data, then all of it from the start
             if self._cursor is None or self._cursor.exhausted:
-                self._cursors = self._source.cursors() if cursors is None else cursors
+                self._cursors = self.source.cursors() if cursors is None else cursors
                 self._cursor = next(self._cursors, None)
         if self._cursor is None or self._cursor.exhausted:
-            self.close()
-            raise self._no_batch()
+            self._raise_end()
         return self._cursor
 
     def epoch(self) -> Iterator[BatchCursor]:
@@ -80,15 +64,14 @@ class DataLoader:
 
         With `steps_per_epoch`, an epoch begins where the last one ended, and goes on from the start of the data.
         """
-        remaining = self._steps_per_epoch
+        remaining = self.steps_per_epoch
         while remaining is None or remaining > 0:
             cursor = self.cursor()
             cursor.limit(remaining)
             before = cursor.position
             yield cursor
             if not cursor.position:
-                self.close()
-                raise self._no_batch()
+                self._raise_end()
             self._batches_read += cursor.position - before
             if remaining is not None:
                 remaining -= cursor.position - before
@@ -102,11 +85,11 @@ class DataLoader:
             while cursor.remaining != 0:
                 try:
                     batch = cursor.reader.read(tf.constant(cursor.position, tf.int64))
-                except tf.errors.OutOfRangeError:
-                    cursor.exhaust()
-                    break
                 except tf.errors.OpError as error:
-                    raise cursor.user_error_behind(error) or error from None
+                    cause = cursor.error_behind(error)
+                    if cause is None:
+                        break
+                    raise cause from None
                 cursor.advance(1)
                 yield batch
 
@@ -116,8 +99,8 @@ class DataLoader:
         A dataset may declare less than a layer needs to be built.
         """
         yield open_spec_of(self.cursor().spec())
-        if isinstance(self._source, DatasetSource):
-            yield from map(open_spec_of, self._source.dataset.take(1))
+        if isinstance(self.source, DatasetSource):
+            yield from map(open_spec_of, self.source.dataset.take(1))
 
     def close(self) -> None:
         """Leave the epoch and let go of the data: the next epoch begins at its start."""
@@ -136,8 +119,8 @@ class DataLoader:
         """
         if self._iterator is None:
             return
-        if self._steps_per_epoch is not None:
-            self._iterator.limit(self._steps_per_epoch * epochs)
+        if self.steps_per_epoch is not None:
+            self._iterator.limit(self.steps_per_epoch * epochs)
         elif epochs > 1:
             raise DataError(
                 f"`{self.name}` is an iterator, which lasts one epoch, and {epochs} epochs were asked for. Pass "
@@ -147,16 +130,17 @@ class DataLoader:
     @property
     def _iterator(self) -> IterableSource | None:
         """The source, if it is an iterator and can be gone through only once."""
-        source = self._source
+        source = self.source
         return source if isinstance(source, IterableSource) and source.is_one_shot else None
 
-    def _no_batch(self) -> DataError:
+    def _raise_end(self) -> NoReturn:
+        self.close()
         if self._batches_read:
-            return DataError(
+            raise DataError(
                 f"`{self.name}` ended after {self._batches_read} batches, and more were asked for. Pass data that can "
                 "be gone through again, or ask for fewer."
             )
-        return DataError(
+        raise DataError(
             f"`{self.name}` is empty: it was asked for a batch and has none. Pass a dataset with at least "
             "one batch; a generator that has been gone through cannot start again."
         )
@@ -231,18 +215,15 @@ class DataSpec:
         is_dataset, is_pydataset = isinstance(data, tf.data.Dataset), isinstance(data, keras.utils.PyDataset)
         endless = is_dataset and int(data.cardinality()) == tf.data.INFINITE_CARDINALITY
         if steps is None and (endless or (is_pydataset and data.num_batches is None)):
-            raise DataError(
-                f"`{name}` never ends. Pass `{self.steps[0]}`, or data with an end: a dataset that is cut by `take`, a "
-                "`PyDataset` with a `num_batches`."
-            )
+            raise DataError(f"`{name}` never ends. Pass `{self.steps[0]}`, or end it, as by `take` or `num_batches`.")
         if is_dataset:
             return DataLoader(DatasetSource(data, None, weights), steps, name)
         if is_pydataset:
             return DataLoader(IterableSource(PyDatasetBatches(data, sampler), name, weights), steps, name)
         if self.is_arrays:
-            arrays, examples = _checked_arrays(data, name)
-            source = _array_source(arrays, name, batch_size, sampler, weights)
-            return DataLoader(source, steps, name, examples % batch_size or min(examples, batch_size))
+            arrays = self._array_source(batch_size, sampler)
+            source = IterableSource(arrays, name, weights) if isinstance(arrays, FileSlices) else arrays
+            return DataLoader(source, steps, name, arrays.smallest_batch)
         if isinstance(data, Iterable):
             return DataLoader(IterableSource(data, name, weights), steps, name)
         raise DataError(
@@ -250,41 +231,30 @@ class DataSpec:
             f"batches. Received: {data!r} of type {type(data).__name__}."
         )
 
+    def _array_source(self, batch_size: int, sampler: Sampler) -> ArraySource | SparseSource | FileSlices:
+        """Return the source of batches of arrays, by where the arrays lie and of what kind they are.
 
-def _checked_arrays(data: Any, name: str) -> tuple[Any, int]:
-    """Return arrays as tensors, except for those in files, and how many examples they have.
+        Raises:
+            DataError: The arrays do not have the same number of examples, or none, or do not go together.
+        """
+        name = self.name
 
-    Raises:
-        DataError: The arrays do not have the same number of examples, or none.
-    """
-    arrays = tf.nest.map_structure(lambda array: array if lies_in_file(array) else as_tensors(array, f"`{name}`"), data)
-    present = tensors_in(arrays)
-    lengths = {array.shape[0] if len(array.shape) else None for array in present}
-    if len(lengths) != 1 or None in lengths:
-        raise DataError(
-            f"The arrays of `{name}` must have the same number of examples, as their first dimension. "
-            f"Received: {shapes(present[:6])}{' and more' * (len(present) > 6)}. Lists are taken for several arrays: "
-            "make one of them with `np.asarray`."
-        )
-    (examples,) = lengths
-    if not examples:
-        raise DataError(f"`{name}` is empty: its arrays have no examples. Received: {shapes(present)}.")
-    return arrays, examples
+        def convert(array: Any) -> Any:
+            return array if lies_in_file(array) else as_tensors(array, f"`{name}`")
 
-
-def _array_source(
-    arrays: Any, name: str, batch_size: int, sampler: Sampler, class_weights: ClassWeights | None
-) -> Source:
-    """Return the source for arrays, by where they lie and of what kind they are.
-
-    Raises:
-        DataError: Some arrays lie in files, and others are sparse.
-    """
-    in_file = any(map(lies_in_file, tensors_in(arrays)))
-    if not any(isinstance(array, tf.SparseTensor) for array in tensors_in(arrays)):
-        if in_file:
-            return IterableSource(FileSlices(arrays, batch_size, sampler), name, class_weights)
-        return ArraySource(arrays, batch_size, sampler, class_weights)
-    if in_file:
-        raise DataError(f"`{name}` has arrays in files and sparse ones, which are not read in slices: make them dense.")
-    return SparseSource(arrays, batch_size, sampler, class_weights)
+        arrays = tf.nest.map_structure(convert, self.data)
+        present = tensors_in(arrays)
+        lengths = {array.shape[0] if len(array.shape) else None for array in present}
+        if len(lengths) != 1 or None in lengths:
+            raise DataError(
+                f"The arrays of `{name}` must have the same number of examples, as their first dimension. "
+                f"Received: {shapes(present[:6])}{' and more' * (len(present) > 6)}. Lists are taken for several "
+                "arrays: make one of them with `np.asarray`."
+            )
+        if lengths == {0}:
+            raise DataError(f"`{name}` is empty: its arrays have no examples. Received: {shapes(present)}.")
+        in_file, sparse = any(map(lies_in_file, present)), any(isinstance(a, tf.SparseTensor) for a in present)
+        if in_file and sparse:
+            raise DataError(f"`{name}` has arrays in files and sparse ones, which cannot be sliced: make them dense.")
+        kind = FileSlices if in_file else SparseSource if sparse else ArraySource
+        return kind(arrays, batch_size, sampler, self.class_weights)

@@ -117,9 +117,7 @@ class CompiledStep:
         if failure is not None and has_stopped(failure):
             tally, failure = tally.stopped(), None
         feed.advance(tally.batches)
-        if isinstance(failure, tf.errors.OutOfRangeError) and feed.ended_with(failure):
-            failure = None
-        return tally, failure and (feed.user_error_behind(failure) or failure)
+        return tally, failure and feed.error_behind(failure)
 
     def run_on(
         self, batch: Any, before: StepCounts, so_far: tuple[int, int], take_logs: TakeLogs
