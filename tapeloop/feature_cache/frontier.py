@@ -222,7 +222,7 @@ def _submodels(selection: Selection, before: Subgraph, after: Subgraph) -> tuple
     read, kept = ({id(variable) for variable in part.variables} for part in (before, after))
     tree, found = selection.tree, list[SubmodelInfo]()
     for submodel in tree.submodels:
-        held = {id(variable.tf_variable) for variable in tree.held[submodel]}
+        held = {id(variable.tf_variable) for variable in tree.variables_in[submodel]}
         inside = any(other in tree.parents[submodel] or _within(tree, submodel, other) for other in found)
         trains = any(id(variable.tf_variable) in held for variable in selection.trained)
         if held & read and not held & kept and not trains and not inside:

@@ -26,6 +26,15 @@ class Selection:
         inference: The submodels that run in inference mode, whatever mode their parent is called in.
         rules: For every variable, the rule that put it where it is.
         multipliers: By how much each group's learning rate is multiplied.
+
+    Example:
+        >>> dense = keras.layers.Dense
+        >>> model = keras.Sequential([keras.Input((4,)), dense(3, name="base"), dense(2, name="head")])
+        >>> selection = tl.Trainer(model, tl.Freeze("base")).selection
+        >>> selection
+        <Selection: default: 2 variables, 8 parameters; frozen: 2 variables, 15 parameters>
+        >>> [submodel.path for submodel in selection.inference]
+        ['base']
     """
 
     tree: Tree
@@ -49,7 +58,7 @@ class Selection:
     @functools.cached_property
     def idle(self) -> frozenset[SubmodelInfo]:
         """The submodels in inference mode of which nothing trains: what they assign in their `call` is dropped."""
-        held, trains = self.tree.held, self.group_of.keys()
+        held, trains = self.tree.variables_in, self.group_of.keys()
         return frozenset(submodel for submodel in self.inference if trains.isdisjoint(held[submodel]))
 
     @functools.cached_property

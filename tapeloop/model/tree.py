@@ -8,9 +8,9 @@ name is left out. What is shared stands once in the tree and keeps all its paths
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import keras
 import tensorflow as tf
@@ -19,6 +19,7 @@ from tapeloop._backend import keras_internals
 
 Model: TypeAlias = Any  # keras.Layer | tf.Module | Mapping[str, "Model"]: Keras ships no types to check against
 Variable: TypeAlias = Any  # keras.Variable | tf.Variable
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,10 +29,15 @@ class SubmodelInfo:
     Attributes:
         object: The layer, model or module itself; the mapping, for the root of several models.
         paths: Its paths, in the order found; `""` is the root.
+
+    Example:
+        >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, name="head")])
+        >>> [submodel.path for submodel in tl.Trainer(model).selection.tree.submodels]
+        ['', 'head']
     """
 
     object: Any = field(repr=False)
-    paths: tuple[str, ...]
+    paths: tuple[str, ...] = ()
 
     def __eq__(self, other: object) -> bool:
         return self.object is other.object if isinstance(other, SubmodelInfo) else NotImplemented
@@ -51,17 +57,23 @@ class VariableInfo:
 
     Attributes:
         variable: The `keras.Variable` or `tf.Variable` itself.
-        paths: Its paths, in the order found: several, where it is tied or its submodel is shared.
+        paths: Its paths, in the order found: several, if it is tied or its submodel is shared.
         submodels: The submodels that hold it, at any depth, the root first.
         trainable: Whether Keras (for a `tf.Variable`, TensorFlow) says that it can train.
         seed: Whether it is the state of a `keras.random.SeedGenerator`.
         tree: The model that it is a part of.
+
+    Example:
+        >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, name="head")])
+        >>> kernel = tl.Trainer(model).selection.trained[0]
+        >>> kernel.path, kernel.name, kernel.shape, kernel.dtype, kernel.size
+        ('head/kernel', 'kernel', (4, 2), 'float32', 8)
     """
 
     variable: Variable = field(repr=False)
-    paths: tuple[str, ...]
-    submodels: tuple[SubmodelInfo, ...] = field(repr=False)
-    trainable: bool
+    paths: tuple[str, ...] = ()
+    submodels: tuple[SubmodelInfo, ...] = field(default=(), repr=False)
+    trainable: bool = False
     seed: bool = False
     tree: Tree = field(init=False, repr=False)
 
@@ -150,64 +162,54 @@ class Tree:
         return walk.tree()
 
     @functools.cached_property
-    def held(self) -> Mapping[SubmodelInfo, tuple[VariableInfo, ...]]:
-        """The variables under each submodel, at any depth."""
-        held: dict[SubmodelInfo, list[VariableInfo]] = {submodel: [] for submodel in self.submodels}
-        for variable in self.variables:
-            for submodel in variable.submodels:
-                held[submodel].append(variable)
-        return {submodel: tuple(variables) for submodel, variables in held.items()}
+    def variables_in(self) -> Mapping[SubmodelInfo, tuple[VariableInfo, ...]]:
+        """The variables in each submodel, at any depth."""
+        return _grouped(self.submodels, ((submodel, v) for v in self.variables for submodel in v.submodels))
 
     @functools.cached_property
-    def places(self) -> Mapping[VariableInfo, tuple[frozenset[SubmodelInfo], ...]]:
+    def enclosing(self) -> Mapping[VariableInfo, tuple[frozenset[SubmodelInfo], ...]]:
         """For each variable and each of its paths, the submodels that enclose it along that path."""
-        at = {path: submodel for submodel in self.submodels for path in submodel.paths}
-        return {v: tuple(frozenset(_enclosing(path, at)) for path in v.paths) for v in self.variables}
+        return {v: tuple(frozenset(self._above(path)) for path in v.paths) for v in self.variables}
 
     @functools.cached_property
     def parents(self) -> Mapping[SubmodelInfo, tuple[SubmodelInfo, ...]]:
-        """The submodels directly around each submodel: several, where it is shared."""
-        at = {path: submodel for submodel in self.submodels for path in submodel.paths}
-        return {
-            submodel: tuple(dict.fromkeys(at[_above(path, at)] for path in submodel.paths if path))
-            for submodel in self.submodels
-        }
+        """The submodels directly around each submodel: several, if it is shared."""
+        return {s: tuple(dict.fromkeys(next(self._above(path)) for path in s.paths if path)) for s in self.submodels}
 
     @functools.cached_property
     def children(self) -> Mapping[SubmodelInfo, tuple[SubmodelInfo, ...]]:
         """The submodels directly in each submodel."""
-        children: dict[SubmodelInfo, list[SubmodelInfo]] = {submodel: [] for submodel in self.submodels}
-        for submodel, parents in self.parents.items():
-            for parent in parents:
-                children[parent].append(submodel)
-        return {submodel: tuple(inside) for submodel, inside in children.items()}
+        return _grouped(self.submodels, ((parent, s) for s, parents in self.parents.items() for parent in parents))
 
     @functools.cached_property
     def layers(self) -> tuple[SubmodelInfo, ...]:
         """The submodels that are Keras layers."""
         return tuple(submodel for submodel in self.submodels if isinstance(submodel.object, keras.Layer))
 
+    @functools.cached_property
+    def _by_path(self) -> Mapping[str, SubmodelInfo]:
+        return {path: submodel for submodel in self.submodels for path in submodel.paths}
+
+    def _above(self, path: str) -> Iterator[SubmodelInfo]:
+        """Yield the submodels above a path, the innermost first. `blocks/0` is in the root if `blocks` is a list."""
+        while path:
+            path = path.rpartition("/")[0]
+            if path in self._by_path:
+                yield self._by_path[path]
+
+
+def _grouped(
+    keys: Iterable[SubmodelInfo], pairs: Iterable[tuple[SubmodelInfo, T]]
+) -> dict[SubmodelInfo, tuple[T, ...]]:
+    groups: dict[SubmodelInfo, list[T]] = {key: [] for key in keys}
+    for key, value in pairs:
+        groups[key].append(value)
+    return {key: tuple(values) for key, values in groups.items()}
+
 
 def raw(variable: Variable) -> tf.Variable:
     """Return the `tf.Variable` under a Keras variable, or the variable itself."""
     return variable.value if isinstance(variable, keras.Variable) else variable
-
-
-def _above(path: str, at: Mapping[str, SubmodelInfo]) -> str:
-    """Return the nearest path above that is a submodel's: `blocks/0` stands in the root, `blocks` being a list."""
-    while path:
-        path = path.rpartition("/")[0]
-        if path in at:
-            return path
-    return ""
-
-
-def _enclosing(path: str, at: Mapping[str, SubmodelInfo]) -> Iterator[SubmodelInfo]:
-    """Yield the submodels above a path, the innermost first."""
-    while path:
-        path = path.rpartition("/")[0]
-        if path in at:
-            yield at[path]
 
 
 def _is_submodel(value: object) -> bool:
@@ -222,57 +224,58 @@ def _is_variable(value: object) -> bool:
     return isinstance(value, (keras.Variable, tf.Variable))
 
 
+def _info(found: Any) -> SubmodelInfo | VariableInfo:
+    """Return an info without paths. It stands for the object in sets: Keras' variables themselves have no hash."""
+    return VariableInfo(found) if _is_variable(found) else SubmodelInfo(found)
+
+
 class _Walk:
     """Visits a model by every path there is, and gathers the paths of what it meets."""
 
     def __init__(self) -> None:
-        self.paths: dict[int, list[str]] = {}
-        self.found: dict[int, Any] = {}
-        self.above: dict[int, dict[int, None]] = {}
-        self.trainable: set[int] = set()
-        self.seeds: set[int] = set()
+        self.paths: dict[SubmodelInfo | VariableInfo, list[str]] = {}
+        self.above: dict[SubmodelInfo | VariableInfo, set[SubmodelInfo]] = {}
+        self.trainable: set[VariableInfo] = set()
+        self.seeds: set[VariableInfo] = set()
 
-    def enter(self, found: Any, path: str, stack: tuple[int, ...]) -> None:
-        """Record `found` at `path`, reached through the objects of `stack`, and go on to what it holds."""
+    def enter(self, found: Any, path: str, stack: tuple[SubmodelInfo, ...]) -> None:
+        """Record `found` at `path`, reached through the submodels of `stack`, and go on to what it holds."""
         if isinstance(found, keras.random.SeedGenerator):
             found, path = found.state, f"{path}/state"
-            self.seeds.add(id(found))
-        key = id(found)
-        if key in stack:  # a child that refers back to its parent
+            self.seeds.add(VariableInfo(found))
+        info = _info(found)
+        if info in stack:  # a child that refers back to its parent
             return
-        paths = self.paths.setdefault(key, [])
+        paths = self.paths.setdefault(info, [])
         if path not in paths:
             paths.append(path)
-        self.found[key] = found
-        self.above.setdefault(key, {}).update(dict.fromkeys(stack))
-        if _is_variable(found):
-            if not isinstance(found, keras.Variable) and found.trainable and not self._is_flagged_off(stack):
-                self.trainable.add(key)
+        self.above.setdefault(info, set()).update(stack)
+        layers = [submodel.object for submodel in stack if isinstance(submodel.object, keras.Layer)]
+        if isinstance(info, VariableInfo):
+            # Keras' flag on a layer holds for a raw variable in it as for the layer's own.
+            if isinstance(found, tf.Variable) and found.trainable and all(layer.trainable for layer in layers):
+                self.trainable.add(info)
             return
-        if isinstance(found, keras.Layer) and not any(isinstance(self.found[k], keras.Layer) for k in stack):
+        if isinstance(found, keras.Layer) and not layers:
             # The flags of nested layers count together: Keras' own list of what trains settles them.
-            self.trainable.update(id(variable) for variable in found.trainable_variables)
+            self.trainable.update(map(VariableInfo, found.trainable_variables))
         for segment, child in _children(found):
-            self.enter(child, f"{path}/{segment}".lstrip("/"), (*stack, key))
-
-    def _is_flagged_off(self, stack: tuple[int, ...]) -> bool:
-        """Tell whether a layer around holds what is in it non-trainable, as Keras' flag does for its own variables."""
-        around = [self.found[key] for key in stack]
-        return any(isinstance(one, keras.Layer) and not one.trainable for one in around)
+            self.enter(child, f"{path}/{segment}".lstrip("/"), (*stack, info))
 
     def tree(self) -> Tree:
-        apart = [(key, found) for key, found in self.found.items() if not _is_variable(found)]
-        submodels = {key: SubmodelInfo(found, tuple(self.paths[key])) for key, found in apart}
+        """Return the tree of what was visited."""
+        order = {info: number for number, info in enumerate(self.paths)}
+        submodels = {s: SubmodelInfo(s.object, tuple(p)) for s, p in self.paths.items() if isinstance(s, SubmodelInfo)}
         variables = tuple(
             VariableInfo(
-                found,
-                tuple(self.paths[key]),
-                tuple(submodel for above, submodel in submodels.items() if above in self.above[key]),
-                key in self.trainable,
-                key in self.seeds,
+                info.variable,
+                tuple(paths),
+                tuple(submodels[submodel] for submodel in sorted(self.above[info], key=order.__getitem__)),
+                info in self.trainable,
+                info in self.seeds,
             )
-            for key, found in self.found.items()
-            if _is_variable(found)
+            for info, paths in self.paths.items()
+            if isinstance(info, VariableInfo)
         )
         tree = Tree(tuple(submodels.values()), variables)
         for variable in variables:
@@ -288,10 +291,10 @@ def _children(parent: Any) -> Iterator[tuple[str, Any]]:
         named = ((str(name), model) for name, model in parent.items())
     else:
         named = _attributes(parent)
-    taken: dict[str, int] = {}
+    taken: dict[str, Any] = {}
     for segment, child in named:
         unique, copies = segment, 1
-        while taken.setdefault(unique, id(child)) != id(child):  # `_dense` beside `dense`
+        while taken.setdefault(unique, child) is not child:  # `_dense` beside `dense`
             copies += 1
             unique = f"{segment}_{copies}"
         yield unique, child
@@ -300,24 +303,24 @@ def _children(parent: Any) -> Iterator[tuple[str, Any]]:
 def _layer_children(layer: keras.Layer) -> Iterator[tuple[str, Any]]:
     """Yield what Keras tracks in `layer`, and other state: by name in a graph of layers, else by attribute."""
     sublayers = [child for child in keras_internals.sublayers(layer) if not isinstance(child, keras.layers.InputLayer)]
-    tracked = {id(child) for child in (*sublayers, *layer.variables)}
-    graph = layer.layers if isinstance(layer, keras.Sequential) else getattr(layer, "operations", ())
-    graph_ids = {id(child) for child in graph if id(child) in tracked}
-    yield from ((child.name, child) for child in graph if id(child) in graph_ids)
-    yielded = set(graph_ids)
+    tracked = set(map(_info, (*sublayers, *layer.variables)))
+    operations = layer.layers if isinstance(layer, keras.Sequential) else getattr(layer, "operations", ())
+    graph = {_info(child): child for child in operations if _info(child) in tracked}
+    yield from ((child.name, child) for child in graph.values())
+    yielded = set(graph)
     for segment, child in _attributes(layer):
         state = child.state if isinstance(child, keras.random.SeedGenerator) else child
-        # Of a recurrent layer, say, or a module: Keras tracks neither the state nor the module.
+        # Keras tracks neither the states of a recurrent layer nor a module that is no layer.
         is_untracked = not child.trainable if _is_variable(child) else _is_plain_module(child)
-        if id(child) not in graph_ids and (id(state) in tracked or is_untracked):
-            yielded.add(id(state))
+        if _info(child) not in graph and (_info(state) in tracked or is_untracked):
+            yielded.add(_info(state))
             yield segment, child
     for child in sublayers:  # tracked through an attribute that is gone
-        if id(child) not in yielded:
+        if _info(child) not in yielded:
             yield child.name, child
-    yielded |= {id(variable) for child in sublayers for variable in child.variables}
+    yielded.update(map(_info, (variable for child in sublayers for variable in child.variables)))
     for variable in layer.variables:
-        if id(variable) not in yielded:  # made by `add_weight` and kept in no attribute
+        if _info(variable) not in yielded:  # made by `add_weight` and kept in no attribute
             yield variable.name, variable
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
 
 import keras
 
 from tapeloop._validation import not_negative
 from tapeloop.errors import PolicyError, listed
-from tapeloop.model.filters import AnyOf, Filter, Under
+from tapeloop.model.filters import Filter, Joined, Under
 from tapeloop.model.selection import Selection
 from tapeloop.model.tree import SubmodelInfo, Tree, VariableInfo
 from tapeloop.policies.base import Progress, VariablePolicy
@@ -33,28 +34,22 @@ def resolve(policy: VariablePolicy, tree: Tree, trains: bool = True) -> Selectio
             "makes them in its first call has them after `fit` has seen a batch, or once it was called on one."
         )
     if trains:
-        _check_matches(policy, tree)
+        _check_filters(policy, tree)
+    answers = {variable: _checked_group(policy, variable) for variable in tree.variables if variable.trainable}
     groups: dict[str, list[VariableInfo]] = {}
-    frozen, non_trainable = [], []
-    rules = {}
-    for variable in tree.variables:
-        group = policy.group(variable) if variable.trainable else None
+    for variable, group in answers.items():
         if group is not None:
-            groups.setdefault(_checked_name(policy, group, variable), []).append(variable)
-        elif variable.trainable:
-            frozen.append(variable)
-        else:
-            non_trainable.append(variable)
-        rules[variable] = policy.rule(variable) if variable.trainable else _flag(variable)
+            groups.setdefault(group, []).append(variable)
+    frozen = tuple(variable for variable, group in answers.items() if group is None)
     if trains and not groups:
         raise PolicyError(_nothing_left(policy, frozen))
     return Selection(
         tree,
         {group: tuple(variables) for group, variables in groups.items()},
-        tuple(frozen),
-        tuple(non_trainable),
-        _inference(policy, tree, {variable for group in groups.values() for variable in group}),
-        rules,
+        frozen,
+        tuple(variable for variable in tree.variables if not variable.trainable),
+        _inference(policy, tree, answers.keys() - set(frozen)),
+        {v: policy.rule(v) if v.trainable else _keras_rule(v) for v in tree.variables},
         {group: _multiplier(policy, group, variables) for group, variables in groups.items()},
     )
 
@@ -97,8 +92,9 @@ def selections_to_come(policy: VariablePolicy, tree: Tree) -> list[Selection]:
     return found
 
 
-def _checked_name(policy: VariablePolicy, group: object, variable: VariableInfo) -> str:
-    if not isinstance(group, str) or not group:
+def _checked_group(policy: VariablePolicy, variable: VariableInfo) -> str | None:
+    group = policy.group(variable)
+    if group is not None and (not isinstance(group, str) or not group):
         raise PolicyError(
             f"`{type(policy).__name__}.group` must return the name of a group, or None to freeze. "
             f"Received: {group!r} for the variable `{variable.path}`."
@@ -106,64 +102,57 @@ def _checked_name(policy: VariablePolicy, group: object, variable: VariableInfo)
     return group
 
 
-def _check_matches(policy: VariablePolicy, tree: Tree) -> None:
-    weightless = [filter_ for filter_ in policy.filters() if _is_weightless(filter_, tree)]
-    for filter_ in policy.filters():
-        if filter_ not in weightless:
-            _check_match(policy, filter_, tree)
-    if weightless and len(weightless) == len(policy.filters()):
+def _check_filters(policy: VariablePolicy, tree: Tree) -> None:
+    """Check that each filter of a policy matches a variable, and each part of a filter by itself: a typo does not."""
+    filters = [filter_ for filter_ in policy.filters() if not _is_weightless(filter_, tree)]
+    if policy.filters() and not filters:
         raise PolicyError(f"{policy!r} names only layers without variables. Name one that has some.")
+    for filter_ in filters:
+        for part in (*filter_.parts(), filter_):
+            if not any(map(part, tree.variables)) and not _is_weightless(part, tree):
+                raise PolicyError(f"{part!r} in {policy!r} matches no variable of the model. {_nearest(part, tree)}")
+        matches = [variable for variable in tree.variables if filter_(variable)]
+        if not any(variable.trainable for variable in matches) and not policy.freezes_filters:
+            raise PolicyError(
+                f"{filter_!r} in {policy!r} matches only variables that Keras holds non-trainable: "
+                f"{_listed(matches)}. Set `trainable = True` on their layers, or leave the filter out; batch "
+                "statistics, seed states and weights made with `trainable=False` train in no policy."
+            )
 
 
 def _is_weightless(filter_: Filter, tree: Tree) -> bool:
     """Tell whether a filter names only layer objects without variables, as slices of `model.layers` hold many."""
-    if isinstance(filter_, AnyOf):
+    if isinstance(filter_, Joined) and filter_.sign == ",":
         return all(_is_weightless(each, tree) for each in filter_.filters)
     if not isinstance(filter_, Under):
         return False
-    if isinstance(filter_.submodel, keras.layers.InputLayer):
+    if isinstance(filter_.submodel, keras.layers.InputLayer):  # which the tree leaves out
         return True
-    return any(s.object is filter_.submodel and not tree.held[s] for s in tree.submodels)
-
-
-def _check_match(policy: VariablePolicy, filter_: Filter, tree: Tree) -> None:
-    for part in (*filter_.parts(), filter_):
-        if not any(map(part, tree.variables)) and not _is_weightless(part, tree):
-            raise PolicyError(f"{part!r} in {policy!r} matches no variable of the model. {_nearest(part, tree)}")
-    matches = [variable for variable in tree.variables if filter_(variable)]
-    if not any(variable.trainable for variable in matches) and not policy.freezes_filters:
-        raise PolicyError(
-            f"{filter_!r} in {policy!r} matches only variables that Keras holds non-trainable: {_listed(matches)}. "
-            "Set `trainable = True` on their layers, or leave the filter out; batch statistics, seed states and "
-            "weights made with `trainable=False` train in no policy."
-        )
+    return not tree.variables_in.get(SubmodelInfo(filter_.submodel), (filter_,))
 
 
 def _nearest(filter_: Filter, tree: Tree) -> str:
-    paths = [path for paths in _all_paths(tree) for path in paths if path]
+    """Name the paths that a filter may have meant."""
+    infos: tuple[SubmodelInfo | VariableInfo, ...] = (*tree.submodels, *tree.variables)
+    paths = [path for info in infos for path in info.paths if path]
     by_name: dict[str, str] = {}
     for path in paths:
         by_name.setdefault(path.rpartition("/")[2], path)
     near: list[str] = []
     for pattern in filter_.patterns():
-        near += difflib.get_close_matches(pattern.removesuffix("/**"), paths, n=3)
-        names = difflib.get_close_matches(pattern.removesuffix("/**").rpartition("/")[2], by_name, n=2)
-        near += [by_name[name] for name in names]
+        pattern = pattern.removesuffix("/**")
+        near += difflib.get_close_matches(pattern, paths, n=3)
+        near += [by_name[name] for name in difflib.get_close_matches(pattern.rpartition("/")[2], by_name, n=2)]
     if near:
         return f"The nearest paths are {', '.join(f'`{path}`' for path in dict.fromkeys(near))}."
-    top = [path for path in paths if "/" not in path]
-    return f"The model has {listed(top, most=5)} at the top."
-
-
-def _all_paths(tree: Tree) -> list[tuple[str, ...]]:
-    return [submodel.paths for submodel in tree.submodels] + [variable.paths for variable in tree.variables]
+    return f"The model has {listed([path for path in paths if '/' not in path], most=5)} at the top."
 
 
 def _listed(variables: Iterable[VariableInfo]) -> str:
     return listed([variable.path for variable in variables], most=5)
 
 
-def _nothing_left(policy: VariablePolicy, frozen: list[VariableInfo]) -> str:
+def _nothing_left(policy: VariablePolicy, frozen: Sequence[VariableInfo]) -> str:
     if frozen:
         return (
             f"{policy!r} leaves nothing to train: it freezes all {len(frozen)} variables ({_listed(frozen)}). "
@@ -193,7 +182,8 @@ def _multiplier(policy: VariablePolicy, group: str, variables: list[VariableInfo
     return next(iter(found.values()))
 
 
-def _flag(variable: VariableInfo) -> str:
+def _keras_rule(variable: VariableInfo) -> str:
+    """Name why Keras does not train a variable."""
     if variable.seed:
         return "Keras: seed state"
     off = [s for s in variable.submodels if isinstance(s.object, keras.Layer) and not s.object.trainable]
@@ -202,27 +192,26 @@ def _flag(variable: VariableInfo) -> str:
     return "Keras: non-trainable"
 
 
-def _inference(policy: VariablePolicy, tree: Tree, trained: set[VariableInfo]) -> tuple[SubmodelInfo, ...]:
-    """Find the submodels in inference mode: those the policy says, and those that stand in such ones alone."""
+def _inference(policy: VariablePolicy, tree: Tree, trained: AbstractSet[VariableInfo]) -> tuple[SubmodelInfo, ...]:
+    """Find the submodels in inference mode: those the policy says, and those that stand in such submodels alone."""
     inference = {
         submodel
         for submodel in tree.submodels
-        if _owns(submodel, tree) and policy.inference(submodel, not trained.isdisjoint(tree.held[submodel]))
+        if _owns(submodel, tree) and policy.inference(submodel, not trained.isdisjoint(tree.variables_in[submodel]))
     }
-    undecided = [submodel for submodel in tree.submodels if submodel not in inference]
-    while undecided:
-        follows = {s for s in undecided if tree.parents[s] and inference.issuperset(tree.parents[s])}
-        if not follows:
-            break
-        inference |= follows
-        undecided = [submodel for submodel in undecided if submodel not in follows]
+    found = inference
+    while found:  # a shared submodel may come before one that encloses it: one pass in order would not do
+        undecided = [submodel for submodel in tree.submodels if tree.parents[submodel] and submodel not in inference]
+        found = {submodel for submodel in undecided if inference.issuperset(tree.parents[submodel])}
+        inference |= found
     return tuple(submodel for submodel in tree.submodels if submodel in inference)
 
 
 def _owns(submodel: SubmodelInfo, tree: Tree) -> bool:
     """Tell whether a submodel owns variables that can train, or could if Keras' flag on it were lifted.
 
-    Statistics alone do not count: a BatchNormalization without scale and offset follows what encloses it.
+    Statistics alone do not count. A BatchNormalization without scale and offset has nothing that could train, and would
+    otherwise be in inference mode and never update its statistics: it follows the submodel that encloses it.
     """
     flagged_off = isinstance(submodel.object, keras.Layer) and not submodel.object.trainable
-    return any(variable.trainable or (flagged_off and not variable.seed) for variable in tree.held[submodel])
+    return any(variable.trainable or (flagged_off and not variable.seed) for variable in tree.variables_in[submodel])

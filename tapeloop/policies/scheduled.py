@@ -9,16 +9,13 @@ from dataclasses import dataclass
 
 from tapeloop._validation import whole_number
 from tapeloop.errors import PolicyError
-from tapeloop.model.filters import FilterLike, to_filter
-from tapeloop.model.ordinal import Of, as_of, candidates, said
+from tapeloop.model.filters import Filter, FilterLike, SubmodelKind, to_filter
 from tapeloop.model.tree import VariableInfo
-from tapeloop.policies.base import DEFAULT_GROUP, Progress, VariablePolicy
+from tapeloop.policies.base import DEFAULT_GROUP, Progress, VariablePolicy, set_fields
 from tapeloop.policies.static import TrainOnly
 
-UNITS = ("epoch", "step")
 
-
-@dataclass(frozen=True, init=False)
+@dataclass(frozen=True, init=False, repr=False)
 class Phases(VariablePolicy):
     """One policy after the other, each from the epoch (or step) that is its key.
 
@@ -49,24 +46,24 @@ class Phases(VariablePolicy):
         if not isinstance(phases, Mapping) or not phases:
             raise TypeError(f"`Phases` takes a mapping from whole numbers to policies. Received: {phases!r}.")
         starts = {whole_number("phases", start, 0): policy for start, policy in phases.items()}
-        for policy in starts.values():
-            _check_policy("Phases", policy)
+        _check_policies("Phases", starts.values())
         if 0 not in starts:
             raise PolicyError(
                 "`Phases` must say what trains from the start. "
                 f"The first phase is at {unit} {min(starts)}: add one at 0."
             )
-        object.__setattr__(self, "_phases", tuple(sorted(starts.items(), key=lambda start: start[0])))
-        object.__setattr__(self, "_unit", _check_unit(unit))
+        # Sorted by the start alone: policies have no order.
+        set_fields(self, _phases=tuple(sorted(starts.items(), key=lambda item: item[0])), _unit=_checked_unit(unit))
 
     def __repr__(self) -> str:
-        return f"Phases({dict(self._phases)!r}{_said(self._unit, 'epoch')})"
+        return f"Phases({dict(self._phases)!r}{_unit_unless('epoch', self._unit)})"
 
     def phases(self) -> tuple[VariablePolicy, ...]:
         return tuple(policy for _, policy in self._phases)
 
     @property
     def every(self) -> int | None:
+        # The largest number of steps at which no start is missed, so that the loop asks no more often than needed.
         return math.gcd(*(start for start, _ in self._phases)) or None if self._unit == "step" else None
 
     def at(self, progress: Progress) -> VariablePolicy:
@@ -74,8 +71,27 @@ class Phases(VariablePolicy):
         return [policy for start, policy in self._phases if start <= now][-1]
 
 
-@dataclass(frozen=True, init=False)
-class GradualUnfreeze(VariablePolicy):
+@dataclass(frozen=True, init=False, repr=False)
+class _Periodic:
+    """What policies share that answer anew after so many steps or epochs."""
+
+    _period: int
+    _unit: str
+
+    def _set_period(self, every: int, unit: str) -> None:
+        object.__setattr__(self, "_period", whole_number("every", every, 1))
+        object.__setattr__(self, "_unit", _checked_unit(unit))
+
+    @property
+    def every(self) -> int | None:
+        return self._period if self._unit == "step" else None
+
+    def _periods_before(self, progress: Progress) -> int:
+        return progress.count(self._unit) // self._period
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class GradualUnfreeze(_Periodic, VariablePolicy):
     """Train the first stage, then the second too, then the third: `GradualUnfreeze(["head", "backbone/block3"])`.
 
     Source: Howard and Ruder, Universal Language Model Fine-tuning for Text Classification, 2018, section 3.3.
@@ -89,9 +105,7 @@ class GradualUnfreeze(VariablePolicy):
         [(0, TrainOnly(glob('head'))), (2, TrainOnly(glob('head'), glob('base')))]
     """
 
-    _stages: tuple[FilterLike, ...]
-    _each: int
-    _unit: str
+    _stages: tuple[Filter, ...]
 
     def __init__(self, stages: Iterable[FilterLike], *, every: int = 1, unit: str = "epoch") -> None:
         """Set the stages.
@@ -111,26 +125,21 @@ class GradualUnfreeze(VariablePolicy):
         filters = tuple(to_filter(stage) for stage in stages)
         if not filters:
             raise PolicyError("`GradualUnfreeze` needs one or more stages. Received none: say what trains first.")
-        object.__setattr__(self, "_stages", filters)
-        object.__setattr__(self, "_each", whole_number("every", every, 1))
-        object.__setattr__(self, "_unit", _check_unit(unit))
+        set_fields(self, _stages=filters)
+        self._set_period(every, unit)
 
     def __repr__(self) -> str:
-        return f"GradualUnfreeze({list(self._stages)!r}, every={self._each}{_said(self._unit, 'epoch')})"
-
-    @property
-    def every(self) -> int | None:
-        return self._each if self._unit == "step" else None
+        return f"GradualUnfreeze({list(self._stages)!r}, every={self._period}{_unit_unless('epoch', self._unit)})"
 
     def phases(self) -> tuple[VariablePolicy, ...]:
         return tuple(TrainOnly(*self._stages[:count]) for count in range(1, 1 + len(self._stages)))
 
     def at(self, progress: Progress) -> VariablePolicy:
-        return TrainOnly(*self._stages[: 1 + progress.count(self._unit) // self._each])
+        return TrainOnly(*self._stages[: 1 + self._periods_before(progress)])
 
 
-@dataclass(frozen=True, init=False)
-class Cycle(VariablePolicy):
+@dataclass(frozen=True, init=False, repr=False)
+class Cycle(_Periodic, VariablePolicy):
     """Several policies in turn, and around again: `Cycle([policy, other], every=100)`.
 
     Example:
@@ -144,8 +153,6 @@ class Cycle(VariablePolicy):
     """
 
     _policies: tuple[VariablePolicy, ...]
-    _each: int
-    _unit: str
 
     def __init__(self, policies: Iterable[VariablePolicy], *, every: int = 1, unit: str = "step") -> None:
         """Set the policies.
@@ -163,28 +170,22 @@ class Cycle(VariablePolicy):
         turns = tuple(policies) if isinstance(policies, Iterable) else (policies,)
         if not turns:
             raise PolicyError("`Cycle` needs one or more policies. Received none.")
-        for policy in turns:
-            _check_policy("Cycle", policy)
-        object.__setattr__(self, "_policies", turns)
-        object.__setattr__(self, "_each", whole_number("every", every, 1))
-        object.__setattr__(self, "_unit", _check_unit(unit))
+        _check_policies("Cycle", turns)
+        set_fields(self, _policies=turns)
+        self._set_period(every, unit)
 
     def __repr__(self) -> str:
-        return f"Cycle({list(self._policies)!r}, every={self._each}{_said(self._unit, 'step')})"
+        return f"Cycle({list(self._policies)!r}, every={self._period}{_unit_unless('step', self._unit)})"
 
     def phases(self) -> tuple[VariablePolicy, ...]:
         return self._policies
 
-    @property
-    def every(self) -> int | None:
-        return self._each if self._unit == "step" else None
-
     def at(self, progress: Progress) -> VariablePolicy:
-        return self._policies[progress.count(self._unit) // self._each % len(self._policies)]
+        return self._policies[self._periods_before(progress) % len(self._policies)]
 
 
-@dataclass(frozen=True, init=False)
-class RandomSubset(VariablePolicy):
+@dataclass(frozen=True, init=False, repr=False)
+class RandomSubset(_Periodic, VariablePolicy):
     """Train `k` submodels drawn at random, and others after a while.
 
     What is drawn follows from the seed and the number of the draw alone, so that a run that is resumed goes on alike.
@@ -197,12 +198,10 @@ class RandomSubset(VariablePolicy):
     """
 
     _k: int
-    _of: Of
-    _each: int
+    _kind: SubmodelKind
     _seed: int
-    _unit: str
 
-    def __init__(self, k: int, *, of: Of, every: int, seed: int = 0, unit: str = "step") -> None:
+    def __init__(self, k: int, *, of: type | str, every: int, seed: int = 0, unit: str = "step") -> None:
         """Set what is drawn from.
 
         Args:
@@ -216,22 +215,15 @@ class RandomSubset(VariablePolicy):
             TypeError: `of` is no class of layers and no path glob.
             ValueError: `k` or `every` is no whole number of 1 or more, or `unit` no unit.
         """
-        object.__setattr__(self, "_k", whole_number("k", k, 1))
-        object.__setattr__(self, "_of", as_of(of))
-        object.__setattr__(self, "_each", whole_number("every", every, 1))
-        object.__setattr__(self, "_seed", seed)
-        object.__setattr__(self, "_unit", _check_unit(unit))
+        set_fields(self, _k=whole_number("k", k, 1), _kind=SubmodelKind(of), _seed=seed)
+        self._set_period(every, unit)
 
     def __repr__(self) -> str:
-        unit = _said(self._unit, "step")
-        return f"RandomSubset({self._k}, of={said(self._of)}, every={self._each}, seed={self._seed}{unit})"
-
-    @property
-    def every(self) -> int | None:
-        return self._each if self._unit == "step" else None
+        unit = _unit_unless("step", self._unit)
+        return f"RandomSubset({self._k}, of={self._kind!r}, every={self._period}, seed={self._seed}{unit})"
 
     def at(self, progress: Progress) -> VariablePolicy:
-        return _Draw(self._k, self._of, self._seed, progress.count(self._unit) // self._each)
+        return _Draw(self._k, self._kind, self._seed, self._periods_before(progress))
 
 
 @dataclass(frozen=True)
@@ -239,7 +231,7 @@ class _Draw(VariablePolicy):
     """One draw of a `RandomSubset`."""
 
     k: int
-    of: Of
+    kind: SubmodelKind
     seed: int
     number: int
 
@@ -247,10 +239,10 @@ class _Draw(VariablePolicy):
         return f"RandomSubset draw {self.number}"
 
     def group(self, variable: VariableInfo) -> str | None:
-        found = candidates(variable.tree, self.of)
+        found = self.kind.found_in(variable.tree)
         if self.k > len(found):
             raise PolicyError(
-                f"`RandomSubset` was asked for {self.k} submodels of {said(self.of)}, but the model has {len(found)} "
+                f"`RandomSubset` was asked for {self.k} submodels of {self.kind!r}, but the model has {len(found)} "
                 "that hold variables that can train. Ask for fewer."
             )
         chosen = random.Random(f"{self.seed} {self.number}").sample(found, self.k)
@@ -260,16 +252,18 @@ class _Draw(VariablePolicy):
         return repr(self)
 
 
-def _check_policy(name: str, policy: object) -> None:
-    if not isinstance(policy, VariablePolicy):
-        raise TypeError(f"`{name}` takes policies, such as `Freeze('backbone')`. Received: {policy!r}.")
+def _check_policies(name: str, policies: Iterable[object]) -> None:
+    for policy in policies:
+        if not isinstance(policy, VariablePolicy):
+            raise TypeError(f"`{name}` takes policies, such as `Freeze('backbone')`. Received: {policy!r}.")
 
 
-def _check_unit(unit: str) -> str:
-    if unit not in UNITS:
+def _checked_unit(unit: str) -> str:
+    if unit not in ("epoch", "step"):
         raise ValueError(f"`unit` must be 'epoch' or 'step'. Received: {unit!r}.")
     return unit
 
 
-def _said(unit: str, default: str) -> str:
+def _unit_unless(default: str, unit: str) -> str:
+    """Return the argument `unit` as it is written, if it is not the default."""
     return "" if unit == default else f", unit={unit!r}"
