@@ -169,12 +169,16 @@ class Tree:
     @functools.cached_property
     def enclosing(self) -> Mapping[VariableInfo, tuple[frozenset[SubmodelInfo], ...]]:
         """For each variable and each of its paths, the submodels that enclose it along that path."""
-        return {v: tuple(frozenset(self._above(path)) for path in v.paths) for v in self.variables}
+        return {v: tuple(frozenset(_above(path, self._by_path)) for path in v.paths) for v in self.variables}
 
     @functools.cached_property
     def parents(self) -> Mapping[SubmodelInfo, tuple[SubmodelInfo, ...]]:
         """The submodels directly around each submodel: several, if it is shared."""
-        return {s: tuple(dict.fromkeys(next(self._above(path)) for path in s.paths if path)) for s in self.submodels}
+        by_path = self._by_path
+        return {
+            submodel: tuple(dict.fromkeys(next(_above(path, by_path)) for path in submodel.paths if path))
+            for submodel in self.submodels
+        }
 
     @functools.cached_property
     def children(self) -> Mapping[SubmodelInfo, tuple[SubmodelInfo, ...]]:
@@ -190,12 +194,13 @@ class Tree:
     def _by_path(self) -> Mapping[str, SubmodelInfo]:
         return {path: submodel for submodel in self.submodels for path in submodel.paths}
 
-    def _above(self, path: str) -> Iterator[SubmodelInfo]:
-        """Yield the submodels above a path, the innermost first. `blocks/0` is in the root if `blocks` is a list."""
-        while path:
-            path = path.rpartition("/")[0]
-            if path in self._by_path:
-                yield self._by_path[path]
+
+def _above(path: str, by_path: Mapping[str, SubmodelInfo]) -> Iterator[SubmodelInfo]:
+    """Yield the submodels above a path, the innermost first. `blocks/0` is in the root if `blocks` is a list."""
+    while path:
+        path = path.rpartition("/")[0]
+        if path in by_path:
+            yield by_path[path]
 
 
 def _grouped(
@@ -234,7 +239,6 @@ class _Walk:
 
     def __init__(self) -> None:
         self.paths: dict[SubmodelInfo | VariableInfo, list[str]] = {}
-        self.above: dict[SubmodelInfo | VariableInfo, set[SubmodelInfo]] = {}
         self.trainable: set[VariableInfo] = set()
         self.seeds: set[VariableInfo] = set()
 
@@ -249,7 +253,6 @@ class _Walk:
         paths = self.paths.setdefault(info, [])
         if path not in paths:
             paths.append(path)
-        self.above.setdefault(info, set()).update(stack)
         layers = [submodel.object for submodel in stack if isinstance(submodel.object, keras.Layer)]
         if isinstance(info, VariableInfo):
             # Keras' flag on a layer holds for a raw variable in it as for the layer's own.
@@ -264,20 +267,23 @@ class _Walk:
 
     def tree(self) -> Tree:
         """Return the tree of what was visited."""
-        order = {info: number for number, info in enumerate(self.paths)}
-        submodels = {s: SubmodelInfo(s.object, tuple(p)) for s, p in self.paths.items() if isinstance(s, SubmodelInfo)}
+        submodels = tuple(
+            SubmodelInfo(s.object, tuple(p)) for s, p in self.paths.items() if isinstance(s, SubmodelInfo)
+        )
+        by_path = {path: submodel for submodel in submodels for path in submodel.paths}
+        order = {submodel: number for number, submodel in enumerate(submodels)}
         variables = tuple(
             VariableInfo(
                 info.variable,
                 tuple(paths),
-                tuple(submodels[submodel] for submodel in sorted(self.above[info], key=order.__getitem__)),
+                tuple(sorted({s for path in paths for s in _above(path, by_path)}, key=order.__getitem__)),
                 info in self.trainable,
                 info in self.seeds,
             )
             for info, paths in self.paths.items()
             if isinstance(info, VariableInfo)
         )
-        tree = Tree(tuple(submodels.values()), variables)
+        tree = Tree(submodels, variables)
         for variable in variables:
             object.__setattr__(variable, "tree", tree)
         return tree

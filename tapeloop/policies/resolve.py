@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from collections.abc import Set as AbstractSet
 
 import keras
@@ -42,7 +42,10 @@ def resolve(policy: VariablePolicy, tree: Tree, trains: bool = True) -> Selectio
             groups.setdefault(group, []).append(variable)
     frozen = tuple(variable for variable, group in answers.items() if group is None)
     if trains and not groups:
-        raise PolicyError(_nothing_left(policy, frozen))
+        found, remedy = "Keras holds every variable of the model non-trainable", "Set `trainable = True` on some layers"
+        if frozen:
+            found, remedy = f"it freezes all {len(frozen)} variables ({_listed(frozen)})", "Freeze less"
+        raise PolicyError(f"{policy!r} leaves nothing to train: {found}. {remedy}.")
     return Selection(
         tree,
         {group: tuple(variables) for group, variables in groups.items()},
@@ -150,18 +153,6 @@ def _nearest(filter_: Filter, tree: Tree) -> str:
 
 def _listed(variables: Iterable[VariableInfo]) -> str:
     return listed([variable.path for variable in variables], most=5)
-
-
-def _nothing_left(policy: VariablePolicy, frozen: Sequence[VariableInfo]) -> str:
-    if frozen:
-        return (
-            f"{policy!r} leaves nothing to train: it freezes all {len(frozen)} variables ({_listed(frozen)}). "
-            "Freeze less."
-        )
-    return (
-        f"{policy!r} leaves nothing to train: Keras holds every variable of the model non-trainable. "
-        "Set `trainable = True` on the layers that should train."
-    )
 
 
 def _multiplier(policy: VariablePolicy, group: str, variables: list[VariableInfo]) -> float:

@@ -73,10 +73,8 @@ def good_then(bad, number=3):
 @pytest.mark.parametrize(
     ("bad", "text"),
     [
-        (
-            (X,),
-            r"^The structure changes at batch 3 of `data` \(the first is 0\): it is \(\*,\), those before it are \(\*,",
-        ),
+        ((X,),
+         r"^The structure changes at batch 3 of `data` \(the first is 0\): it is \(\*,\), those before it are \(\*,"),
         ((X, None), r"structure changes at batch 3 .* is \(\*, None\), those before it are \(\*, \*\)"),
         ({"x": X, "y": Y}, r"structure changes at batch 3 .* is \{'x': \*, 'y': \*\}"),
         ((X.astype("int32"), Y), r"types change at batch 3 of `data` .*: \(4, 5\) int32 where .* have float32"),
@@ -84,7 +82,7 @@ def good_then(bad, number=3):
         ((np.ones((4, 5, 2), "float32"), Y), r"At batch 3 of `data` .*: The inputs do not fit .* has \(None, 5, 2\)"),
         ((np.array([[1], "a"], object), Y), r"In batch 3 of `data`, ndarray of the dtype `object`"),
     ],
-)
+)  # fmt: skip
 def test_bad_batches_are_named_and_nothing_is_lost(bad, text):
     trainer = trainer_of(network(), optimizer="sgd")
     with pytest.raises(tl.DataError, match=text):

@@ -120,11 +120,8 @@ def test_reprs_read_as_written(model):
         (lambda: tl.glob("a//b"), ValueError, r"segments joined by single slashes.*Received: 'a//b'"),
         (lambda: tl.glob(""), ValueError, r"Received: ''"),
         (lambda: tl.glob(3), TypeError, r"`pattern` must be a string. Received: 3"),
-        (
-            lambda: tl.of_type("Dense"),
-            TypeError,
-            r"`of_type` takes one or more classes of layers. Received: \('Dense',\)",
-        ),
+        (lambda: tl.of_type("Dense"), TypeError,
+         r"`of_type` takes one or more classes of layers. Received: \('Dense',\)"),
         (lambda: tl.of_type(), TypeError, r"one or more classes"),
         (lambda: tl.named(), TypeError, r"`named` takes one or more names"),
         (lambda: tl.under("head"), TypeError, r"`submodel` must be a Keras model or layer.*Received: 'head'"),
@@ -135,7 +132,7 @@ def test_reprs_read_as_written(model):
         (lambda: tl.Freeze(3), TypeError, r"a list of these, or a `Filter`. Received: 3."),
         (lambda: bool(tl.glob("a")), TypeError, r"no truth value: combine filters with `&`"),
     ],
-)
+)  # fmt: skip
 def test_wrong_uses(make, error, text):
     with pytest.raises(error, match=text):
         make()

@@ -168,37 +168,25 @@ class Says(tl.VariablePolicy):
 @pytest.mark.parametrize(
     ("make", "policy", "text"),
     [
-        (
-            models.functional,
-            lambda: tl.Freeze("backbone/**"),
-            r"glob\('backbone/\*\*'\) in Freeze.* matches no variable of the model. The model has `base`, `head`",
-        ),
+        (models.functional, lambda: tl.Freeze("backbone/**"),
+         r"glob\('backbone/\*\*'\) in Freeze.* matches no variable of the model. The model has `base`, `head`"),
         (models.functional, lambda: tl.Freeze("bse/conv"), r"The nearest paths are `base/conv`"),
         (models.functional, lambda: tl.TrainOnly("**/kernle"), r"The nearest paths are .*`base/conv/kernel`"),
         (models.functional, lambda: tl.Freeze(keras.layers.Dense(1, name="other")), r"under\(<Dense other>\)"),
-        (
-            models.functional,
-            lambda: tl.Freeze("**"),
-            r"Freeze\(glob\('\*\*'\)\) leaves nothing to train: it freezes all 6 variables \(`base/conv/kernel`",
-        ),
+        (models.functional, lambda: tl.Freeze("**"),
+         r"Freeze\(glob\('\*\*'\)\) leaves nothing to train: it freezes all 6 variables \(`base/conv/kernel`"),
         (models.functional, lambda: Says(None), r"leaves nothing to train"),
-        (
-            models.functional,
-            lambda: tl.Groups({"a": "base", "b": "**/bias"}),
-            r"`base/conv/bias` is in 2 groups: .*narrow one of them",
-        ),
+        (models.functional, lambda: tl.Groups({"a": "base", "b": "**/bias"}),
+         r"`base/conv/bias` is in 2 groups: .*narrow one of them"),
         (tied, lambda: tl.Groups({"a": "embed", "b": "out"}), r"tied weight `embed/embeddings` = `out` is in 2 groups"),
-        (
-            models.functional,
-            lambda: tl.TrainOnly("**/moving_mean"),
-            r"matches only variables that Keras holds non-trainable: `base/bn/moving_mean`. Set `trainable = True`",
-        ),
+        (models.functional, lambda: tl.TrainOnly("**/moving_mean"),
+         r"matches only variables that Keras holds non-trainable: `base/bn/moving_mean`. Set `trainable = True`"),
         (models.functional, lambda: Says(3), r"`Says.group` must return the name of a group, or None.*Received: 3"),
         (models.functional, lambda: Says(""), r"Received: '' for the variable `base/conv/kernel`"),
         (lambda: keras.layers.Dropout(0.5), lambda: tl.TrainOnly("a"), r"matches no variable of the model"),
         (lambda: keras.layers.Flatten(), lambda: tl.TrainAll(), r"the model has no variables. Pass a model with"),
     ],
-)
+)  # fmt: skip
 def test_what_cannot_be_resolved(make, policy, text):
     with pytest.raises(tl.PolicyError, match=text):
         resolve(policy(), Tree.of(make()))

@@ -111,22 +111,15 @@ def test_policies_are_values_that_read_as_written():
 @pytest.mark.parametrize(
     ("make", "error", "text"),
     [
-        (
-            lambda: tl.Phases({1: A}),
-            tl.PolicyError,
-            r"must say what trains from the start. The first phase is at epoch 1",
-        ),
+        (lambda: tl.Phases({1: A}), tl.PolicyError,
+         r"must say what trains from the start. The first phase is at epoch 1"),
         (lambda: tl.Phases({}), TypeError, r"`Phases` takes a mapping.*Received: \{\}"),
         (lambda: tl.Phases({0.5: A}), ValueError, r"`phases` must be a whole number, 0 or more. Received: 0.5"),
         (lambda: tl.Phases({0: "a"}), TypeError, r"`Phases` takes policies, such as .* Received: 'a'"),
         (lambda: tl.Phases({0: A}, unit="batch"), ValueError, r"`unit` must be 'epoch' or 'step'. Received: 'batch'"),
         (lambda: tl.Cycle([]), tl.PolicyError, r"`Cycle` needs one or more policies"),
         (lambda: tl.Cycle([A, None]), TypeError, r"`Cycle` takes policies.*Received: None"),
-        (
-            lambda: tl.Cycle([A], every=0),
-            ValueError,
-            r"`every` must be a whole number, 1 or more. Received: 0",
-        ),
+        (lambda: tl.Cycle([A], every=0), ValueError, r"`every` must be a whole number, 1 or more. Received: 0"),
         (lambda: tl.GradualUnfreeze([]), tl.PolicyError, r"needs one or more stages"),
         (lambda: tl.GradualUnfreeze("head"), TypeError, r"takes a list of filters. Received: 'head'"),
         (lambda: tl.RandomSubset(0, of="b", every=1), ValueError, r"`k` must be a whole number"),
@@ -134,7 +127,7 @@ def test_policies_are_values_that_read_as_written():
         (lambda: tl.LayerwiseDecay(1.5, of="b"), ValueError, r"`rate` must be above 0 and at most 1. Received: 1.5"),
         (lambda: tl.Groups({"a": "a"}, multipliers={"b": 2.0}), tl.PolicyError, r"`multipliers` are for \['b'\]"),
     ],
-)
+)  # fmt: skip
 def test_wrong_uses(make, error, text):
     with pytest.raises(error, match=text):
         make()
