@@ -16,14 +16,9 @@ from tests.support.streams import X, Y, breaking, from_pydataset, loader_of, net
 layers = keras.layers
 
 
-def recurrent():
-    return keras.Sequential([keras.Input((None, 5)), layers.GRU(4), layers.Dense(3)])
-
-
 def test_batches_of_any_length_in_time_cost_a_trace_more_at_most():
-    lengths = [3, 3, 5, 4, 7, 3]
-    data = [(np.ones((4, length, 5), "float32"), Y) for length in lengths]
-    trainer = trainer_on(data, recurrent())
+    data = [(np.ones((4, length, 5), "float32"), Y) for length in (3, 3, 5, 4, 7, 3)]
+    trainer = trainer_on(data, keras.Sequential([keras.Input((None, 5)), layers.GRU(4), layers.Dense(3)]))
     assert (trainer.step, trainer.trace_count) == (6, 2)
     trainer.fit(data, epochs=2, progress="none")
     assert (trainer.step, trainer.trace_count) == (18, 2)
