@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from tapeloop.data.batch import map_tensors, tensors_in
 from tapeloop.data.class_weight import ClassWeights
-from tapeloop.data.cursor import ArrayReader, BatchCursor, IteratorReader, layout_of, prefetched_to_device
+from tapeloop.data.cursor import ArrayReader, BatchCursor, IteratorReader, layout_of
 from tapeloop.data.sampler import Sampler
 
 ON_DEVICE_BYTES = 2**30  # arrays up to this size lie on the device of the steps, larger ones in the host's memory
@@ -102,8 +102,7 @@ class DatasetSource:
 
     def cursors(self) -> Iterator[BatchCursor]:
         """Yield the one cursor of the next epoch."""
-        iterator = iter(prefetched_to_device(self.dataset))
-        yield BatchCursor(IteratorReader(iterator, self.layout, self.class_weights), self.size)
+        yield BatchCursor(IteratorReader.over(self.dataset, self.layout, self.class_weights), self.size)
 
 
 class FileSlices(_Arrays):

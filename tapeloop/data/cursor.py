@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from tapeloop._backend.assertions import came_up_drawing
-from tapeloop.data.batch import map_tensors, open_spec_of, spec_of, tensors_in
+from tapeloop.data.batch import map_tensors, open_spec_of, spec_of
 from tapeloop.data.class_weight import ClassWeights, with_class_weights
 
 
@@ -60,6 +60,18 @@ class IteratorReader(NamedTuple):
     iterator: Any
     layout: Any
     class_weights: ClassWeights | None
+
+    @classmethod
+    def over(cls, dataset: tf.data.Dataset, layout: Any, class_weights: ClassWeights | None) -> IteratorReader:
+        """Return a reader of a dataset, which has its next elements on the device of the steps before they are read."""
+        devices = tf.config.list_logical_devices("GPU")
+        fits = all(  # strings, ragged and sparse tensors stay with the host
+            isinstance(spec, tf.TensorSpec) and (spec.dtype.is_floating or spec.dtype.is_integer or spec.dtype.is_bool)
+            for spec in tf.nest.flatten(dataset.element_spec)
+        )
+        if devices and fits:
+            dataset = dataset.apply(tf.data.experimental.prefetch_to_device(devices[0].name))
+        return cls(iter(dataset), layout, class_weights)
 
     def signature(self) -> IteratorReader:
         """Return the signature of such readers."""
@@ -146,14 +158,3 @@ def layout_of(batch: Any) -> Any:
     """Return the nesting of a batch, with the index of each tensor among all of them."""
     indices = itertools.count()
     return map_tensors(lambda value: next(indices), batch)
-
-
-def prefetched_to_device(dataset: tf.data.Dataset) -> tf.data.Dataset:
-    """Return a dataset that has its next elements on the device of the steps before they are asked for."""
-    devices = tf.config.list_logical_devices("GPU")
-    # Neither strings nor ragged and sparse tensors are copied to a GPU so.
-    fits = all(
-        isinstance(spec, tf.TensorSpec) and (spec.dtype.is_floating or spec.dtype.is_integer or spec.dtype.is_bool)
-        for spec in tensors_in(dataset.element_spec)
-    )
-    return dataset.apply(tf.data.experimental.prefetch_to_device(devices[0].name)) if devices and fits else dataset

@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from tapeloop.data.batch import as_tensors, map_tensors, open_spec_of, shapes, spec_of, tensors_in
 from tapeloop.data.class_weight import ClassWeights
-from tapeloop.data.cursor import BatchCursor, IteratorReader, layout_of, prefetched_to_device
+from tapeloop.data.cursor import BatchCursor, IteratorReader, layout_of
 from tapeloop.errors import DataError
 
 PREFETCHED = 2  # batches that Python makes before they are drawn
@@ -66,8 +66,7 @@ class IterableSource:
             segment = [self._segment(batches, first, rest)]
             dataset = tf.data.Dataset.from_generator(functools.partial(_drain, segment), output_signature=self._specs)
             self._error = None
-            iterator = iter(prefetched_to_device(dataset.prefetch(PREFETCHED)))
-            reader = IteratorReader(iterator, self._layout, self.class_weights)
+            reader = IteratorReader.over(dataset.prefetch(PREFETCHED), self._layout, self.class_weights)
             yield BatchCursor(reader, None, number, lambda: self._error)
             following = rest[0] if rest else None
 

@@ -154,12 +154,9 @@ def _unique(values: Iterable[str]) -> list[str]:
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]], right: set[str]) -> list[str]:
-    cells = [tuple(header), *(tuple(row) for row in rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-    lines = [
-        "  ".join(
-            cell.rjust(width) if name in right else cell.ljust(width) for cell, width, name in zip(row, widths, header)
-        ).rstrip()
-        for row in cells
-    ]
+    columns = []
+    for column in zip(header, *rows):
+        width, pad = max(map(len, column)), str.rjust if column[0] in right else str.ljust
+        columns.append([pad(cell, width) for cell in column])
+    lines = ["  ".join(row).rstrip() for row in zip(*columns)]
     return [lines[0], "-" * max(map(len, lines)), *lines[1:]]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import keras
 import tensorflow as tf
@@ -19,7 +19,6 @@ from tapeloop._backend import keras_internals
 
 Model: TypeAlias = Any  # keras.Layer | tf.Module | Mapping[str, "Model"]: Keras ships no types to check against
 Variable: TypeAlias = Any  # keras.Variable | tf.Variable
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,16 +168,12 @@ class Tree:
     @functools.cached_property
     def enclosing(self) -> Mapping[VariableInfo, tuple[frozenset[SubmodelInfo], ...]]:
         """For each variable and each of its paths, the submodels that enclose it along that path."""
-        return {v: tuple(frozenset(_above(path, self._by_path)) for path in v.paths) for v in self.variables}
+        return {v: tuple(frozenset(self.above(path)) for path in v.paths) for v in self.variables}
 
     @functools.cached_property
     def parents(self) -> Mapping[SubmodelInfo, tuple[SubmodelInfo, ...]]:
         """The submodels directly around each submodel: several, if it is shared."""
-        by_path = self._by_path
-        return {
-            submodel: tuple(dict.fromkeys(next(_above(path, by_path)) for path in submodel.paths if path))
-            for submodel in self.submodels
-        }
+        return {s: tuple(dict.fromkeys(next(self.above(path)) for path in s.paths if path)) for s in self.submodels}
 
     @functools.cached_property
     def children(self) -> Mapping[SubmodelInfo, tuple[SubmodelInfo, ...]]:
@@ -191,22 +186,21 @@ class Tree:
         return tuple(submodel for submodel in self.submodels if isinstance(submodel.object, keras.Layer))
 
     @functools.cached_property
-    def _by_path(self) -> Mapping[str, SubmodelInfo]:
+    def by_path(self) -> Mapping[str, SubmodelInfo]:
+        """The submodel at each path."""
         return {path: submodel for submodel in self.submodels for path in submodel.paths}
 
+    def above(self, path: str) -> Iterator[SubmodelInfo]:
+        """Yield the submodels above a path, the innermost first. `blocks/0` is in the root if `blocks` is a list."""
+        while path:
+            path = path.rpartition("/")[0]
+            if path in self.by_path:
+                yield self.by_path[path]
 
-def _above(path: str, by_path: Mapping[str, SubmodelInfo]) -> Iterator[SubmodelInfo]:
-    """Yield the submodels above a path, the innermost first. `blocks/0` is in the root if `blocks` is a list."""
-    while path:
-        path = path.rpartition("/")[0]
-        if path in by_path:
-            yield by_path[path]
 
-
-def _grouped(
-    keys: Iterable[SubmodelInfo], pairs: Iterable[tuple[SubmodelInfo, T]]
-) -> dict[SubmodelInfo, tuple[T, ...]]:
-    groups: dict[SubmodelInfo, list[T]] = {key: [] for key in keys}
+def _grouped(keys: Iterable[Any], pairs: Iterable[tuple[Any, Any]]) -> dict[Any, tuple[Any, ...]]:
+    """Return the second members of pairs by their first, for all keys."""
+    groups: dict[Any, list[Any]] = {key: [] for key in keys}
     for key, value in pairs:
         groups[key].append(value)
     return {key: tuple(values) for key, values in groups.items()}
@@ -219,10 +213,6 @@ def raw(variable: Variable) -> tf.Variable:
 
 def _is_submodel(value: object) -> bool:
     return isinstance(value, (keras.Layer, tf.Module))
-
-
-def _is_plain_module(value: object) -> bool:
-    return isinstance(value, tf.Module) and not isinstance(value, keras.Layer)
 
 
 def _is_variable(value: object) -> bool:
@@ -266,26 +256,15 @@ class _Walk:
             self.enter(child, f"{path}/{segment}".lstrip("/"), (*stack, info))
 
     def tree(self) -> Tree:
-        """Return the tree of what was visited."""
-        submodels = tuple(
-            SubmodelInfo(s.object, tuple(p)) for s, p in self.paths.items() if isinstance(s, SubmodelInfo)
-        )
-        by_path = {path: submodel for submodel in submodels for path in submodel.paths}
-        order = {submodel: number for number, submodel in enumerate(submodels)}
-        variables = tuple(
-            VariableInfo(
-                info.variable,
-                tuple(paths),
-                tuple(sorted({s for path in paths for s in _above(path, by_path)}, key=order.__getitem__)),
-                info in self.trainable,
-                info in self.seeds,
-            )
-            for info, paths in self.paths.items()
-            if isinstance(info, VariableInfo)
-        )
-        tree = Tree(submodels, variables)
-        for variable in variables:
-            object.__setattr__(variable, "tree", tree)
+        """Return the tree of what was visited, and complete its infos: before, nobody has them."""
+        for info, paths in self.paths.items():
+            vars(info).update(paths=tuple(paths))
+        submodels = tuple(info for info in self.paths if isinstance(info, SubmodelInfo))
+        variables = tuple(info for info in self.paths if isinstance(info, VariableInfo))
+        tree, order = Tree(submodels, variables), {submodel: number for number, submodel in enumerate(submodels)}
+        for v in variables:
+            above = sorted({submodel for path in v.paths for submodel in tree.above(path)}, key=order.__getitem__)
+            vars(v).update(submodels=tuple(above), trainable=v in self.trainable, seed=v in self.seeds, tree=tree)
         return tree
 
 
@@ -317,17 +296,16 @@ def _layer_children(layer: keras.Layer) -> Iterator[tuple[str, Any]]:
     for segment, child in _attributes(layer):
         state = child.state if isinstance(child, keras.random.SeedGenerator) else child
         # Keras tracks neither the states of a recurrent layer nor a module that is no layer.
-        is_untracked = not child.trainable if _is_variable(child) else _is_plain_module(child)
+        is_untracked = not (
+            child.trainable if _is_variable(child) else isinstance(child, (keras.Layer, keras.random.SeedGenerator))
+        )
         if _info(child) not in graph and (_info(state) in tracked or is_untracked):
             yielded.add(_info(state))
             yield segment, child
-    for child in sublayers:  # tracked through an attribute that is gone
-        if _info(child) not in yielded:
-            yield child.name, child
     yielded.update(map(_info, (variable for child in sublayers for variable in child.variables)))
-    for variable in layer.variables:
-        if _info(variable) not in yielded:  # made by `add_weight` and kept in no attribute
-            yield variable.name, variable
+    for child in (*sublayers, *layer.variables):
+        if _info(child) not in yielded:  # its attribute is gone, or it was made by `add_weight` and never had one
+            yield child.name, child
 
 
 def _attributes(parent: keras.Layer | tf.Module) -> Iterator[tuple[str, Any]]:
