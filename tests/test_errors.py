@@ -102,7 +102,7 @@ def test_what_cannot_train_raises_before_anything_has_moved(make, error, text):
         (lambda x, y: (x[:0], y[:0]), r"`data` is empty: its arrays have no examples"),
         (lambda x, y: [], r"`data` is empty: it was asked for a batch"),
         (lambda x, y: tf.data.Dataset.from_tensor_slices((x, y)).batch(4).take(0), r"`data` is empty"),
-        (lambda x, y: None, r"`data` is None. Pass a `tf.data.Dataset`"),
+        (lambda x, y: None, r"`data` must be a `tf.data.Dataset`.*Received: None of type NoneType"),
         (lambda x, y: 3, r"`data` must be a `tf.data.Dataset`.*Received: 3 of type int"),
         (lambda x, y: [(tf.constant(1.0), tf.constant(1.0))], r"do not fit the model|must hold a tensor"),
     ],

@@ -210,8 +210,6 @@ class DataSpec:
         steps = None if self.steps[1] is None else whole_number(*self.steps, 1)
         sampler = sampler or Sampler(shuffle=False)
         data, name, weights = self.data, self.name, self.class_weights
-        if data is None:
-            raise DataError(f"`{name}` is None. Pass a `tf.data.Dataset`, arrays `(x, y)`, or an iterable of batches.")
         is_dataset, is_pydataset = isinstance(data, tf.data.Dataset), isinstance(data, keras.utils.PyDataset)
         endless = is_dataset and int(data.cardinality()) == tf.data.INFINITE_CARDINALITY
         if steps is None and (endless or (is_pydataset and data.num_batches is None)):

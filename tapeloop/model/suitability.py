@@ -10,13 +10,8 @@ import tensorflow as tf
 
 from tapeloop.model.tree import Tree
 
-# What a Keras model may override for its own `fit`, and which methods of a trainer replace it.
-REPLACED_BY = {
-    "train_step": ("train_step", "compute_loss"),
-    "compute_loss": ("train_step", "compute_loss"),
-    "compute_metrics": ("train_step", "compute_loss"),
-    "test_step": ("eval_step", "compute_loss"),
-}
+# What a Keras model may override for its own `fit`.
+FIT_METHODS = ("train_step", "compute_loss", "compute_metrics", "test_step")
 
 
 def check_own_step(model: Any, overridden: Collection[str], trainer: str) -> None:
@@ -32,14 +27,14 @@ def check_own_step(model: Any, overridden: Collection[str], trainer: str) -> Non
     """
     if not isinstance(model, keras.Model):
         return
-    for name, replacing in REPLACED_BY.items():
+    for name in FIT_METHODS:
         is_own = getattr(type(model), name) is not getattr(keras.Model, name) or name in vars(model)
-        if is_own and not set(replacing) & set(overridden):
-            methods = " or ".join(f"`{method}`" for method in replacing)
+        step = "eval_step" if name == "test_step" else "train_step"
+        if is_own and step not in overridden and "compute_loss" not in overridden:
             raise ValueError(
                 f"The model {type(model).__name__} has a `{name}` of its own, which `{trainer}` would not call: a "
-                f"trainer has its own step. Subclass `Trainer` and write it as {methods} there, or pass "
-                "`ignore_model_step=True` to train with the trainer's step and loss all the same."
+                f"trainer has its own step. Subclass `Trainer` and write it as `{step}` or `compute_loss` there, or "
+                "pass `ignore_model_step=True` to train with the trainer's step and loss all the same."
             )
 
 

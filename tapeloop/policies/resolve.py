@@ -42,7 +42,8 @@ def resolve(policy: VariablePolicy, tree: Tree, trains: bool = True) -> Selectio
             groups.setdefault(group, []).append(variable)
     frozen = tuple(variable for variable, group in answers.items() if group is None)
     if trains and not groups:
-        found, remedy = "Keras holds every variable of the model non-trainable", "Set `trainable = True` on some layers"
+        found = "Keras holds every variable of the model non-trainable"
+        remedy = "Set `trainable = True` on the layers that should train"
         if frozen:
             found, remedy = f"it freezes all {len(frozen)} variables ({_listed(frozen)})", "Freeze less"
         raise PolicyError(f"{policy!r} leaves nothing to train: {found}. {remedy}.")
@@ -156,20 +157,16 @@ def _listed(variables: Iterable[VariableInfo]) -> str:
 
 
 def _multiplier(policy: VariablePolicy, group: str, variables: list[VariableInfo]) -> float:
+    must = f"`{type(policy).__name__}.multiplier` must return"
     found = {variable.path: policy.multiplier(variable) for variable in variables}
     for path, factor in found.items():
         try:
             not_negative("multiplier", factor)
         except ValueError:
-            raise PolicyError(
-                f"`{type(policy).__name__}.multiplier` must return a finite number, 0 or more. "
-                f"Received: {factor!r} for the variable `{path}` of the group {group!r}."
-            ) from None
+            received = f"{factor!r} for the variable `{path}` of the group {group!r}"
+            raise PolicyError(f"{must} a finite number, 0 or more. Received: {received}.") from None
     if len(set(found.values())) != 1:
-        raise PolicyError(
-            f"`{type(policy).__name__}.multiplier` must return one number for each group. "
-            f"Received for the group {group!r}: {found!r}."
-        )
+        raise PolicyError(f"{must} one number for each group. Received for the group {group!r}: {found!r}.")
     return next(iter(found.values()))
 
 

@@ -6,17 +6,44 @@ import math
 import random
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from tapeloop._validation import whole_number
 from tapeloop.errors import PolicyError
 from tapeloop.model.filters import Filter, FilterLike, SubmodelKind, to_filter
 from tapeloop.model.tree import VariableInfo
-from tapeloop.policies.base import DEFAULT_GROUP, Progress, VariablePolicy, set_fields
+from tapeloop.policies.base import DEFAULT_GROUP, Progress, VariablePolicy
 from tapeloop.policies.static import TrainOnly
 
 
 @dataclass(frozen=True, init=False, repr=False)
-class Phases(VariablePolicy):
+class _Scheduled:
+    """What policies share that answer anew after so many steps or epochs."""
+
+    _unit: str
+    _period: int
+
+    def _set(self, unit: str, period: int, **fields: Any) -> None:
+        """Set the fields of the frozen policy, in its constructor."""
+        if unit not in ("epoch", "step"):
+            raise ValueError(f"`unit` must be 'epoch' or 'step'. Received: {unit!r}.")
+        for name, value in {"_unit": unit, "_period": period, **fields}.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def every(self) -> int | None:
+        return self._period or None if self._unit == "step" else None
+
+    def _periods_before(self, progress: Progress) -> int:
+        return progress.count(self._unit) // self._period
+
+    def _unit_unless(self, default: str) -> str:
+        """Return the argument `unit` as it is written, if it is not the default."""
+        return "" if self._unit == default else f", unit={self._unit!r}"
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class Phases(_Scheduled, VariablePolicy):
     """One policy after the other, each from the epoch (or step) that is its key.
 
     Example:
@@ -29,7 +56,6 @@ class Phases(VariablePolicy):
     """
 
     _phases: tuple[tuple[int, VariablePolicy], ...]
-    _unit: str
 
     def __init__(self, phases: Mapping[int, VariablePolicy], *, unit: str = "epoch") -> None:
         """Set the phases.
@@ -52,19 +78,14 @@ class Phases(VariablePolicy):
                 "`Phases` must say what trains from the start. "
                 f"The first phase is at {unit} {min(starts)}: add one at 0."
             )
-        # Sorted by the start alone: policies have no order.
-        set_fields(self, _phases=tuple(sorted(starts.items(), key=lambda item: item[0])), _unit=_checked_unit(unit))
+        # The period is the longest at which no start is missed, so that the loop asks no more often than needed.
+        self._set(unit, math.gcd(*starts), _phases=tuple((start, starts[start]) for start in sorted(starts)))
 
     def __repr__(self) -> str:
-        return f"Phases({dict(self._phases)!r}{_unit_unless('epoch', self._unit)})"
+        return f"Phases({dict(self._phases)!r}{self._unit_unless('epoch')})"
 
     def phases(self) -> tuple[VariablePolicy, ...]:
         return tuple(policy for _, policy in self._phases)
-
-    @property
-    def every(self) -> int | None:
-        # The largest number of steps at which no start is missed, so that the loop asks no more often than needed.
-        return math.gcd(*(start for start, _ in self._phases)) or None if self._unit == "step" else None
 
     def at(self, progress: Progress) -> VariablePolicy:
         now = progress.count(self._unit)
@@ -72,26 +93,7 @@ class Phases(VariablePolicy):
 
 
 @dataclass(frozen=True, init=False, repr=False)
-class _Periodic:
-    """What policies share that answer anew after so many steps or epochs."""
-
-    _period: int
-    _unit: str
-
-    def _set_period(self, every: int, unit: str) -> None:
-        object.__setattr__(self, "_period", whole_number("every", every, 1))
-        object.__setattr__(self, "_unit", _checked_unit(unit))
-
-    @property
-    def every(self) -> int | None:
-        return self._period if self._unit == "step" else None
-
-    def _periods_before(self, progress: Progress) -> int:
-        return progress.count(self._unit) // self._period
-
-
-@dataclass(frozen=True, init=False, repr=False)
-class GradualUnfreeze(_Periodic, VariablePolicy):
+class GradualUnfreeze(_Scheduled, VariablePolicy):
     """Train the first stage, then the second too, then the third: `GradualUnfreeze(["head", "backbone/block3"])`.
 
     Source: Howard and Ruder, Universal Language Model Fine-tuning for Text Classification, 2018, section 3.3.
@@ -125,11 +127,10 @@ class GradualUnfreeze(_Periodic, VariablePolicy):
         filters = tuple(to_filter(stage) for stage in stages)
         if not filters:
             raise PolicyError("`GradualUnfreeze` needs one or more stages. Received none: say what trains first.")
-        set_fields(self, _stages=filters)
-        self._set_period(every, unit)
+        self._set(unit, whole_number("every", every, 1), _stages=filters)
 
     def __repr__(self) -> str:
-        return f"GradualUnfreeze({list(self._stages)!r}, every={self._period}{_unit_unless('epoch', self._unit)})"
+        return f"GradualUnfreeze({list(self._stages)!r}, every={self._period}{self._unit_unless('epoch')})"
 
     def phases(self) -> tuple[VariablePolicy, ...]:
         return tuple(TrainOnly(*self._stages[:count]) for count in range(1, 1 + len(self._stages)))
@@ -139,7 +140,7 @@ class GradualUnfreeze(_Periodic, VariablePolicy):
 
 
 @dataclass(frozen=True, init=False, repr=False)
-class Cycle(_Periodic, VariablePolicy):
+class Cycle(_Scheduled, VariablePolicy):
     """Several policies in turn, and around again: `Cycle([policy, other], every=100)`.
 
     Example:
@@ -171,11 +172,10 @@ class Cycle(_Periodic, VariablePolicy):
         if not turns:
             raise PolicyError("`Cycle` needs one or more policies. Received none.")
         _check_policies("Cycle", turns)
-        set_fields(self, _policies=turns)
-        self._set_period(every, unit)
+        self._set(unit, whole_number("every", every, 1), _policies=turns)
 
     def __repr__(self) -> str:
-        return f"Cycle({list(self._policies)!r}, every={self._period}{_unit_unless('step', self._unit)})"
+        return f"Cycle({list(self._policies)!r}, every={self._period}{self._unit_unless('step')})"
 
     def phases(self) -> tuple[VariablePolicy, ...]:
         return self._policies
@@ -185,7 +185,7 @@ class Cycle(_Periodic, VariablePolicy):
 
 
 @dataclass(frozen=True, init=False, repr=False)
-class RandomSubset(_Periodic, VariablePolicy):
+class RandomSubset(_Scheduled, VariablePolicy):
     """Train `k` submodels drawn at random, and others after a while.
 
     What is drawn follows from the seed and the number of the draw alone, so that a run that is resumed goes on alike.
@@ -215,12 +215,12 @@ class RandomSubset(_Periodic, VariablePolicy):
             TypeError: `of` is no class of layers and no path glob.
             ValueError: `k` or `every` is no whole number of 1 or more, or `unit` no unit.
         """
-        set_fields(self, _k=whole_number("k", k, 1), _kind=SubmodelKind(of), _seed=seed)
-        self._set_period(every, unit)
+        k, every = whole_number("k", k, 1), whole_number("every", every, 1)
+        self._set(unit, every, _k=k, _kind=SubmodelKind(of), _seed=seed)
 
     def __repr__(self) -> str:
-        unit = _unit_unless("step", self._unit)
-        return f"RandomSubset({self._k}, of={self._kind!r}, every={self._period}, seed={self._seed}{unit})"
+        drawn = f"{self._k}, of={self._kind!r}, every={self._period}, seed={self._seed}"
+        return f"RandomSubset({drawn}{self._unit_unless('step')})"
 
     def at(self, progress: Progress) -> VariablePolicy:
         return _Draw(self._k, self._kind, self._seed, self._periods_before(progress))
@@ -256,14 +256,3 @@ def _check_policies(name: str, policies: Iterable[object]) -> None:
     for policy in policies:
         if not isinstance(policy, VariablePolicy):
             raise TypeError(f"`{name}` takes policies, such as `Freeze('backbone')`. Received: {policy!r}.")
-
-
-def _checked_unit(unit: str) -> str:
-    if unit not in ("epoch", "step"):
-        raise ValueError(f"`unit` must be 'epoch' or 'step'. Received: {unit!r}.")
-    return unit
-
-
-def _unit_unless(default: str, unit: str) -> str:
-    """Return the argument `unit` as it is written, if it is not the default."""
-    return "" if unit == default else f", unit={unit!r}"
