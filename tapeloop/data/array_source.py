@@ -37,6 +37,7 @@ class _Arrays:
 
     def __post_init__(self) -> None:
         self.examples = int(tensors_in(self.arrays)[0].shape[0])
+        # A batch larger than the data is a whole batch of all examples, whose number is then static.
         self.batch_size = min(self.batch_size, self.examples)
         self.size = math.ceil(self.examples / self.batch_size)
         self.smallest_batch = self.examples % self.batch_size or self.batch_size
@@ -49,6 +50,7 @@ class ArraySource(_Arrays):
         super().__post_init__()
         dense = [tensor for tensor in tensors_in(self.arrays) if isinstance(tensor, tf.Tensor)]
         too_large = sum(tensor.dtype.size * tensor.shape.num_elements() for tensor in dense) > ON_DEVICE_BYTES
+        # Without a GPU there is one memory, and nothing to decide.
         self._device = "CPU:0" if too_large and tf.config.list_logical_devices("GPU") else None
         if self._device is not None:
             with tf.device(self._device):
@@ -57,6 +59,7 @@ class ArraySource(_Arrays):
     def cursors(self) -> Iterator[BatchCursor]:
         """Yield the one cursor of the next epoch."""
         order, batch_size = tf.constant(self.sampler.next_order(self.examples), tf.int64), None
+        # A row for each batch has a static shape, as XLA needs it; a smaller last batch does not fit in such rows.
         if self.examples % self.batch_size:
             batch_size = tf.constant(self.batch_size, tf.int64)
         else:
@@ -69,12 +72,14 @@ class SparseSource(_Arrays):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # Made once, as it takes the sparse tensors apart by examples.
         self._examples = tf.data.Dataset.from_tensor_slices(tuple(tensors_in(self.arrays)))
 
     def cursors(self) -> Iterator[BatchCursor]:
         """Yield the one cursor of the next epoch."""
         dataset, seed = self._examples, self.sampler.next_seed()
         if self.sampler.shuffle:
+            # The buffer holds all examples: a smaller one would only mix examples that lie near each other.
             dataset = dataset.shuffle(self.examples, seed=seed)
         dataset = dataset.batch(self.batch_size).prefetch(tf.data.AUTOTUNE)
         yield from DatasetSource(dataset, layout_of(self.arrays), self.class_weights).cursors()

@@ -32,6 +32,7 @@ def shapes(structure: Any) -> str:
 
 
 def _shape(value: Any) -> str:
+    # Data may declare less than a shape: of such a tensor `tuple(shape)` would fail.
     known = not isinstance(value.shape, tf.TensorShape) or value.shape.rank is not None
     return str(tuple(value.shape)) if known else "of unknown shape,"
 
@@ -50,6 +51,7 @@ def open_spec_of(batch: Any) -> Any:
 
     def opened(value: Any) -> tf.TypeSpec:
         spec = value if isinstance(value, tf.TypeSpec) else tf.type_spec_from_value(value)
+        # A smaller last batch then costs no trace. A scalar has no number of examples to leave open.
         shape = [None, *spec.shape[1:]] if spec.shape.rank else spec.shape
         if isinstance(spec, tf.RaggedTensorSpec):
             return tf.RaggedTensorSpec(shape, spec.dtype, spec.ragged_rank, spec.row_splits_dtype)
@@ -65,6 +67,7 @@ def examples_of(batch: Any) -> Any:
         DataError: No tensor of the batch has a first dimension.
     """
     for value in tensors_in(batch):
+        # A scalar among the inputs, such as a temperature, has no examples to count.
         if value.shape.rank:
             return tf.shape(value)[0] if value.shape[0] is None else value.shape[0]
     raise DataError(f"A batch must hold a tensor with the batch as its first dimension. Received: {shapes(batch)}.")
@@ -97,10 +100,12 @@ def as_tensors(batch: Any, name: str) -> Any:
         if isinstance(value, (tf.Tensor, tf.RaggedTensor, tf.SparseTensor)):
             return value
         if hasattr(value, "tocoo"):  # a sparse matrix of SciPy
+            # TensorFlow's sparse ops take int64 indices in row-major order, which SciPy does not promise.
             coo = value.tocoo()
             entries = coo.astype(keras.config.floatx()) if coo.dtype == np.float64 else coo
             indices = np.stack([entries.row, entries.col], 1).astype(np.int64)
             return tf.sparse.reorder(tf.SparseTensor(indices, entries.data, entries.shape))
+        # float64 is NumPy's default and no choice of the user's: TensorFlow refuses to mix it with float32.
         array = np.asarray(value)
         try:
             return tf.convert_to_tensor(array.astype(keras.config.floatx()) if array.dtype == np.float64 else array)

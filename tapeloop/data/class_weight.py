@@ -58,9 +58,11 @@ def with_class_weights(batch: Any, class_weights: ClassWeights | None) -> Any:
             "`class_weight` needs one target for each example: its class, of the shape `[examples]` or "
             f"`[examples, 1]`, or its one-hot vector. The targets are {shapes(y)}."
         )
+    # The batch keeps the targets as they were given: only the class is read off them.
     targets = y
     if y.shape.rank == 2:
         y = tf.squeeze(y, 1) if y.shape[1] == 1 else tf.argmax(y, 1)
+    # Labels may come in float, where a cast alone would turn 0.9999 into class 0.
     label = tf.cast(tf.round(y) if y.dtype.is_floating else y, tf.int64)
     # A table of all classes would need as many rows as the largest label: labels may be large, or negative.
     matches = tf.equal(label[:, tf.newaxis], class_weights.classes)

@@ -34,10 +34,12 @@ class ArrayReader(NamedTuple):
 
     def signature(self) -> ArrayReader:
         """Return the signature of readers of any number of examples."""
+        # Data of another length, or with a validation split, then runs in the trace that there is.
         return self._replace(tensors=open_spec_of(self.tensors), order=open_spec_of(self.order))
 
     def read(self, number: tf.Tensor) -> Any:
         """Return the batch of this number, counted from 0."""
+        # Arrays that lie with the host are gathered there: only the batch is copied to the device of the steps.
         with tf.device(self.device):
             if self.batch_size is None:  # then the shape of a batch is static, as XLA needs it
                 indices = tf.gather(self.order, number)
@@ -90,6 +92,7 @@ class IteratorReader(NamedTuple):
         return with_class_weights(batch, self.class_weights)
 
 
+# Compared by identity: a compiled loop remembers the cursor that it was traced for.
 @dataclass(eq=False)
 class BatchCursor:
     """A reader of batches, and how far it has been read.
@@ -128,6 +131,7 @@ class BatchCursor:
         self.position += batches
         if self.remaining is not None:
             self.remaining -= batches
+        # If the size is not known, only a read that fails can tell that there are no more; see `error_behind`.
         self.exhausted = self.position == self.size
 
     def error_behind(self, error: BaseException) -> BaseException | None:
@@ -150,6 +154,7 @@ class BatchCursor:
 
     def spec(self) -> Any:
         """Return the signature of the next batch."""
+        # Traced and not run: to read the batch would take it away from an iterator.
         read = tf.function(lambda reader: reader.read(tf.constant(0, tf.int64)), autograph=False)
         return spec_of(read.get_concrete_function(self.reader).structured_outputs)
 

@@ -61,8 +61,10 @@ class IterableSource:
         while following is not None:
             number, batch = following
             first = self._flatten(batch, number)
+            # What differed once stays open for good: data of many lengths costs one more trace, and not one for each.
             self._widen_specs(first)
             rest: list[tuple[int, Any]] = []
+            # Python runs two batches ahead in a thread of `tf.data`, while the compiled loop trains.
             segment = [self._segment(batches, first, rest)]
             dataset = tf.data.Dataset.from_generator(functools.partial(_drain, segment), output_signature=self._specs)
             self._error = None
@@ -83,6 +85,7 @@ class IterableSource:
                     rest.append((number, batch))
                     return
                 yield flat
+        # The cursor was left: that is no error.
         except GeneratorExit:
             raise
         except BaseException as error:  # TensorFlow would hand on its text alone, in an error of its own
@@ -107,6 +110,7 @@ class IterableSource:
             )
         flat = tuple(tensors_in(batch))
         for value, spec in zip(flat, self._specs):
+            # `from_generator` would cast in silence, or fail with a text that does not name the batch.
             if type(spec_of(value)) is not type(spec) or value.dtype != spec.dtype:
                 raise DataError(
                     f"The types change at batch {number} of `{self.name}` (the first is 0): {shapes(value)} where "

@@ -70,6 +70,7 @@ class DataLoader:
             cursor.limit(remaining)
             before = cursor.position
             yield cursor
+            # Only the first read tells that a dataset of unknown size is empty.
             if not cursor.position:
                 self._raise_end()
             self._batches_read += cursor.position - before
@@ -99,11 +100,13 @@ class DataLoader:
         A dataset may declare less than a layer needs to be built.
         """
         yield open_spec_of(self.cursor().spec())
+        # `take` opens an iterator of its own, so that the epoch does not miss the batch.
         if isinstance(self.source, DatasetSource):
             yield from map(open_spec_of, self.source.dataset.take(1))
 
     def close(self) -> None:
         """Leave the epoch and let go of the data: the next epoch begins at its start."""
+        # Dropping the generator closes the user's own, whose `finally` then runs.
         self._cursor = self._cursors = None
 
     def rewind(self) -> None:
@@ -119,6 +122,7 @@ class DataLoader:
         """
         if self._iterator is None:
             return
+        # Batches are made ahead: without the limit, the user's iterator would be missing some after the fit.
         if self.steps_per_epoch is not None:
             self._iterator.limit(self.steps_per_epoch * epochs)
         elif epochs > 1:
@@ -174,6 +178,7 @@ class DataSpec:
     @property
     def is_arrays(self) -> bool:
         """Whether the data is arrays, of which any example can be had, and no iterable of batches."""
+        # A tuple is `(inputs, targets)`, a list is a list of batches. Data frames are told by their method.
         return isinstance(self.data, (tuple, Mapping, tf.RaggedTensor, tf.SparseTensor)) or (
             hasattr(self.data, "shape") and (hasattr(self.data, "__array__") or hasattr(self.data, "tocoo"))
         )
@@ -208,6 +213,7 @@ class DataSpec:
         """
         batch_size = whole_number("batch_size", self.batch_size, 1)
         steps = None if self.steps[1] is None else whole_number(*self.steps, 1)
+        # Validation data and predictions come in the order in which the user has them.
         sampler = sampler or Sampler(shuffle=False)
         data, name, weights = self.data, self.name, self.class_weights
         is_dataset, is_pydataset = isinstance(data, tf.data.Dataset), isinstance(data, keras.utils.PyDataset)

@@ -45,6 +45,7 @@ def _made_by_workers(dataset: keras.utils.PyDataset, numbers: Iterator[int]) -> 
         make = _make_batch
     else:
         pool, make = concurrent.futures.ThreadPoolExecutor(dataset.workers), dataset.__getitem__
+    # Batches are handed out in order, though a worker may finish a later one first.
     futures: deque[concurrent.futures.Future[Any]] = deque()
     try:
         # `Executor.map` would submit all numbers at once: endless data has no last one, and batches would pile up.

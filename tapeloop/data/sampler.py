@@ -40,4 +40,6 @@ class Sampler:
 
     def _next_generator(self) -> np.random.Generator:
         self._epoch += 1
+        # A generator for each epoch, and not one for all: a run that goes on in a second fit must see the orders that
+        # it would have seen in one.
         return np.random.default_rng([self.seed, self._epoch - 1])

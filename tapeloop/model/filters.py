@@ -94,6 +94,7 @@ class Glob(Filter):
             )
 
     def __call__(self, variable: VariableInfo) -> bool:
+        # A shared layer or a tied weight is meant by any of its paths.
         return any(_matches(self.pattern.split("/"), path.split("/")) for path in variable.paths)
 
     def __repr__(self) -> str:
@@ -142,6 +143,7 @@ class Under(Filter):
     submodel: Model
 
     def __call__(self, variable: VariableInfo) -> bool:
+        # The very object: a layer of the same name in another model is not meant.
         return any(submodel.object is self.submodel for submodel in variable.submodels)
 
     def __repr__(self) -> str:
@@ -159,6 +161,7 @@ class Matching(Filter):
     function: Callable[[VariableInfo], bool]
 
     def __call__(self, variable: VariableInfo) -> bool:
+        # The function may return a NumPy bool, which is no `bool`.
         return bool(self.function(variable))
 
     def __repr__(self) -> str:
@@ -183,6 +186,7 @@ class SubmodelKind:
 
     def found_in(self, tree: Tree) -> tuple[SubmodelInfo, ...]:
         """Return the submodels of this kind that hold variables that can train, in order of construction."""
+        # Submodels without weights are left out: a Dropout between two blocks is no block that could train.
         known = _FOUND.setdefault(tree, {})
         if self not in known:
             known[self] = tuple(
@@ -194,6 +198,7 @@ class SubmodelKind:
 
     def _includes(self, submodel: SubmodelInfo) -> bool:
         if isinstance(self.of, str):
+            # To the end: 'blocks/*' means the blocks, and not every layer in them. The root is never one of several.
             return any(path and matches_whole(self.of, path) for path in submodel.paths)
         return isinstance(submodel.object, self.of)
 
@@ -439,6 +444,7 @@ def to_filter(value: FilterLike) -> Filter:
     """
     if isinstance(value, Filter):
         return value
+    # Strings before sequences: a string is a sequence of strings.
     if isinstance(value, str):
         return Glob(value)
     if isinstance(value, (keras.Layer, tf.Module)):

@@ -58,11 +58,13 @@ class Selection:
     @functools.cached_property
     def idle(self) -> frozenset[SubmodelInfo]:
         """The submodels in inference mode of which nothing trains: what they assign in their `call` is dropped."""
+        # A policy may put a submodel that trains in inference mode: its own assignments then still happen.
         held, trains = self.tree.variables_in, self.group_of.keys()
         return frozenset(submodel for submodel in self.inference if trains.isdisjoint(held[submodel]))
 
     @functools.cached_property
     def _key(self) -> tuple[object, ...]:
+        # By what trains and not by how the policy was written, so that two spellings share one compiled step.
         groups = frozenset((group, frozenset(variables)) for group, variables in self.groups.items())
         return groups, frozenset(self.inference)
 

@@ -23,11 +23,12 @@ def check_own_step(model: Any, overridden: Collection[str], trainer: str) -> Non
         trainer: The name of the trainer's class.
 
     Raises:
-        ValueError: It has one, and the trainer has none in its stead.
+        ValueError: The model has one, and the trainer has none instead.
     """
     if not isinstance(model, keras.Model):
         return
     for name in FIT_METHODS:
+        # Keras looks a method up on the instance too, where a user may have put it.
         is_own = getattr(type(model), name) is not getattr(keras.Model, name) or name in vars(model)
         step = "eval_step" if name == "test_step" else "train_step"
         if is_own and step not in overridden and "compute_loss" not in overridden:
@@ -44,6 +45,7 @@ def check_one_device(tree: Tree) -> None:
     Raises:
         ValueError: It is.
     """
+    # A model shows its strategy by its variables, wherever the trainer is made.
     strategy = tf.distribute.get_strategy() if tf.distribute.has_strategy() else None
     for variable in tree.variables:
         if isinstance(variable.tf_variable, tf.distribute.DistributedValues):

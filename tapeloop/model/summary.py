@@ -72,6 +72,7 @@ def paths(model: Model) -> None:
 def _path_rows(tree: Tree) -> list[str]:
     rows, shown = [], set[VariableInfo]()
     for submodel in tree.submodels:
+        # The tree lists parents before children, in the order in which the model holds them: the order of the table.
         rows.append((_all_paths(submodel), type(submodel.object).__name__, "", ""))
         for variable in _own_variables(tree, submodel):
             if variable not in shown:  # of a tied weight, the row under its first owner names all paths
@@ -110,6 +111,7 @@ def _unfold(selection: Selection, submodel: SubmodelInfo, depth: int) -> list[Su
     for child in tree.children[submodel]:
         if tree.variables_in[child]:
             shown.append(child)
+            # What is treated alike inside says all in one row: a deep model with a frozen backbone fits on a screen.
             if depth > 1 and _differs(selection, child):
                 shown += _unfold(selection, child, depth - 1)
     return shown + _own_variables(tree, submodel)
@@ -126,6 +128,7 @@ def _differs(selection: Selection, submodel: SubmodelInfo) -> bool:
 def _row(
     selection: Selection, shown: SubmodelInfo | VariableInfo, state_bytes: Callable[[VariableInfo], int]
 ) -> tuple[str, ...]:
+    # A variable of its own runs in the mode of the innermost submodel that holds it.
     submodel = shown if isinstance(shown, SubmodelInfo) else shown.submodels[-1]
     variables = (shown,) if isinstance(shown, VariableInfo) else selection.tree.variables_in[shown]
     # Statistics and seeds do not train anyway: they say something only of a submodel that has nothing else.

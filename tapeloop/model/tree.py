@@ -39,6 +39,7 @@ class SubmodelInfo:
     paths: tuple[str, ...] = ()
 
     def __eq__(self, other: object) -> bool:
+        # By identity: a mapping of models has no hash, and two layers that are set up alike are two layers.
         return self.object is other.object if isinstance(other, SubmodelInfo) else NotImplemented
 
     def __hash__(self) -> int:
@@ -77,6 +78,7 @@ class VariableInfo:
     tree: Tree = field(init=False, repr=False)
 
     def __eq__(self, other: object) -> bool:
+        # By identity: Keras and TensorFlow compare variables by value, element by element.
         return self.variable is other.variable if isinstance(other, VariableInfo) else NotImplemented
 
     def __hash__(self) -> int:
@@ -105,6 +107,7 @@ class VariableInfo:
     @property
     def size(self) -> int:
         """How many numbers it holds."""
+        # `np.prod` of the empty shape of a scalar would be a float.
         return int(tf.TensorShape(self.shape).num_elements())
 
     @property
@@ -151,6 +154,7 @@ class Tree:
                 f"Received: {model!r} of type {type(model).__name__}."
             )
         for name, inner in model.items() if isinstance(model, Mapping) else ():
+            # The name becomes the first segment of paths, which a glob takes apart at slashes.
             if not isinstance(name, str) or not name or "/" in name or not _is_submodel(inner):
                 raise TypeError(
                     "A mapping of several models must go from names without slashes to Keras models, layers or "
@@ -194,6 +198,7 @@ class Tree:
         """Yield the submodels above a path, the innermost first. `blocks/0` is in the root if `blocks` is a list."""
         while path:
             path = path.rpartition("/")[0]
+            # A list or a dict in between has a segment, and is no submodel.
             if path in self.by_path:
                 yield self.by_path[path]
 
@@ -240,6 +245,7 @@ class _Walk:
         info = _info(found)
         if info in stack:  # a child that refers back to its parent
             return
+        # Every path is followed, also of what is known already: a shared layer shows all the places where it stands.
         paths = self.paths.setdefault(info, [])
         if path not in paths:
             paths.append(path)
@@ -279,7 +285,8 @@ def _children(parent: Any) -> Iterator[tuple[str, Any]]:
     taken: dict[str, Any] = {}
     for segment, child in named:
         unique, copies = segment, 1
-        while taken.setdefault(unique, child) is not child:  # `_dense` beside `dense`
+        # Leading underscores are dropped from attributes, so that `Dense._kernel` is `kernel`; two may then collide.
+        while taken.setdefault(unique, child) is not child:
             copies += 1
             unique = f"{segment}_{copies}"
         yield unique, child
@@ -288,7 +295,9 @@ def _children(parent: Any) -> Iterator[tuple[str, Any]]:
 def _layer_children(layer: keras.Layer) -> Iterator[tuple[str, Any]]:
     """Yield what Keras tracks in `layer`, and other state: by name in a graph of layers, else by attribute."""
     sublayers = [child for child in keras_internals.sublayers(layer) if not isinstance(child, keras.layers.InputLayer)]
+    # Paths come from names and attributes, since Keras' `Variable.path` does not say where a layer is nested.
     tracked = set(map(_info, (*sublayers, *layer.variables)))
+    # Of a graph of layers users know the names, as `summary()` shows them, and not the attributes.
     operations = layer.layers if isinstance(layer, keras.Sequential) else getattr(layer, "operations", ())
     graph = {_info(child): child for child in operations if _info(child) in tracked}
     yield from ((child.name, child) for child in graph.values())
@@ -311,6 +320,7 @@ def _layer_children(layer: keras.Layer) -> Iterator[tuple[str, Any]]:
 def _attributes(parent: keras.Layer | tf.Module) -> Iterator[tuple[str, Any]]:
     """Yield the submodels and variables among the attributes of `parent`, but for the bookkeeping of TF and Keras."""
     for segment, value in vars(parent).items():
+        # `_self_...` is the bookkeeping of TensorFlow, which tracks attributes too.
         if not segment.startswith("_self_") and not (isinstance(parent, keras.Layer) and segment in _bookkeeping()):
             yield from _flatten(segment.lstrip("_"), value)
 

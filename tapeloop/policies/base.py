@@ -110,6 +110,7 @@ class VariablePolicy:
     def rule(self, variable: VariableInfo) -> str:
         """Return the rule by which a variable got its group or was frozen, for the report."""
         name, filters = type(self).__name__, self.filters()
+        # The first match: a variable may be chosen by several filters of a list.
         matched = next((repr(filter_) for filter_ in filters if filter_(variable)), "all else")
         return f"{name}: {matched}" if filters else name
 
@@ -135,4 +136,5 @@ def is_value(policy: VariablePolicy) -> bool:
         hash(policy)
     except TypeError:
         return False
+    # The hash of `object` is by identity: such a policy may keep state and answer otherwise the next time.
     return type(policy).__hash__ is not object.__hash__

@@ -57,7 +57,9 @@ class LayerwiseDecay(VariablePolicy):
             )
         inside = [index for index, block in enumerate(blocks) if block in variable.submodels]
         if inside:
+            # Blocks may stand in blocks, if they are named by class: the innermost counts.
             return f"block{inside[-1]}"
+        # Depth is the order of construction: the embedding before the first block is below, the head above.
         order = variable.tree.variables
         is_below = order.index(variable) < order.index(variable.tree.variables_in[blocks[0]][0])
         return "below" if is_below else "above"

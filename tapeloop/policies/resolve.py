@@ -34,7 +34,9 @@ def resolve(policy: VariablePolicy, tree: Tree, trains: bool = True) -> Selectio
             "makes them in its first call has them after `fit` has seen a batch, or once it was called on one."
         )
     if trains:
+        # An evaluation may run under a policy that leaves nothing to train, and asks for no match.
         _check_filters(policy, tree)
+    # A variable that Keras holds non-trainable is never asked about: Keras' flags come first.
     answers = {variable: _checked_group(policy, variable) for variable in tree.variables if variable.trainable}
     groups: dict[str, list[VariableInfo]] = {}
     for variable, group in answers.items():
@@ -65,6 +67,7 @@ def chain(policy: VariablePolicy, progress: Progress) -> list[VariablePolicy]:
         PolicyError: An `at` returns no policy, or policies refer to each other without end.
     """
     found = [policy]
+    # Schedules nest: a phase may be a cycle. One that never settles would hang the fit.
     for _ in range(100):
         following = found[-1].at(progress)
         if not isinstance(following, VariablePolicy):
@@ -88,6 +91,7 @@ def selections_to_come(policy: VariablePolicy, tree: Tree) -> list[Selection]:
         PolicyError: One of them cannot be resolved for the model.
     """
     found = []
+    # A typo in the policy of epoch 7 is so found before epoch 0. What only `at` knows cannot be looked at yet.
     for phase in policy.phases():
         if phase.phases():
             found += selections_to_come(phase, tree)
@@ -108,6 +112,7 @@ def _checked_group(policy: VariablePolicy, variable: VariableInfo) -> str | None
 
 def _check_filters(policy: VariablePolicy, tree: Tree) -> None:
     """Check that each filter of a policy matches a variable, and each part of a filter by itself: a typo does not."""
+    # A filter that matches only what cannot train is a typo, or takes Keras' flag for something else.
     filters = [filter_ for filter_ in policy.filters() if not _is_weightless(filter_, tree)]
     if policy.filters() and not filters:
         raise PolicyError(f"{policy!r} names only layers without variables. Name one that has some.")
@@ -145,6 +150,7 @@ def _nearest(filter_: Filter, tree: Tree) -> str:
     near: list[str] = []
     for pattern in filter_.patterns():
         pattern = pattern.removesuffix("/**")
+        # The whole path may be far off, though its last segment is right: users leave out a level.
         near += difflib.get_close_matches(pattern, paths, n=3)
         near += [by_name[name] for name in difflib.get_close_matches(pattern.rpartition("/")[2], by_name, n=2)]
     if near:
@@ -165,6 +171,7 @@ def _multiplier(policy: VariablePolicy, group: str, variables: list[VariableInfo
         except ValueError:
             received = f"{factor!r} for the variable `{path}` of the group {group!r}"
             raise PolicyError(f"{must} a finite number, 0 or more. Received: {received}.") from None
+    # A group has one learning rate: one number is put into its optimizer.
     if len(set(found.values())) != 1:
         raise PolicyError(f"{must} one number for each group. Received for the group {group!r}: {found!r}.")
     return next(iter(found.values()))
@@ -174,6 +181,7 @@ def _keras_rule(variable: VariableInfo) -> str:
     """Name why Keras does not train a variable."""
     if variable.seed:
         return "Keras: seed state"
+    # The outermost layer with the flag off: to lift the flag there is what helps.
     off = [s for s in variable.submodels if isinstance(s.object, keras.Layer) and not s.object.trainable]
     if off:
         return f"Keras: {off[0].path or 'model'}.trainable=False"
@@ -182,6 +190,7 @@ def _keras_rule(variable: VariableInfo) -> str:
 
 def _inference(policy: VariablePolicy, tree: Tree, trained: AbstractSet[VariableInfo]) -> tuple[SubmodelInfo, ...]:
     """Find the submodels in inference mode: those the policy says, and those that stand in such submodels alone."""
+    # A submodel without weights of its own is not asked about: it follows the submodels that enclose it.
     inference = {
         submodel
         for submodel in tree.submodels

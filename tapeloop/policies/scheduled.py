@@ -223,6 +223,7 @@ class RandomSubset(_Scheduled, VariablePolicy):
         return f"RandomSubset({drawn}{self._unit_unless('step')})"
 
     def at(self, progress: Progress) -> VariablePolicy:
+        # A policy of its own: as long as a draw holds, its selection is looked up by it and not resolved anew.
         return _Draw(self._k, self._kind, self._seed, self._periods_before(progress))
 
 
@@ -239,12 +240,14 @@ class _Draw(VariablePolicy):
         return f"RandomSubset draw {self.number}"
 
     def group(self, variable: VariableInfo) -> str | None:
+        # Drawn anew for each variable, from the same seed: so a draw is a value and needs no state.
         found = self.kind.found_in(variable.tree)
         if self.k > len(found):
             raise PolicyError(
                 f"`RandomSubset` was asked for {self.k} submodels of {self.kind!r}, but the model has {len(found)} "
                 "that hold variables that can train. Ask for fewer."
             )
+        # Python's own generator takes a text as its seed, and draws the same on every machine.
         chosen = random.Random(f"{self.seed} {self.number}").sample(found, self.k)
         return DEFAULT_GROUP if any(submodel in variable.submodels for submodel in chosen) else None
 

@@ -127,6 +127,7 @@ class Groups(VariablePolicy):
             raise PolicyError(
                 f"`multipliers` are for {unknown}, but the groups are {sorted(groups)}. Name one of these."
             )
+        # Tuples of pairs and not dicts: a policy is a value with a hash.
         checked = ((name, not_negative(f"multipliers[{name!r}]", factor)) for name, factor in factors.items())
         filters = ((name, to_filter(filter_)) for name, filter_ in groups.items())
         set_fields(self, _groups=tuple(filters), _multipliers=tuple(checked))
@@ -143,6 +144,7 @@ class Groups(VariablePolicy):
 
     def group(self, variable: VariableInfo) -> str | None:
         matches = {name: filter_ for name, filter_ in self._groups if filter_(variable)}
+        # If the first group won, what trains would hang on the order of a dict; so an overlap is the user's to decide.
         if len(matches) > 1:
             is_tied = len(variable.paths) > 1
             what = "The tied weight" if is_tied else "The variable"
