@@ -73,11 +73,11 @@ class SparseSource(_Arrays):
     def __post_init__(self) -> None:
         super().__post_init__()
         # Made once, as it takes the sparse tensors apart by examples.
-        self._examples = tf.data.Dataset.from_tensor_slices(tuple(tensors_in(self.arrays)))
+        self._dataset = tf.data.Dataset.from_tensor_slices(tuple(tensors_in(self.arrays)))
 
     def cursors(self) -> Iterator[BatchCursor]:
         """Yield the one cursor of the next epoch."""
-        dataset, seed = self._examples, self.sampler.next_seed()
+        dataset, seed = self._dataset, self.sampler.next_seed()
         if self.sampler.shuffle:
             # The buffer holds all examples: a smaller one would only mix examples that lie near each other.
             dataset = dataset.shuffle(self.examples, seed=seed)

@@ -41,6 +41,8 @@ class Filter(abc.ABC):
         ['base/kernel']
     """
 
+    is_part = False  # whether it names something in particular: `named("bias")` may match nothing, a path may not
+
     @abc.abstractmethod
     def __call__(self, variable: VariableInfo) -> bool:
         """Tell whether `variable` is chosen."""
@@ -76,13 +78,14 @@ class Filter(abc.ABC):
 
     def parts(self) -> tuple[Filter, ...]:
         """The filters in it that name something in particular, and so must match something by themselves."""
-        return tuple(part for operand in self.operands() for part in operand.parts())
+        return (self,) if self.is_part else tuple(part for operand in self.operands() for part in operand.parts())
 
 
 @dataclass(frozen=True)
 class Glob(Filter):
     """See `glob`."""
 
+    is_part = True
     pattern: str
 
     def __post_init__(self) -> None:
@@ -102,9 +105,6 @@ class Glob(Filter):
 
     def patterns(self) -> tuple[str, ...]:
         return (self.pattern,)
-
-    def parts(self) -> tuple[Filter, ...]:
-        return (self,)
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,7 @@ class Named(Filter):
 class Under(Filter):
     """See `under`."""
 
+    is_part = True
     submodel: Model
 
     def __call__(self, variable: VariableInfo) -> bool:
@@ -149,9 +150,6 @@ class Under(Filter):
     def __repr__(self) -> str:
         name = getattr(self.submodel, "name", None)
         return f"under(<{type(self.submodel).__name__}{f' {name}' if name else ''}>)"
-
-    def parts(self) -> tuple[Filter, ...]:
-        return (self,)
 
 
 @dataclass(frozen=True)
@@ -211,6 +209,7 @@ _FOUND: weakref.WeakKeyDictionary[Tree, dict[SubmodelKind, tuple[SubmodelInfo, .
 class Ordinal(Filter):
     """See `first` and `last`."""
 
+    is_part = True
     end: str
     n: int
     kind: SubmodelKind
@@ -228,9 +227,6 @@ class Ordinal(Filter):
 
     def patterns(self) -> tuple[str, ...]:
         return (self.kind.of,) if isinstance(self.kind.of, str) else ()
-
-    def parts(self) -> tuple[Filter, ...]:
-        return (self,)
 
 
 @dataclass(frozen=True)

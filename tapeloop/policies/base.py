@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from tapeloop.model.filters import Filter
 from tapeloop.model.tree import SubmodelInfo, VariableInfo
@@ -122,12 +121,6 @@ class VariablePolicy:
     def freezes_filters(self) -> bool:
         """Whether the filters say what is frozen: what Keras' flags have frozen may be frozen again."""
         return False
-
-
-def set_fields(policy: VariablePolicy, **fields: Any) -> None:
-    """Set the fields of a frozen policy, in its constructor."""
-    for name, value in fields.items():
-        object.__setattr__(policy, name, value)
 
 
 def is_value(policy: VariablePolicy) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from tapeloop.errors import PolicyError
 from tapeloop.model.filters import SubmodelKind
 from tapeloop.model.tree import VariableInfo
-from tapeloop.policies.base import VariablePolicy, set_fields
+from tapeloop.policies.base import VariablePolicy
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -43,7 +43,8 @@ class LayerwiseDecay(VariablePolicy):
         """
         if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate <= 1:
             raise ValueError(f"`rate` must be above 0 and at most 1. Received: {rate!r}.")
-        set_fields(self, _rate=float(rate), _blocks=SubmodelKind(of))
+        object.__setattr__(self, "_rate", float(rate))
+        object.__setattr__(self, "_blocks", SubmodelKind(of))
 
     def __repr__(self) -> str:
         return f"LayerwiseDecay({self._rate}, of={self._blocks!r})"

@@ -9,7 +9,7 @@ from tapeloop._validation import not_negative
 from tapeloop.errors import PolicyError
 from tapeloop.model.filters import Filter, FilterLike, to_filter
 from tapeloop.model.tree import VariableInfo
-from tapeloop.policies.base import DEFAULT_GROUP, VariablePolicy, set_fields
+from tapeloop.policies.base import DEFAULT_GROUP, VariablePolicy
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,8 @@ class Groups(VariablePolicy):
         # Tuples of pairs and not dicts: a policy is a value with a hash.
         checked = ((name, not_negative(f"multipliers[{name!r}]", factor)) for name, factor in factors.items())
         filters = ((name, to_filter(filter_)) for name, filter_ in groups.items())
-        set_fields(self, _groups=tuple(filters), _multipliers=tuple(checked))
+        object.__setattr__(self, "_groups", tuple(filters))
+        object.__setattr__(self, "_multipliers", tuple(checked))
 
     def __repr__(self) -> str:
         multipliers = f", multipliers={dict(self._multipliers)!r}" if self._multipliers else ""
