@@ -57,7 +57,7 @@ class ArraySource(_Arrays):
                 self.arrays = map_tensors(tf.identity, self.arrays)
 
     def cursors(self) -> Iterator[BatchCursor]:
-        """Yield the one cursor of the next epoch."""
+        """Yield the cursor of the next epoch, which has all of its batches."""
         order, batch_size = tf.constant(self.sampler.next_order(self.examples), tf.int64), None
         # A row for each batch has a static shape, as XLA needs it; a smaller last batch does not fit in such rows.
         if self.examples % self.batch_size:
@@ -76,7 +76,7 @@ class SparseSource(_Arrays):
         self._dataset = tf.data.Dataset.from_tensor_slices(tuple(tensors_in(self.arrays)))
 
     def cursors(self) -> Iterator[BatchCursor]:
-        """Yield the one cursor of the next epoch."""
+        """Yield the cursor of the next epoch, which has all of its batches."""
         dataset, seed = self._dataset, self.sampler.next_seed()
         if self.sampler.shuffle:
             # The buffer holds all examples: a smaller one would only mix examples that lie near each other.
@@ -106,12 +106,12 @@ class DatasetSource:
         return cardinality if cardinality >= 0 else None
 
     def cursors(self) -> Iterator[BatchCursor]:
-        """Yield the one cursor of the next epoch."""
+        """Yield the cursor of the next epoch, which has all of its batches."""
         yield BatchCursor(IteratorReader.over(self.dataset, self.layout, self.class_weights), self.size)
 
 
 class FileSlices(_Arrays):
-    """Arrays some of which lie in a file: their batches are read one by one, and never all are in memory."""
+    """Arrays some of which lie in a file: batches are read as they are asked for, and never all are in memory."""
 
     def __len__(self) -> int:
         return self.size

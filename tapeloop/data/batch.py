@@ -1,4 +1,4 @@
-"""What a batch is: a structure of tensors with the examples as the first dimension; a missing member is None."""
+"""Batches: structures of tensors with the examples as the first dimension, in which a missing member is None."""
 
 from __future__ import annotations
 

@@ -57,20 +57,18 @@ class IterableSource:
             DataError: A batch has another structure than the first, or an array that cannot be a tensor.
         """
         batches = enumerate(self.iterable)
-        following = next(batches, None)
-        while following is not None:
-            number, batch = following
+        rest = list(itertools.islice(batches, 1))
+        while rest:
+            number, batch = rest.pop()
             first = self._flatten(batch, number)
             # What differed once stays open for good: data of many lengths costs one more trace, and not one for each.
             self._widen_specs(first)
-            rest: list[tuple[int, Any]] = []
             # Python runs two batches ahead in a thread of `tf.data`, while the compiled loop trains.
             segment = [self._segment(batches, first, rest)]
             dataset = tf.data.Dataset.from_generator(functools.partial(_drain, segment), output_signature=self._specs)
             self._error = None
             reader = IteratorReader.over(dataset.prefetch(PREFETCHED), self._layout, self.class_weights)
             yield BatchCursor(reader, None, number, lambda: self._error)
-            following = rest[0] if rest else None
 
     def _segment(
         self, batches: Iterator[tuple[int, Any]], first: tuple[Any, ...], rest: list[tuple[int, Any]]
@@ -85,11 +83,10 @@ class IterableSource:
                     rest.append((number, batch))
                     return
                 yield flat
-        # The cursor was left: that is no error.
-        except GeneratorExit:
-            raise
-        except BaseException as error:  # TensorFlow would hand on its text alone, in an error of its own
-            self._error = error
+        except BaseException as error:
+            # TensorFlow hands on the text alone, in an error of its own. After `GeneratorExit` nobody reads on.
+            if not isinstance(error, GeneratorExit):
+                self._error = error
             raise
 
     def _flatten(self, batch: Any, number: int) -> tuple[Any, ...]:
@@ -125,7 +122,7 @@ class IterableSource:
 
 
 def _drain(segment: list[Iterator[Any]]) -> Iterator[Any]:
-    """Yield what the one iterator in a list yields, and empty the list.
+    """Yield the elements of the only iterator in a list, and empty the list.
 
     TensorFlow keeps this function for good, which must not keep the user's data with it.
     """

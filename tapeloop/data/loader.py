@@ -46,7 +46,7 @@ class DataLoader:
         self._batches_read = 0
 
     def cursor(self) -> BatchCursor:
-        """Return the cursor at the next batch, which is the first one again after the last.
+        """Return the cursor at the next batch; after the last batch, the data begins again.
 
         Raises:
             DataError: There is no batch.
@@ -110,7 +110,7 @@ class DataLoader:
         self._cursor = self._cursors = None
 
     def rewind(self) -> None:
-        """Have the next epoch begin at the start of the data; what remains of an iterator is kept."""
+        """Have the next epoch begin at the start of the data; an iterator goes on instead, and loses no batch."""
         if self._iterator is None:
             self.close()
 
@@ -236,7 +236,7 @@ class DataSpec:
         )
 
     def _array_source(self, batch_size: int, sampler: Sampler) -> ArraySource | SparseSource | FileSlices:
-        """Return the source of batches of arrays, by where the arrays lie and of what kind they are.
+        """Return the source of batches of arrays, by their kind and whether they lie in memory or in a file.
 
         Raises:
             DataError: The arrays do not have the same number of examples, or none, or do not go together.

@@ -24,7 +24,7 @@ class Selection:
         non_trainable: The variables that Keras itself never trains: batch statistics, seed states, and what its
             `trainable` flags exclude.
         inference: The submodels that run in inference mode, whatever mode their parent is called in.
-        rules: For every variable, the rule that put it where it is.
+        rules: For every variable, the rule by which it trains or not, as `explain` shows it.
         multipliers: By how much each group's learning rate is multiplied.
 
     Example:
@@ -57,7 +57,7 @@ class Selection:
 
     @functools.cached_property
     def idle(self) -> frozenset[SubmodelInfo]:
-        """The submodels in inference mode of which nothing trains: what they assign in their `call` is dropped."""
+        """The submodels in inference mode without a variable that trains: assignments in their `call` are dropped."""
         # A policy may put a submodel that trains in inference mode: its own assignments then still happen.
         held, trains = self.tree.variables_in, self.group_of.keys()
         return frozenset(submodel for submodel in self.inference if trains.isdisjoint(held[submodel]))
@@ -78,7 +78,7 @@ class Selection:
         return f"<Selection: {self.describe()}>"
 
     def describe(self) -> str:
-        """Say in one line how much trains: `head: 2 variables, 650 parameters; frozen: 12 variables, ...`."""
+        """Return a line that says how much trains: `head: 2 variables, 650 parameters; frozen: 12 variables, ...`."""
         parts = {**self.groups, "frozen": self.frozen, "non-trainable": self.non_trainable}
         return "; ".join(
             f"{name}: {len(variables)} variables, {sum(v.size for v in variables):,} parameters"

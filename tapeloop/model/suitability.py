@@ -1,4 +1,4 @@
-"""Whether a model is one that a trainer can train as it is."""
+"""Models that a trainer cannot train as they are."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def check_own_step(model: Any, overridden: Collection[str], trainer: str) -> Non
 
 
 def check_one_device(tree: Tree) -> None:
-    """Check that a model is not one of a distribution strategy.
+    """Check that a model was not made under a distribution strategy.
 
     Raises:
-        ValueError: It is.
+        ValueError: It was.
     """
     # A model shows its strategy by its variables, wherever the trainer is made.
     strategy = tf.distribute.get_strategy() if tf.distribute.has_strategy() else None

@@ -1,4 +1,4 @@
-"""Tables in plain text of what trains, what is frozen, by which rule and at what cost."""
+"""Tables in plain text: which submodels train or are frozen, by which rule and at what cost; the paths of a model."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ RIGHT = {"parameters", "optimizer state"}
 
 
 def explain(selection: Selection, state_bytes: Callable[[VariableInfo], int], depth: int = 3) -> str:
-    """Return a table of what trains, a row a submodel, totals last.
+    """Return a table of a selection: a row for each submodel, totals last.
 
     Args:
-        selection: What trains.
+        selection: The selection.
         state_bytes: The bytes of optimizer state held for a variable.
-        depth: How many levels are shown. Below the first, a submodel is unfolded only where what it holds differs
-            in group, rule or mode.
+        depth: How many levels are shown. A submodel is unfolded only if its variables and submodels differ in group,
+            rule or mode.
 
     Raises:
         ValueError: `depth` is no whole number of 1 or more.
@@ -46,11 +46,14 @@ def explain(selection: Selection, state_bytes: Callable[[VariableInfo], int], de
 
 
 def paths(model: Model) -> None:
-    """Print what there is to match in a model: a row for each submodel and variable, with type, shape and flag.
+    """Print the paths of a model, for filters to match: a row for each submodel and variable.
 
     Args:
-        model: A Keras model or layer, a `tf.Module`, or a mapping from names to such. One that makes its variables in
-            its first call shows them after it.
+        model: A Keras model or layer, a `tf.Module`, or a mapping from names to such. A model that makes its variables
+            in its first call shows them after that call.
+
+    Raises:
+        TypeError: `model` is none of these.
 
     Example:
         >>> dense = keras.layers.Dense
@@ -105,7 +108,7 @@ def format_bytes(count: int) -> str:
 
 
 def _unfold(selection: Selection, submodel: SubmodelInfo, depth: int) -> list[SubmodelInfo | VariableInfo]:
-    """List what is directly in `submodel`, and below it what is in those that differ inside, down to `depth`."""
+    """List the children and variables of a submodel, and those of each child that differs inside, down to `depth`."""
     tree = selection.tree
     shown: list[SubmodelInfo | VariableInfo] = []
     for child in tree.children[submodel]:

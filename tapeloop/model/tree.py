@@ -122,7 +122,7 @@ class VariableInfo:
 
     @property
     def tf_variable(self) -> tf.Variable:
-        """The `tf.Variable` that holds the value: what a tape watches."""
+        """The `tf.Variable` that holds the value, which a tape watches."""
         return raw(self.variable)
 
 
@@ -230,7 +230,7 @@ def _info(found: Any) -> SubmodelInfo | VariableInfo:
 
 
 class _Walk:
-    """Visits a model by every path there is, and gathers the paths of what it meets."""
+    """Visits a model by every path there is, and gathers the paths of its submodels and variables."""
 
     def __init__(self) -> None:
         self.paths: dict[SubmodelInfo | VariableInfo, list[str]] = {}
@@ -238,7 +238,7 @@ class _Walk:
         self.seeds: set[VariableInfo] = set()
 
     def enter(self, found: Any, path: str, stack: tuple[SubmodelInfo, ...]) -> None:
-        """Record `found` at `path`, reached through the submodels of `stack`, and go on to what it holds."""
+        """Record a submodel or variable at a path, reached through the submodels of `stack`, and enter its children."""
         if isinstance(found, keras.random.SeedGenerator):
             found, path = found.state, f"{path}/state"
             self.seeds.add(VariableInfo(found))
@@ -262,7 +262,7 @@ class _Walk:
             self.enter(child, f"{path}/{segment}".lstrip("/"), (*stack, info))
 
     def tree(self) -> Tree:
-        """Return the tree of what was visited, and complete its infos: before, nobody has them."""
+        """Return the tree, and complete its infos, which nobody has seen before."""
         for info, paths in self.paths.items():
             vars(info).update(paths=tuple(paths))
         submodels = tuple(info for info in self.paths if isinstance(info, SubmodelInfo))
@@ -293,7 +293,7 @@ def _children(parent: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _layer_children(layer: keras.Layer) -> Iterator[tuple[str, Any]]:
-    """Yield what Keras tracks in `layer`, and other state: by name in a graph of layers, else by attribute."""
+    """Yield the children that Keras tracks, by name in a graph of layers and else by attribute, and untracked state."""
     sublayers = [child for child in keras_internals.sublayers(layer) if not isinstance(child, keras.layers.InputLayer)]
     # Paths come from names and attributes, since Keras' `Variable.path` does not say where a layer is nested.
     tracked = set(map(_info, (*sublayers, *layer.variables)))

@@ -1,4 +1,4 @@
-"""What a policy is: a rule that says which variables train, in which group, and what runs in inference mode."""
+"""The base of policies: rules that say which variables train in which group, and what runs in inference mode."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ class VariablePolicy:
 
     @property
     def freezes_filters(self) -> bool:
-        """Whether the filters say what is frozen: what Keras' flags have frozen may be frozen again."""
+        """Whether the filters name frozen variables, which Keras may hold non-trainable already."""
         return False
 
 

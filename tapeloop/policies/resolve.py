@@ -20,9 +20,9 @@ def resolve(policy: VariablePolicy, tree: Tree, trains: bool = True) -> Selectio
     """Resolve a policy for a model.
 
     Args:
-        policy: What trains.
+        policy: The policy.
         tree: The model.
-        trains: Whether the selection is to train with; one to evaluate with may leave nothing to train.
+        trains: Whether the selection is for training. A selection for evaluation may leave nothing to train.
 
     Raises:
         PolicyError: A filter matches nothing that can train, groups overlap, `group` returns no name, or nothing is
@@ -61,7 +61,7 @@ def resolve(policy: VariablePolicy, tree: Tree, trains: bool = True) -> Selectio
 
 
 def chain(policy: VariablePolicy, progress: Progress) -> list[VariablePolicy]:
-    """Return the policies that lie within one another at `progress`: the outermost first, the one that holds last.
+    """Return the policies that `at` leads to at a moment: the policy itself first, the policy that holds last.
 
     Raises:
         PolicyError: An `at` returns no policy, or policies refer to each other without end.
@@ -85,7 +85,7 @@ def chain(policy: VariablePolicy, progress: Progress) -> list[VariablePolicy]:
 
 
 def selections_to_come(policy: VariablePolicy, tree: Tree) -> list[Selection]:
-    """Resolve every policy that is known to hold some day, so that none fails when its day comes.
+    """Return the selections of the policies that are known to hold later, so that none fails in the middle of a run.
 
     Raises:
         PolicyError: One of them cannot be resolved for the model.

@@ -18,7 +18,7 @@ from tapeloop.policies.static import TrainOnly
 
 @dataclass(frozen=True, init=False, repr=False)
 class _Scheduled:
-    """What policies share that answer anew after so many steps or epochs."""
+    """The base of policies that answer anew after a number of steps or epochs."""
 
     _unit: str
     _period: int
@@ -186,9 +186,9 @@ class Cycle(_Scheduled, VariablePolicy):
 
 @dataclass(frozen=True, init=False, repr=False)
 class RandomSubset(_Scheduled, VariablePolicy):
-    """Train `k` submodels drawn at random, and others after a while.
+    """Train `k` submodels drawn at random, and draw others after a while.
 
-    What is drawn follows from the seed and the number of the draw alone, so that a run that is resumed goes on alike.
+    A draw follows from the seed and its number alone, so that a resumed run goes on with the same draws.
 
     Example:
         >>> dense = keras.layers.Dense
@@ -202,11 +202,11 @@ class RandomSubset(_Scheduled, VariablePolicy):
     _seed: int
 
     def __init__(self, k: int, *, of: type | str, every: int, seed: int = 0, unit: str = "step") -> None:
-        """Set what is drawn from.
+        """Choose the submodels and how often they are drawn.
 
         Args:
             k: How many submodels train at a time.
-            of: Which may: a class of layers, or a path glob that names submodels.
+            of: Which submodels are drawn from: a class of layers, or a path glob that names submodels.
             every: How many steps (or epochs) a draw holds.
             seed: The seed of the draws.
             unit: What `every` counts: `"step"` or `"epoch"`.

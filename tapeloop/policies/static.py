@@ -29,7 +29,7 @@ class TrainAll(VariablePolicy):
 
 @dataclass(frozen=True, init=False, repr=False)
 class _OfFilters:
-    """What `TrainOnly` and `Freeze` share: one or more filters."""
+    """The base of `TrainOnly` and `Freeze`, which have filters."""
 
     _filters: tuple[Filter, ...]
 
