@@ -219,7 +219,8 @@ class DataSpec:
         is_dataset, is_pydataset = isinstance(data, tf.data.Dataset), isinstance(data, keras.utils.PyDataset)
         endless = is_dataset and int(data.cardinality()) == tf.data.INFINITE_CARDINALITY
         if steps is None and (endless or (is_pydataset and data.num_batches is None)):
-            raise DataError(f"`{name}` never ends. Pass `{self.steps[0]}`, or end it, as by `take` or `num_batches`.")
+            end = "a dataset with an end, as by `take` or `num_batches`"
+            raise DataError(f"`{name}` never ends. Pass `{self.steps[0]}`, or {end}.")
         if is_dataset:
             return DataLoader(DatasetSource(data, None, weights), steps, name)
         if is_pydataset:
