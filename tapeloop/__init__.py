@@ -5,8 +5,7 @@ from __future__ import annotations
 from tapeloop.errors import CacheError, DataError, DisconnectedError, NonFiniteError, PolicyError, TapeloopError
 from tapeloop.feature_cache.report import Frontier
 from tapeloop.loop.history import History, Phase
-from tapeloop.model.filters import Filter, glob, matching, named, of_type, under
-from tapeloop.model.ordinal import first, last
+from tapeloop.model.filters import Filter, first, glob, last, matching, named, of_type, under
 from tapeloop.model.selection import Selection
 from tapeloop.model.summary import paths
 from tapeloop.model.tree import SubmodelInfo, VariableInfo

@@ -22,6 +22,7 @@ def whole_number(name: str, value: Any, least: int) -> int:
         ValueError: It is no whole number, or less than `least`.
     """
     try:
+        # `operator.index` takes NumPy's whole numbers too, and also bools, which here are a mistake.
         number = None if isinstance(value, (bool, np.bool_)) else operator.index(value)
     except TypeError:
         number = None
@@ -41,6 +42,7 @@ def not_negative(name: str, value: Any) -> float:
         ValueError: It is no number, below 0, or not finite.
     """
     is_number = isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_))
+    # NaN fails this comparison, too.
     if not is_number or not 0 <= value < math.inf:
         raise ValueError(f"`{name}` must be a finite number, 0 or more. Received: {value!r}.")
     return float(value)

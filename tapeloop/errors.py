@@ -9,32 +9,70 @@ from collections.abc import Sequence
 
 
 def listed(paths: Sequence[str], most: int = 8) -> str:
-    """Name paths for a message: the first of them, and how many more there are."""
+    """Return paths as a message names them: the first of them, and how many more there are."""
     more = f" and {len(paths) - most} more" if len(paths) > most else ""
     return ", ".join(f"`{path}`" for path in paths[:most]) + more
 
 
 class TapeloopError(Exception):
-    """The base of every error of tapeloop."""
+    """The base of every error of tapeloop.
 
-    # AutoGraph keeps the type of an error only where it knows how to make another of it: by this very constructor.
+    Example:
+        >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, name="head")])
+        >>> try:
+        ...     tl.Trainer(model, tl.Freeze("backbone")).selection
+        ... except tl.TapeloopError as error:
+        ...     print(type(error).__name__)
+        PolicyError
+    """
+
+    # AutoGraph keeps the type of an error only if it knows how to make another of it: by this very constructor.
     __init__ = Exception.__init__
 
 
 class PolicyError(TapeloopError, ValueError):
-    """A policy cannot be resolved for a model: no match, overlap, nothing left to train."""
+    """A policy cannot be resolved for a model: no match, overlap, nothing left to train.
+
+    Example:
+        >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, name="head")])
+        >>> try:
+        ...     tl.Trainer(model, tl.Freeze("haed")).selection
+        ... except tl.PolicyError as error:
+        ...     print(error)
+        glob('haed') in Freeze(glob('haed')) matches no variable of the model. The nearest paths are `head`.
+    """
 
 
 class DisconnectedError(TapeloopError, ValueError):
-    """A variable that should train receives no gradient."""
+    """A variable that should train receives no gradient.
+
+    Example:
+        >>> class Constant(tl.Trainer):
+        ...     def forward(self, inputs, training):
+        ...         return 0.0 * inputs
+        >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(4, name="head")])
+        >>> try:
+        ...     Constant(model, loss="mse").fit((np.ones((8, 4)), np.ones((8, 4))), progress="none")
+        ... except tl.DisconnectedError as error:
+        ...     print(type(error).__name__)
+        DisconnectedError
+    """
 
 
 class NonFiniteError(TapeloopError, ArithmeticError):
-    """A loss or a gradient is Inf or NaN.
+    """A loss or a gradient is Inf or NaN. The step that came to it has changed nothing.
 
     Attributes:
         step: How many steps were trained before.
         paths: The variables whose gradients are not finite.
+
+    Example:
+        >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, name="head")])
+        >>> try:
+        ...     tl.Trainer(model, loss="mse").fit((np.full((8, 4), np.nan), np.ones((8, 2))), progress="none")
+        ... except tl.NonFiniteError as error:
+        ...     print(error.step, error.paths)
+        0 ('head/kernel', 'head/bias')
     """
 
     step: int = 0
@@ -42,8 +80,27 @@ class NonFiniteError(TapeloopError, ArithmeticError):
 
 
 class CacheError(TapeloopError):
-    """Features cannot be cached: nothing can, it would be wrong, or they do not fit."""
+    """Features cannot be cached: there are none, they would be wrong, or they do not fit.
+
+    Example:
+        >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, name="head")])
+        >>> trainer = tl.Trainer(model, loss="mse")
+        >>> try:
+        ...     trainer.fit((np.ones((8, 4)), np.ones((8, 2))), feature_cache="memory", progress="none")
+        ... except tl.CacheError as error:
+        ...     print(str(error).split(":")[0])
+        Of the train step on `data` nothing can be cached
+    """
 
 
 class DataError(TapeloopError, ValueError):
-    """The data is empty, or does not fit the model."""
+    """The data is empty, or does not fit the model.
+
+    Example:
+        >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, name="head")])
+        >>> try:
+        ...     tl.Trainer(model, loss="mse").fit((np.ones((8, 4)), np.ones((6, 2))), progress="none")
+        ... except tl.DataError as error:
+        ...     print(str(error).split(",")[0])
+        The arrays of `data` must have the same number of examples
+    """

@@ -12,8 +12,7 @@ import tensorflow as tf
 
 from tapeloop._validation import whole_number
 from tapeloop.data.batch import as_tensors, examples_of, open_spec_of
-from tapeloop.data.given import DataSpec
-from tapeloop.data.loader import as_loader
+from tapeloop.data.loader import DataSpec
 from tapeloop.data.sampler import Sampler
 from tapeloop.feature_cache.cache import FeatureCache
 from tapeloop.feature_cache.cached_data import CachedData
@@ -224,7 +223,7 @@ class Trainer(UserStep):
         given = spec, None if validation_data is None else judged, self.state.epoch, epochs
         cache = FeatureCache(self._features, feature_cache, feature_cache_views)
         passes = FitData(*given) if feature_cache is None else CachedData(cache, *given)
-        fewest, pieces = passes.loader.fewest, self.state.microbatches
+        fewest, pieces = passes.loader.smallest_batch, self.state.microbatches
         if fewest is not None and not pieces.adapts:
             cut(fewest, pieces.count)  # raises if the smallest batch is too small
         cache.check([spec, judged], pieces, self._parts.compilation.run_eagerly)
@@ -254,8 +253,8 @@ class Trainer(UserStep):
             ['loss', 'mae']
         """
         self._loop.check_idle()
-        loader = as_loader(data, batch_size=batch_size, steps=("steps", steps))
-        loader.lasts(1)
+        loader = DataSpec("data", data, batch_size, ("steps", steps)).loader()
+        loader.require_epochs(1)
         self._loop.steps.build(self.model, loader.specs)
         return self._loop.evaluate(self._loop.evaluation(), loader, ProgressDisplay(progress), "evaluation")
 
@@ -308,11 +307,11 @@ class Trainer(UserStep):
             >>> tl.Trainer(model).predict(np.ones((8, 4))).shape
             (8, 2)
         """
-        loader = as_loader(data, batch_size=batch_size, steps=("steps", steps))
-        loader.lasts(1)
+        loader = DataSpec("data", data, batch_size, ("steps", steps)).loader()
+        loader.require_epochs(1)
         self._loop.steps.build(self.model, loader.specs, "predict")
         step = self._loop.steps.get("predict", self._loop.phases.held())
-        outputs = [tf.nest.map_structure(lambda output: np.atleast_1d(output), step(b)) for b in loader.drawn()]
+        outputs = [tf.nest.map_structure(lambda output: np.atleast_1d(output), step(b)) for b in loader]
         return tf.nest.map_structure(lambda *arrays: np.concatenate(arrays), *outputs)
 
     # Reading it
@@ -440,7 +439,7 @@ class Trainer(UserStep):
             ('base',)
         """
         self._loop.check_idle()
-        loader = DataSpec("data", data, batch_size, ("steps_per_epoch", None)).batches()
+        loader = DataSpec("data", data, batch_size).loader()
         self._loop.steps.build(self.model, loader.specs)
         return frontier_of(self._loop.phases.due(starting=True).step, loader)
 

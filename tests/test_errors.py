@@ -1,5 +1,7 @@
 """What cannot be done raises a clear error, before anything has moved."""
 
+import contextlib
+
 import keras
 import pytest
 import tensorflow as tf
@@ -9,17 +11,15 @@ from tests.support import models
 from tests.support.models import trainer_of
 
 
-class TwoHeads(keras.Model):
-    def __init__(self):
-        super().__init__()
-        self.flat, self.used, self.unused = keras.layers.Flatten(), keras.layers.Dense(3), keras.layers.Dense(3)
+class OneOfTwo(tl.Trainer):
+    def forward(self, inputs, training):
+        return self.model["used"](inputs, training=training)
 
-    def build(self, shape):
-        self.used.build((None, 36))
-        self.unused.build((None, 36))
 
-    def call(self, x):
-        return self.used(self.flat(x))
+def two_models():
+    unused = keras.layers.Dense(3)
+    unused.build((None, 36))
+    return {"used": models.functional(), "unused": unused}
 
 
 class Detached(tl.Trainer):
@@ -54,59 +54,41 @@ class Silent(tl.Trainer):
         return None
 
 
-def failing(trainer, data=None):
-    """Fit, expecting an error, and return the model's variables before and after it."""
+@contextlib.contextmanager
+def refused(trainer, error, text):
+    """Expect an error, before anything has moved."""
     before = models.values(trainer.model)
-    return before, lambda: trainer.fit(data if data is not None else models.images(8), progress="none")
+    with pytest.raises(error, match=text):
+        yield
+    assert models.values(trainer.model) == before
+    assert trainer.step == 0
 
 
 @pytest.mark.parametrize(
     ("make", "error", "text"),
     [
-        (
-            lambda: trainer_of(models.built(TwoHeads())),
-            tl.DisconnectedError,
-            r"2 of the 4 variables that should train get no gradient. `unused/kernel`, `unused/bias`: not read where",
-        ),
-        (
-            lambda: Detached(models.functional(), loss=models.cross_entropy()),
-            tl.DisconnectedError,
-            r"6 of the 6 variables .*: on the way to the loss is a `stop_gradient`",
-        ),
+        (lambda: OneOfTwo(two_models(), loss=models.cross_entropy()), tl.DisconnectedError,
+         r"2 of the 8 variables that should train get no gradient. `unused/kernel`, `unused/bias`: not read where"),
+        (lambda: Detached(models.functional(), loss=models.cross_entropy()), tl.DisconnectedError,
+         r"6 of the 6 variables .*: on the way to the loss is a `stop_gradient`"),
         (lambda: trainer_of(policy=tl.Freeze("backbone")), tl.PolicyError, r"matches no variable"),
         (lambda: trainer_of(optimizer={"head": "adam"}), tl.PolicyError, r"The groups are \['default'\]"),
-        (
-            lambda: tl.Trainer(models.functional()),
-            ValueError,
-            r"There is no loss: `loss` is None and no layer adds",
-        ),
+        (lambda: tl.Trainer(models.functional()), ValueError, r"There is no loss: `loss` is None and no layer adds"),
         (lambda: tl.Trainer({"a": models.functional()}, loss="mse"), TypeError, r"several models \('a'\) cannot know"),
         (lambda: tl.Trainer(tf.Module(), loss="mse"), TypeError, r"give Module a `__call__`, or override `forward`"),
-        (
-            lambda: Silent(models.functional()),
-            TypeError,
-            r'`train_step` must return a mapping `{"name": scalar}`. Received: None',
-        ),
-        (
-            lambda: PlainTape(models.functional(), loss=models.cross_entropy()),
-            TypeError,
-            r"`update` takes what `self.tape\(...\)` returned",
-        ),
+        (lambda: Silent(models.functional()), TypeError,
+         r'`train_step` must return a mapping `{"name": scalar}`. Received: None'),
+        (lambda: PlainTape(models.functional(), loss=models.cross_entropy()), TypeError,
+         r"`update` takes what `self.tape\(...\)` returned"),
         (lambda: PerExample(models.functional()), ValueError, r"The loss must be a scalar tensor.*shape=\(8,\)"),
         (lambda: NoLoss(models.functional()), ValueError, r"The loss must be a scalar tensor.*Received: None"),
-        (
-            lambda: Neck(models.functional()),
-            tl.PolicyError,
-            r"`tape` was asked for the groups \['neck'\], but the policy TrainAll\(\) has the groups \['default'\]",
-        ),
+        (lambda: Neck(models.functional()), tl.PolicyError,
+         r"`tape` was asked for the groups \['neck'\], but the policy TrainAll\(\) has the groups \['default'\]"),
     ],
-)
+)  # fmt: skip
 def test_what_cannot_train_raises_before_anything_has_moved(make, error, text):
-    before, run = failing(trainer := make())
-    with pytest.raises(error, match=text):
-        run()
-    assert models.values(trainer.model) == before
-    assert trainer.step == 0
+    with refused(trainer := make(), error, text):
+        trainer.fit(models.images(8), progress="none")
 
 
 @pytest.mark.parametrize(
@@ -120,34 +102,35 @@ def test_what_cannot_train_raises_before_anything_has_moved(make, error, text):
         (lambda x, y: (x[:0], y[:0]), r"`data` is empty: its arrays have no examples"),
         (lambda x, y: [], r"`data` is empty: it was asked for a batch"),
         (lambda x, y: tf.data.Dataset.from_tensor_slices((x, y)).batch(4).take(0), r"`data` is empty"),
-        (lambda x, y: None, r"`data` is None. Pass a `tf.data.Dataset`"),
+        (lambda x, y: None, r"`data` must be a `tf.data.Dataset`.*Received: None of type NoneType"),
         (lambda x, y: 3, r"`data` must be a `tf.data.Dataset`.*Received: 3 of type int"),
         (lambda x, y: [(tf.constant(1.0), tf.constant(1.0))], r"do not fit the model|must hold a tensor"),
     ],
 )  # fmt: skip
 def test_data_that_does_not_fit_raises_before_anything_has_moved(data, text):
-    trainer = trainer_of(metrics=["accuracy"])
-    before = models.values(trainer.model)
-    with pytest.raises(tl.DataError, match=text):
+    with refused(trainer := trainer_of(metrics=["accuracy"]), tl.DataError, text):
         trainer.fit(data(*models.images(8)), progress="none")
-    assert models.values(trainer.model) == before
 
 
 def test_a_subclassed_model_called_on_the_wrong_shape():
-    trainer = trainer_of(models.built(models.Subclassed()))
-    before = models.values(trainer.model)
     x, y = models.images(8)
-    with pytest.raises(tl.DataError, match=r"cannot be called on a batch of inputs \(8, 5, 6, 1\) float32"):
+    text = r"cannot be called on a batch of inputs \(8, 5, 6, 1\) float32"
+    with refused(trainer := trainer_of(models.built(models.Subclassed())), tl.DataError, text):
         trainer.fit((x[:, :5], y), progress="none")
-    assert models.values(trainer.model) == before
 
 
-def test_empty_validation_data_raises_before_anything_has_moved():
-    trainer = trainer_of()
-    before = models.values(trainer.model)
-    with pytest.raises(tl.DataError, match="`validation_data` is empty"):
-        trainer.fit(models.images(8), validation_data=[], progress="none")
-    assert models.values(trainer.model) == before
+@pytest.mark.parametrize(
+    ("validation", "text"),
+    [
+        (lambda x, y: [], "`validation_data` is empty"),
+        (lambda x, y: (x, y[:, None, None, None]), "does not fit the batch"),
+        (lambda x, y: iter([(x, y)]), "`validation_data` is an iterator, which lasts one epoch"),
+    ],
+)
+def test_validation_data_is_tried_before_anything_has_moved(validation, text):
+    x, y = models.images(8)
+    with refused(trainer := trainer_of(), tl.DataError, text):
+        trainer.fit((x, y), epochs=2, validation_data=validation(x, y), progress="none")
 
 
 @pytest.mark.parametrize(
@@ -158,18 +141,14 @@ def test_empty_validation_data_raises_before_anything_has_moved():
         (lambda: trainer_of(policy=tl.Freeze), TypeError, r"`policy` must be a `VariablePolicy`"),
         (lambda: trainer_of().fit(models.images(8), epochs=-1), ValueError, r"`epochs` must be a whole number"),
         (lambda: trainer_of().fit(models.images(8), progress="loud"), ValueError, r"`progress` must be one of 'auto'"),
-        (
-            lambda: trainer_of().fit(models.images(8), batch_size=0),
-            ValueError,
-            r"`batch_size` must be a whole",
-        ),
+        (lambda: trainer_of().fit(models.images(8), batch_size=0), ValueError, r"`batch_size` must be a whole"),
         (lambda: trainer_of().update(None, None), RuntimeError, r"`update` was called outside a step"),
         (lambda: trainer_of().tape(), RuntimeError, r"`tape` was called outside a step that trains"),
         (lambda: setattr(trainer_of(), "policy", "base"), TypeError, r"`policy` must be a `VariablePolicy`"),
         (lambda: tl.Trainer({"a": 3}), TypeError, r"from names without slashes to Keras models.*Received: 'a': 3"),
         (lambda: tl.Trainer({"a/b": models.functional()}), TypeError, r"Received: 'a/b'"),
     ],
-)
+)  # fmt: skip
 def test_wrong_arguments(call, error, text):
     with pytest.raises(error, match=text):
         call()
@@ -182,17 +161,6 @@ def test_an_update_in_an_evaluation_is_refused():
 
     with pytest.raises(RuntimeError, match="`update` was called outside a step that trains"):
         Cheats(models.functional()).evaluate(models.images(8), progress="none")
-
-
-def test_validation_data_is_tried_before_anything_has_moved():
-    trainer = trainer_of()
-    before = models.values(trainer.model)
-    x, y = models.images(8)
-    with pytest.raises(tl.DataError, match="does not fit the batch"):
-        trainer.fit((x, y), validation_data=(x, y[:, None, None, None]), progress="none")
-    with pytest.raises(tl.DataError, match="`validation_data` is an iterator, which lasts one epoch"):
-        trainer.fit((x, y), epochs=2, validation_data=iter([(x, y)]), progress="none")
-    assert models.values(trainer.model) == before
 
 
 def test_a_typo_in_a_part_of_a_where_is_found():

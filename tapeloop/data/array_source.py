@@ -1,136 +1,137 @@
-"""Batches cut from arrays: gathered in the graph where they lie in memory, read in slices where they lie in a file."""
+"""Sources of batches of arrays: gathered in the graph from memory, shuffled by `tf.data`, or sliced from a file."""
 
 from __future__ import annotations
 
 import functools
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
+from tapeloop.data.batch import map_tensors, tensors_in
 from tapeloop.data.class_weight import ClassWeights
-from tapeloop.data.cursor import ArrayReader, BatchCursor, IteratorReader, on_device, places_of
+from tapeloop.data.cursor import ArrayReader, BatchCursor, IteratorReader, layout_of
 from tapeloop.data.sampler import Sampler
 
 ON_DEVICE_BYTES = 2**30  # arrays up to this size lie on the device of the steps, larger ones in the host's memory
 
 
-class ArraySource:
-    """Batches gathered in the graph from tensors in memory."""
+@dataclass
+class _Arrays:
+    """Arrays that are cut in batches.
 
-    def __init__(
-        self, tensors: Any, batch_size: int, examples: int, orders: Sampler, class_weights: ClassWeights | None
-    ) -> None:
-        """Put the tensors where batches are to be gathered.
+    Attributes:
+        arrays: A structure of arrays with the examples first.
+        batch_size: Examples per batch.
+        sampler: The order of the examples in each epoch.
+        class_weights: Weights of examples by class, if there are any.
+    """
 
-        Args:
-            tensors: A structure of tensors with the examples first; None where something is missing.
-            batch_size: Examples in a batch.
-            examples: How many there are.
-            orders: In which order they come.
-            class_weights: Weights of examples by class, if there are any.
-        """
-        self._batch_size = min(batch_size, examples)
-        self._examples = examples
-        self._orders = orders
-        self._class_weights = class_weights
-        given = [value for value in tf.nest.flatten(tensors) if isinstance(value, tf.Tensor)]
-        too_large = sum(value.dtype.size * value.shape.num_elements() for value in given) > ON_DEVICE_BYTES
+    arrays: Any
+    batch_size: int
+    sampler: Sampler
+    class_weights: ClassWeights | None = None
+
+    def __post_init__(self) -> None:
+        self.examples = int(tensors_in(self.arrays)[0].shape[0])
+        # A batch larger than the data is a whole batch of all examples, whose number is then static.
+        self.batch_size = min(self.batch_size, self.examples)
+        self.size = math.ceil(self.examples / self.batch_size)
+        self.smallest_batch = self.examples % self.batch_size or self.batch_size
+
+
+class ArraySource(_Arrays):
+    """Dense and ragged tensors in memory, of which batches are gathered in the graph."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        dense = [tensor for tensor in tensors_in(self.arrays) if isinstance(tensor, tf.Tensor)]
+        too_large = sum(tensor.dtype.size * tensor.shape.num_elements() for tensor in dense) > ON_DEVICE_BYTES
+        # Without a GPU there is one memory, and nothing to decide.
         self._device = "CPU:0" if too_large and tf.config.list_logical_devices("GPU") else None
-        self._tensors = tensors if self._device is None else tf.nest.map_structure(_on_the_host, tensors)
+        if self._device is not None:
+            with tf.device(self._device):
+                self.arrays = map_tensors(tf.identity, self.arrays)
 
-    def feeds(self) -> Iterator[BatchCursor]:
-        """Give the batches of one epoch."""
-        order, batch_size = tf.constant(self._orders.next(self._examples), tf.int64), None
-        if self._examples % self._batch_size:
-            batch_size = tf.constant(self._batch_size, tf.int64)
+    def cursors(self) -> Iterator[BatchCursor]:
+        """Yield the cursor of the next epoch, which has all of its batches."""
+        order, batch_size = tf.constant(self.sampler.next_order(self.examples), tf.int64), None
+        # A row for each batch has a static shape, as XLA needs it; a smaller last batch does not fit in such rows.
+        if self.examples % self.batch_size:
+            batch_size = tf.constant(self.batch_size, tf.int64)
         else:
-            order = tf.reshape(order, [-1, self._batch_size])
-        source = ArrayReader(self._tensors, order, batch_size, self._device, self._class_weights)
-        yield BatchCursor(source, math.ceil(self._examples / self._batch_size))
+            order = tf.reshape(order, [-1, self.batch_size])
+        yield BatchCursor(ArrayReader(self.arrays, order, batch_size, self._device, self.class_weights), self.size)
 
 
-def _on_the_host(value: Any) -> Any:
-    with tf.device("CPU:0"):
-        return tf.identity(value) if isinstance(value, tf.Tensor) else value
+class SparseSource(_Arrays):
+    """Tensors in memory some of which are sparse: TensorFlow cannot gather these, so `tf.data` cuts and shuffles."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # Made once, as it takes the sparse tensors apart by examples.
+        self._dataset = tf.data.Dataset.from_tensor_slices(tuple(tensors_in(self.arrays)))
+
+    def cursors(self) -> Iterator[BatchCursor]:
+        """Yield the cursor of the next epoch, which has all of its batches."""
+        dataset, seed = self._dataset, self.sampler.next_seed()
+        if self.sampler.shuffle:
+            # The buffer holds all examples: a smaller one would only mix examples that lie near each other.
+            dataset = dataset.shuffle(self.examples, seed=seed)
+        dataset = dataset.batch(self.batch_size).prefetch(tf.data.AUTOTUNE)
+        yield from DatasetSource(dataset, layout_of(self.arrays), self.class_weights).cursors()
 
 
+@dataclass(frozen=True)
 class DatasetSource:
-    """The batches of a `tf.data.Dataset`."""
+    """A `tf.data.Dataset` of batches.
 
-    def __init__(self, data: tf.data.Dataset, places: Any, class_weights: ClassWeights | None) -> None:
-        """Keep the dataset.
+    Attributes:
+        dataset: The dataset.
+        layout: The layout of a batch, see `IteratorReader`; None if elements are batches.
+        class_weights: Weights of examples by class, if there are any.
+    """
 
-        Args:
-            data: Batches.
-            places: Where each tensor of an element belongs in the batch, or None where elements are batches.
-            class_weights: Weights of examples by class, if there are any.
-        """
-        self.data = data
-        self._places = places
-        self._class_weights = class_weights
+    dataset: tf.data.Dataset
+    layout: Any
+    class_weights: ClassWeights | None
 
     @property
     def size(self) -> int | None:
-        """How many batches it has, or None where nobody knows, or there is no end."""
-        cardinality = int(self.data.cardinality())
+        """How many batches it has, or None if that is not known or there is no end."""
+        cardinality = int(self.dataset.cardinality())
         return cardinality if cardinality >= 0 else None
 
-    def feeds(self) -> Iterator[BatchCursor]:
-        """Give the batches of one epoch."""
-        yield BatchCursor(IteratorReader(iter(on_device(self.data)), self._places, self._class_weights), self.size)
+    def cursors(self) -> Iterator[BatchCursor]:
+        """Yield the cursor of the next epoch, which has all of its batches."""
+        yield BatchCursor(IteratorReader.over(self.dataset, self.layout, self.class_weights), self.size)
 
 
-class SparseSource:
-    """Batches of tensors some of which are sparse, which cannot be gathered; see `ArraySource`."""
+class FileSlices(_Arrays):
+    """Arrays some of which lie in a file: batches are read as they are asked for, and never all are in memory."""
 
-    def __init__(
-        self, tensors: Any, batch_size: int, examples: int, orders: Sampler, class_weights: ClassWeights | None
-    ) -> None:
-        """Keep the tensors; see `ArraySource`."""
-        self._data = tf.data.Dataset.from_tensor_slices(tuple(v for v in tf.nest.flatten(tensors) if v is not None))
-        self._places = places_of(tensors)
-        self._batch_size = batch_size
-        self._examples = examples
-        self._orders = orders
-        self._class_weights = class_weights
-
-    def feeds(self) -> Iterator[BatchCursor]:
-        """Give the batches of one epoch."""
-        data, seed = self._data, self._orders.next_seed()
-        if self._orders.shuffle:
-            data = data.shuffle(self._examples, seed=seed)
-        data = data.batch(self._batch_size).prefetch(tf.data.AUTOTUNE)
-        yield from DatasetSource(data, self._places, self._class_weights).feeds()
-
-
-class FileSlices:
-    """Batches read from arrays that lie in a file, which are not to be in memory all at once."""
-
-    def __init__(self, arrays: Any, batch_size: int, examples: int, orders: Sampler) -> None:
-        """Keep the arrays, of so many examples each."""
-        self._arrays = arrays
-        self._batch_size = batch_size
-        self._examples = examples
-        self._orders = orders
+    def __len__(self) -> int:
+        return self.size
 
     def __iter__(self) -> Iterator[Any]:
-        order = self._orders.next(self._examples)
-        for start in range(0, self._examples, self._batch_size):
-            chosen = order[start : start + self._batch_size]
-            in_file, back = np.unique(chosen, return_inverse=True)  # HDF5 reads in ascending order alone
-            yield tf.nest.map_structure(functools.partial(_rows, rows=chosen, in_file=in_file, back=back), self._arrays)
+        order = self.sampler.next_order(self.examples)
+        for start in range(0, self.examples, self.batch_size):
+            indices = order[start : start + self.batch_size]
+            yield map_tensors(functools.partial(_rows, indices=indices), self.arrays)
 
 
-def _rows(array: Any, rows: Any, in_file: Any, back: Any) -> Any:
-    """Return some rows of an array, which for one in a file are given in ascending order, with the way back."""
-    if array is None:
-        return None
-    return array[in_file][back] if lies_in_file(array) else tf.gather(array, rows)
+def _rows(array: Any, indices: np.ndarray) -> Any:
+    """Return the rows of an array with these indices."""
+    if not lies_in_file(array):
+        return tf.gather(array, indices)
+    # HDF5 reads rows in ascending order alone: they are read so, and then put in the order of the indices.
+    ascending, back = np.unique(indices, return_inverse=True)
+    return array[ascending][back]
 
 
 def lies_in_file(array: Any) -> bool:
-    """Tell whether an array is read when it is asked for: a `np.memmap`, or a dataset of HDF5 or Zarr."""
+    """Tell whether an array is read only when it is indexed: a `np.memmap`, or a dataset of HDF5 or Zarr."""
     return isinstance(array, np.memmap) or (hasattr(array, "chunks") and hasattr(array, "__array__"))

@@ -1,8 +1,9 @@
-"""What can be said of a batch: a structure of tensors with the examples as the first dimension."""
+"""Batches: structures of tensors with the examples as the first dimension, in which a missing member is None."""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import keras
@@ -12,33 +13,62 @@ import tensorflow as tf
 from tapeloop.errors import DataError
 
 
+def tensors_in(structure: Any) -> list[Any]:
+    """List the tensors of a structure, without its missing members."""
+    return [value for value in tf.nest.flatten(structure) if value is not None]
+
+
+def map_tensors(function: Callable[[Any], Any], structure: Any) -> Any:
+    """Apply a function to each tensor of a structure; a missing member stays missing."""
+    return tf.nest.map_structure(lambda value: None if value is None else function(value), structure)
+
+
 def shapes(structure: Any) -> str:
-    """Say the shapes and dtypes of a structure of tensors: `(32, 10) float32`."""
-    flat = [value for value in tf.nest.flatten(structure) if value is not None]
-    if not flat:
+    """Describe the shapes and dtypes of a structure of tensors: `(32, 10) float32`."""
+    described = [f"{_shape(value)} {tf.as_dtype(value.dtype).name}" for value in tensors_in(structure)]
+    if not described:
         return "missing"
-    said = [f"{_shape(value)} {tf.as_dtype(value.dtype).name}" for value in flat]
-    return said[0] if len(said) == 1 else f"[{', '.join(said)}]"
+    return described[0] if len(described) == 1 else f"[{', '.join(described)}]"
 
 
 def _shape(value: Any) -> str:
+    # Data may declare less than a shape: of such a tensor `tuple(shape)` would fail.
     known = not isinstance(value.shape, tf.TensorShape) or value.shape.rank is not None
     return str(tuple(value.shape)) if known else "of unknown shape,"
 
 
 def spec_of(batch: Any) -> Any:
-    """Return the signature of a batch, or of any structure of tensors in which some may be missing."""
-    return tf.nest.map_structure(lambda value: None if value is None else tf.type_spec_from_value(value), batch)
+    """Return the signature of a batch, or of any structure of tensors."""
+    return map_tensors(tf.type_spec_from_value, batch)
+
+
+def open_spec_of(batch: Any) -> Any:
+    """Return the signature of batches like this one with any number of examples.
+
+    Args:
+        batch: A structure of tensors, or of their signatures.
+    """
+
+    def opened(value: Any) -> tf.TypeSpec:
+        spec = value if isinstance(value, tf.TypeSpec) else tf.type_spec_from_value(value)
+        # A smaller last batch then costs no trace. A scalar has no number of examples to leave open.
+        shape = [None, *spec.shape[1:]] if spec.shape.rank else spec.shape
+        if isinstance(spec, tf.RaggedTensorSpec):
+            return tf.RaggedTensorSpec(shape, spec.dtype, spec.ragged_rank, spec.row_splits_dtype)
+        return type(spec)(shape, spec.dtype)
+
+    return map_tensors(opened, batch)
 
 
 def examples_of(batch: Any) -> Any:
-    """Return how many examples a batch has: a number, or a tensor where it is known only when the step runs.
+    """Return how many examples a batch has: a number, or a tensor if it is known only when the step runs.
 
     Raises:
-        DataError: Nothing in it has a first dimension.
+        DataError: No tensor of the batch has a first dimension.
     """
-    for value in tf.nest.flatten(batch):
-        if value is not None and value.shape.rank:
+    for value in tensors_in(batch):
+        # A scalar among the inputs, such as a temperature, has no examples to count.
+        if value.shape.rank:
             return tf.shape(value)[0] if value.shape[0] is None else value.shape[0]
     raise DataError(f"A batch must hold a tensor with the batch as its first dimension. Received: {shapes(batch)}.")
 
@@ -46,43 +76,36 @@ def examples_of(batch: Any) -> Any:
 def after(batch: Any) -> contextlib.AbstractContextManager[None]:
     """Return a context in which no op of a graph runs before a batch is there.
 
-    What depends on nothing in it, such as `counter.assign_add(1)`, would run though an iterator has come to its end
-    instead of giving the batch.
+    When an iterator comes to its end, no batch comes, but an op that takes nothing of the batch, such as
+    `counter.assign_add(1)`, would still run: once too often.
     """
     tensors = [value for value in tf.nest.flatten(batch, expand_composites=True) if value is not None]
-    # Tied to the tensors themselves, an op that takes one of them would not count as tied, nor what is called by it.
+    # TensorFlow drops a control edge from a tensor that the op takes anyway, and functions that the op calls would then
+    # not wait: an op between them keeps the edge.
     return tf.control_dependencies([tf.group(*tensors)])
 
 
-def any_size(value: Any) -> Any:
-    """Return the signature of a tensor, or what one signature becomes, with any number of examples."""
-    spec = value if isinstance(value, tf.TypeSpec) else tf.type_spec_from_value(value)
-    shape = [None, *spec.shape[1:]] if spec.shape.rank else spec.shape
-    if isinstance(spec, tf.RaggedTensorSpec):
-        return tf.RaggedTensorSpec(shape, spec.dtype, spec.ragged_rank, spec.row_splits_dtype)
-    return type(spec)(shape, spec.dtype)
-
-
-def open_spec_of(batch: Any) -> Any:
-    """Return the signature of batches like one, of any size."""
-    return tf.nest.map_structure(lambda value: None if value is None else any_size(value), batch)
-
-
 def as_tensors(batch: Any, name: str) -> Any:
-    """Return a structure whose arrays are tensors, floating ones in Keras' float type; what is missing stays so.
+    """Return a structure with its arrays as tensors; those of float64 get Keras' float type.
+
+    Args:
+        batch: A structure of arrays, tensors, or sparse matrices of SciPy.
+        name: What the batch is called in errors.
 
     Raises:
-        DataError: One of them cannot be a tensor.
+        DataError: An array cannot be a tensor.
     """
 
     def convert(value: Any) -> Any:
-        if value is None or isinstance(value, (tf.Tensor, tf.RaggedTensor, tf.SparseTensor)):
+        if isinstance(value, (tf.Tensor, tf.RaggedTensor, tf.SparseTensor)):
             return value
         if hasattr(value, "tocoo"):  # a sparse matrix of SciPy
+            # TensorFlow's sparse ops take int64 indices in row-major order, which SciPy does not promise.
             coo = value.tocoo()
             entries = coo.astype(keras.config.floatx()) if coo.dtype == np.float64 else coo
-            places = np.stack([entries.row, entries.col], 1).astype(np.int64)
-            return tf.sparse.reorder(tf.SparseTensor(places, entries.data, entries.shape))
+            indices = np.stack([entries.row, entries.col], 1).astype(np.int64)
+            return tf.sparse.reorder(tf.SparseTensor(indices, entries.data, entries.shape))
+        # float64 is NumPy's default and no choice of the user's: TensorFlow refuses to mix it with float32.
         array = np.asarray(value)
         try:
             return tf.convert_to_tensor(array.astype(keras.config.floatx()) if array.dtype == np.float64 else array)
@@ -92,14 +115,14 @@ def as_tensors(batch: Any, name: str) -> Any:
                 f"a tensor: {error}. Give its numbers one dtype, as by `.astype('float32')`, and its rows one length."
             ) from error
 
-    return tf.nest.map_structure(convert, batch)
+    return map_tensors(convert, batch)
 
 
 class Features(NamedTuple):
-    """A batch of what is computed once and for all, in the stead of a batch of the data.
+    """A batch of precomputed features, which a step takes instead of a batch of the data.
 
     Attributes:
-        tensors: The tensors at which a step was cut.
+        tensors: The tensors at which the step was cut.
     """
 
     tensors: tuple[Any, ...]

@@ -1,27 +1,28 @@
-"""Where a compiled loop draws its batches from: tensors in memory, or an iterator of `tf.data`."""
+"""How a compiled loop gets its batches: it gathers them from tensors in memory, or takes them from an iterator."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import tensorflow as tf
 
 from tapeloop._backend.assertions import came_up_drawing
-from tapeloop.data.batch import any_size, spec_of
-from tapeloop.data.class_weight import ClassWeights, _weighted
+from tapeloop.data.batch import map_tensors, open_spec_of, spec_of
+from tapeloop.data.class_weight import ClassWeights, with_class_weights
 
 
 class ArrayReader(NamedTuple):
-    """Batches cut from tensors that lie in memory.
+    """Gathers batches from tensors in memory, which for small steps is nearly twice as fast as `tf.data`.
 
     Attributes:
-        tensors: A structure of tensors with the examples first; None where something is missing.
-        order: The examples' numbers, in the order in which they come: a row for each batch where all have as many, or
-            one after the other.
-        batch_size: Examples in a batch, where the last has fewer; None where all have as many.
-        device: Where they lie, if that is not where the steps run.
+        tensors: A structure of tensors with the examples first.
+        order: The indices of the examples in the order of the epoch: `[batches, batch_size]` if all batches have as
+            many examples, else `[examples]`.
+        batch_size: Examples per batch if the last batch has fewer, as a scalar of int64; else None.
+        device: The device that holds the tensors, if it is not the device of the steps.
         class_weights: Weights of examples by class, if there are any.
     """
 
@@ -32,143 +33,133 @@ class ArrayReader(NamedTuple):
     class_weights: ClassWeights | None
 
     def signature(self) -> ArrayReader:
-        """Return the signature of such batches cut from any number of examples."""
-        tensors = tf.nest.map_structure(lambda value: None if value is None else any_size(value), self.tensors)
-        return self._replace(tensors=tensors, order=any_size(self.order))
+        """Return the signature of readers of any number of examples."""
+        # Data of another length, or with a validation split, then runs in the trace that there is.
+        return self._replace(tensors=open_spec_of(self.tensors), order=open_spec_of(self.order))
 
-    def batch(self, number: tf.Tensor) -> Any:
+    def read(self, number: tf.Tensor) -> Any:
         """Return the batch of this number, counted from 0."""
+        # Arrays that lie with the host are gathered there: only the batch is copied to the device of the steps.
         with tf.device(self.device):
-            if self.batch_size is None:
-                chosen = tf.gather(self.order, number)
+            if self.batch_size is None:  # then the shape of a batch is static, as XLA needs it
+                indices = tf.gather(self.order, number)
             else:
-                chosen = self.order[number * self.batch_size : (number + 1) * self.batch_size]
-            batch = tf.nest.map_structure(
-                lambda array: None if array is None else tf.gather(array, chosen), self.tensors
-            )
-        return _weighted(batch, self.class_weights)
+                indices = self.order[number * self.batch_size : (number + 1) * self.batch_size]
+            batch = map_tensors(lambda tensor: tf.gather(tensor, indices), self.tensors)
+        return with_class_weights(batch, self.class_weights)
 
 
 class IteratorReader(NamedTuple):
-    """Batches that an iterator gives.
+    """Takes batches from an iterator.
 
     Attributes:
         iterator: A `tf.data` iterator.
-        places: Where a batch is a structure with lists or with something missing, which `tf.data` does not carry: that
-            structure, and in it for each of the iterator's tensors its place. None where its elements are the batches.
+        layout: The layout of a batch, by which the tensors of an element become a batch; None if elements are batches.
+            Elements of `tf.data` carry neither lists nor missing members.
         class_weights: Weights of examples by class, if there are any.
     """
 
     iterator: Any
-    places: Any
+    layout: Any
     class_weights: ClassWeights | None
 
+    @classmethod
+    def over(cls, dataset: tf.data.Dataset, layout: Any, class_weights: ClassWeights | None) -> IteratorReader:
+        """Return a reader of a dataset, which has its next elements on the device of the steps before they are read."""
+        devices = tf.config.list_logical_devices("GPU")
+        fits = all(  # strings, ragged and sparse tensors stay with the host
+            isinstance(spec, tf.TensorSpec) and (spec.dtype.is_floating or spec.dtype.is_integer or spec.dtype.is_bool)
+            for spec in tf.nest.flatten(dataset.element_spec)
+        )
+        if devices and fits:
+            dataset = dataset.apply(tf.data.experimental.prefetch_to_device(devices[0].name))
+        return cls(iter(dataset), layout, class_weights)
+
     def signature(self) -> IteratorReader:
-        """Return the signature of such batches."""
+        """Return the signature of such readers."""
         return self
 
-    def batch(self, number: tf.Tensor) -> Any:
-        """Return the next batch; which one it is, is the iterator's to know.
+    def read(self, number: tf.Tensor) -> Any:
+        """Return the next batch, whatever its number is.
 
         Raises:
             tf.errors.OutOfRangeError: There is none.
         """
         del number
         batch = self.iterator.get_next()
-        if self.places is not None:
-            flat = batch
-            batch = tf.nest.map_structure(lambda place: None if place is None else flat[place], self.places)
-        return _weighted(batch, self.class_weights)
+        if self.layout is not None:
+            batch = map_tensors(batch.__getitem__, self.layout)
+        return with_class_weights(batch, self.class_weights)
 
 
+# Compared by identity: a compiled loop remembers the cursor that it was traced for.
+@dataclass(eq=False)
 class BatchCursor:
-    """A source of batches, and how far it has been drawn.
+    """A reader of batches, and how far it has been read.
 
     Attributes:
-        source: What a compiled loop draws from.
-        position: How many batches were drawn.
-        left: How many may yet be drawn before the host has to look again, or None where nobody knows how many there
-            are.
-        ended: Whether there are no more.
+        reader: Gives a compiled loop its batches.
+        size: How many batches the reader has, or None if that is not known.
+        first_number: The number of its first batch in the data, counted from 0.
+        user_error: Returns the exception by which the user's own code ended the reader, if it did.
+        position: How many batches were read.
+        remaining: How many batches may be read before the loader is asked again; None if that is not known.
+        exhausted: Whether there are no more batches.
     """
 
-    def __init__(
-        self,
-        source: ArrayReader | IteratorReader,
-        size: int | None,
-        first: int = 0,
-        cause: Callable[[], BaseException | None] = lambda: None,
-    ) -> None:
-        """Keep the source.
+    reader: ArrayReader | IteratorReader
+    size: int | None
+    first_number: int = 0
+    user_error: Callable[[], BaseException | None] = lambda: None
+    position: int = field(init=False, default=0)
 
-        Args:
-            source: What a compiled loop draws from.
-            size: How many batches it has, or None where nobody knows.
-            first: The number of its first batch among those of the data, counted from 0.
-            cause: Gives the exception that the user's own code ended it with, if it did.
-        """
-        self.source = source
-        self.position = 0
-        self.left = size
-        self.ended = size == 0
-        self._size = size
-        self._first = first
-        self._cause = cause
+    def __post_init__(self) -> None:
+        self.remaining, self.exhausted = self.size, self.size == 0
 
     @property
     def number(self) -> int:
-        """The number of the next batch among those of the data, counted from 0."""
-        return self._first + self.position
+        """The number of the next batch in the data, counted from 0."""
+        return self.first_number + self.position
 
-    def cause_of(self, failure: BaseException) -> BaseException | None:
-        """Return the exception of the user's own code that a failure to draw is due to, if it is that."""
-        return self._cause() if came_up_drawing(failure) else None
+    def limit(self, batches: int | None) -> None:
+        """Let at most this many batches be read from here; None: all."""
+        rest = None if self.size is None else self.size - self.position
+        self.remaining = min((count for count in (rest, batches) if count is not None), default=None)
 
-    def allow(self, most: int | None) -> None:
-        """Let so many batches be drawn, if there are as many; None: all."""
-        rest = None if self._size is None else self._size - self.position
-        self.left = rest if most is None else most if rest is None else min(rest, most)
-
-    def drawn(self, batches: int) -> None:
-        """Note that so many batches were drawn."""
+    def advance(self, batches: int) -> None:
+        """Note that this many batches were read."""
         self.position += batches
-        if self.left is not None:
-            self.left -= batches
-        self.ended = self.position == self._size
+        if self.remaining is not None:
+            self.remaining -= batches
+        # If the size is not known, only a read that fails can tell that there are no more; see `error_behind`.
+        self.exhausted = self.position == self.size
 
-    def has_ended(self, report: Exception) -> bool:
-        """Tell whether the source has come to its end, which the report of an end says, or a step of its own."""
-        if self._size is not None or not came_up_drawing(report):
-            return False
-        try:
-            self.source.batch(tf.constant(self.position, tf.int64))
-        except tf.errors.OutOfRangeError:
-            self.end()
-        return self.ended
+    def error_behind(self, error: BaseException) -> BaseException | None:
+        """Return why the steps on this cursor ended, if they ended with an error.
 
-    def end(self) -> None:
-        """Note that there are no more."""
-        self.ended, self.left = True, 0
+        Returns:
+            None if the reader has no more batches, the exception of the user's own code if that ended the reader, and
+            otherwise the error itself.
+        """
+        if not came_up_drawing(error):
+            return error
+        if isinstance(error, tf.errors.OutOfRangeError) and self.size is None:
+            # A step may run an iterator of its own to its end, which raises the same error: reading on tells which.
+            try:
+                self.reader.read(tf.constant(self.position, tf.int64))
+            except tf.errors.OutOfRangeError:
+                self.exhausted, self.remaining = True, 0
+                return None
+        return self.user_error() or error
 
     def spec(self) -> Any:
-        """Return the signature of its batches."""
-        get = tf.function(lambda source: self.source.__class__.batch(source, tf.constant(0, tf.int64)), autograph=False)
-        return spec_of(get.get_concrete_function(self.source).structured_outputs)
+        """Return the signature of the next batch."""
+        # Traced and not run: to read the batch would take it away from an iterator.
+        read = tf.function(lambda reader: reader.read(tf.constant(0, tf.int64)), autograph=False)
+        return spec_of(read.get_concrete_function(self.reader).structured_outputs)
 
 
-def on_device(data: tf.data.Dataset) -> tf.data.Dataset:
-    """Return a dataset whose next elements are on the device of the steps before they are asked for."""
-    devices = tf.config.list_logical_devices("GPU")
-    plain = all(
-        isinstance(spec, tf.TensorSpec) and (spec.dtype.is_floating or spec.dtype.is_integer or spec.dtype.is_bool)
-        for spec in tf.nest.flatten(data.element_spec)
-    )
-    if not devices or not plain:
-        return data
-    return data.apply(tf.data.experimental.prefetch_to_device(devices[0].name))
-
-
-def places_of(batch: Any) -> Any:
-    """Return a batch's structure with each tensor's place among all of them, and None where something is missing."""
-    places = itertools.count()
-    return tf.nest.map_structure(lambda value: None if value is None else next(places), batch)
+def layout_of(batch: Any) -> Any:
+    """Return the nesting of a batch, with the index of each tensor among all of them."""
+    indices = itertools.count()
+    return map_tensors(lambda value: next(indices), batch)

@@ -4,148 +4,137 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
+from dataclasses import dataclass
 from typing import Any
 
 import tensorflow as tf
 
-from tapeloop.data.batch import any_size, as_tensors, shapes, spec_of
+from tapeloop.data.batch import as_tensors, map_tensors, open_spec_of, shapes, spec_of, tensors_in
 from tapeloop.data.class_weight import ClassWeights
-from tapeloop.data.cursor import BatchCursor, IteratorReader, on_device, places_of
+from tapeloop.data.cursor import BatchCursor, IteratorReader, layout_of
 from tapeloop.errors import DataError
 
-AHEAD = 2  # batches that Python makes before they are drawn
+PREFETCHED = 2  # batches that Python makes before they are drawn
 
 
+@dataclass
 class IterableSource:
-    """Feeds of what a Python iterable gives, one after the other.
+    """The batches of a Python iterable.
 
-    The shape of the first batch, its number of examples left open, is that of a feed. A batch of another shape ends it,
-    and begins one in which the lengths that differ are left open too: each such change costs a trace.
+    The batches of a cursor share one signature, which leaves the number of examples open. A batch that does not fit
+    ends the cursor and begins another, whose signature leaves open every length that differed: this costs a trace.
+
+    Attributes:
+        iterable: Gives batches.
+        name: What the data is called in errors.
+        class_weights: Weights of examples by class, if there are any.
     """
 
-    def __init__(self, source: Iterable[Any], name: str, class_weights: ClassWeights | None) -> None:
-        """Keep the source.
+    iterable: Iterable[Any]
+    name: str
+    class_weights: ClassWeights | None
 
-        Args:
-            source: What gives batches.
-            name: What it is called in errors.
-            class_weights: Weights of examples by class, if there are any.
-        """
-        self._source = source
-        self._name = name
-        self._class_weights = class_weights
-        self._places: Any = None
+    def __post_init__(self) -> None:
+        self.size = (len(self.iterable) or None) if isinstance(self.iterable, Sized) else None
+        self._layout: Any = None
         self._specs: tuple[Any, ...] = ()
-        self._cause: BaseException | None = None
+        self._error: BaseException | None = None
 
     @property
-    def once(self) -> bool:
-        """Whether the source can be gone through once alone."""
-        return iter(self._source) is self._source
+    def is_one_shot(self) -> bool:
+        """Whether it is an iterator, which can be gone through only once."""
+        return iter(self.iterable) is self.iterable
 
     def limit(self, batches: int) -> None:
-        """Take so many batches at most from the source, though more are made ahead than are asked for."""
-        self._source = itertools.islice(self._source, batches)
+        """Take at most this many batches from the iterable, though batches are made ahead."""
+        self.iterable = itertools.islice(self.iterable, batches)
 
-    def feeds(self) -> Iterator[BatchCursor]:
-        """Go through the source once.
+    def cursors(self) -> Iterator[BatchCursor]:
+        """Go through the iterable once.
 
         Raises:
-            DataError: A batch has not the structure of the first, or no array that can be a tensor.
+            DataError: A batch has another structure than the first, or an array that cannot be a tensor.
         """
-        batches = enumerate(self._source)
-        following = next(batches, None)
-        while following is not None:
-            number, batch = following
-            first = self._flat(batch, number)
-            self._open(first)
-            rest: list[tuple[int, Any]] = []
-            waiting = [self._segment(batches, first, rest)]
-            data = tf.data.Dataset.from_generator(functools.partial(_once, waiting), output_signature=self._specs)
-            self._cause = None
-            source = IteratorReader(iter(on_device(data.prefetch(AHEAD))), self._places, self._class_weights)
-            yield BatchCursor(source, None, number, lambda: self._cause)
-            following = rest[0] if rest else None
+        batches = enumerate(self.iterable)
+        rest = list(itertools.islice(batches, 1))
+        while rest:
+            number, batch = rest.pop()
+            first = self._flatten(batch, number)
+            # What differed once stays open for good: data of many lengths costs one more trace, and not one for each.
+            self._widen_specs(first)
+            # Python runs two batches ahead in a thread of `tf.data`, while the compiled loop trains.
+            segment = [self._segment(batches, first, rest)]
+            dataset = tf.data.Dataset.from_generator(functools.partial(_drain, segment), output_signature=self._specs)
+            self._error = None
+            reader = IteratorReader.over(dataset.prefetch(PREFETCHED), self._layout, self.class_weights)
+            yield BatchCursor(reader, None, number, lambda: self._error)
 
     def _segment(
         self, batches: Iterator[tuple[int, Any]], first: tuple[Any, ...], rest: list[tuple[int, Any]]
     ) -> Iterator[tuple[Any, ...]]:
-        """Give batches while they have the shapes that are expected; the one that has not is the rest."""
+        """Yield the flat batches that fit the signature; the batch that does not fit becomes the `rest`."""
         try:
             yield first
-            del first
+            del first  # or it would stay in memory as long as the segment lasts
             for number, batch in batches:
-                flat = self._flat(batch, number)
+                flat = self._flatten(batch, number)
                 if not all(spec.is_compatible_with(value) for spec, value in zip(self._specs, flat)):
                     rest.append((number, batch))
                     return
                 yield flat
-        except GeneratorExit:
-            raise
         except BaseException as error:
-            self._cause = error
+            # TensorFlow hands on the text alone, in an error of its own. After `GeneratorExit` nobody reads on.
+            if not isinstance(error, GeneratorExit):
+                self._error = error
             raise
 
-    def _flat(self, batch: Any, number: int) -> tuple[Any, ...]:
+    def _flatten(self, batch: Any, number: int) -> tuple[Any, ...]:
         """Return the tensors of a batch.
 
         Raises:
-            DataError: It has not the structure of those before it.
+            DataError: It has another structure or other dtypes than the batches before it.
         """
-        batch = as_tensors(batch, f"batch {number} of `{self._name}`")
-        leaves = tf.nest.flatten(batch)
-        places = places_of(batch)
-        if self._places is None:
-            self._places = places
-        elif not _alike(places, self._places) or tf.nest.flatten(places) != tf.nest.flatten(self._places):
+        batch = as_tensors(batch, f"batch {number} of `{self.name}`")
+        layout = layout_of(batch)
+        if self._layout is None:
+            self._layout = layout
+        elif layout != self._layout:
             raise DataError(
-                f"The structure changes at batch {number} of `{self._name}` (the first is 0): it is {_said(batch)}, "
-                f"those before it are {_said(self._places)}. Give all batches the same nesting of tuples and dicts, "
-                "with the same members missing."
+                f"The structure changes at batch {number} of `{self.name}` (the first is 0): it is "
+                f"{_nesting(layout)}, those before it are {_nesting(self._layout)}. Give all batches the same nesting "
+                "of tuples and dicts, with the same members missing."
             )
-        flat = tuple(value for value in leaves if value is not None)
+        flat = tuple(tensors_in(batch))
         for value, spec in zip(flat, self._specs):
+            # `from_generator` would cast in silence, or fail with a text that does not name the batch.
             if type(spec_of(value)) is not type(spec) or value.dtype != spec.dtype:
                 raise DataError(
-                    f"The types change at batch {number} of `{self._name}` (the first is 0): {shapes(value)} where "
+                    f"The types change at batch {number} of `{self.name}` (the first is 0): {shapes(value)} where "
                     f"those before it have {spec.dtype.name} in a {type(spec).__name__}. Give all batches the same."
                 )
         return flat
 
-    def _open(self, flat: tuple[Any, ...]) -> None:
-        """Leave open what differs from one batch to another, and the number of examples."""
-        specs = [any_size(value) for value in flat]
-        if self._specs:
-            specs = [_common(before, now) for before, now in zip(self._specs, specs)]
-        self._specs = tuple(specs)
+    def _widen_specs(self, flat: tuple[Any, ...]) -> None:
+        """Leave open every length that differs between these tensors and the signature so far."""
+        specs = open_spec_of(flat)
+        self._specs = tuple(map(_common_spec, self._specs, specs)) if self._specs else specs
 
 
-def _once(waiting: list[Iterator[Any]]) -> Iterator[Any]:
-    """Give what the one iterator in a list gives, and leave it to nobody: TensorFlow keeps this function for good."""
-    yield from waiting.pop()
+def _drain(segment: list[Iterator[Any]]) -> Iterator[Any]:
+    """Yield the elements of the only iterator in a list, and empty the list.
+
+    TensorFlow keeps this function for good, which must not keep the user's data with it.
+    """
+    yield from segment.pop()
 
 
-def _common(one: Any, other: Any) -> Any:
-    """Return the signature of what fits either of two."""
-    found = one.most_specific_common_supertype([other])
-    return other if found is None or found.shape.rank is None else found  # of another number of dimensions
+def _common_spec(before: Any, now: Any) -> Any:
+    """Return the signature of tensors that fit either; that of `now` if they have another number of dimensions."""
+    common = before.most_specific_common_supertype([now])
+    return now if common is None or common.shape.rank is None else common
 
 
-def _alike(one: Any, other: Any) -> bool:
-    try:
-        tf.nest.assert_same_structure(one, other)
-    except (ValueError, TypeError):
-        return False
-    return True
-
-
-def _said(structure: Any) -> str:
-    """Say a structure without its values: `({'a': *, 'b': *}, *, None)`."""
-    leaves = tf.nest.map_structure(lambda value: None if value is None else _Star(), structure)
-    return repr(leaves)
-
-
-class _Star:
-    def __repr__(self) -> str:
-        return "*"
+def _nesting(layout: Any) -> str:
+    """Describe a layout: `({'a': *, 'b': *}, *, None)`."""
+    return repr(map_tensors(lambda _: "*", layout)).replace("'*'", "*")

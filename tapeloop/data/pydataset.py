@@ -5,66 +5,66 @@ from __future__ import annotations
 import concurrent.futures
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import keras
 
+from tapeloop.data.sampler import Sampler
+
 
 class PyDatasetBatches:
-    """The batches of a `keras.utils.PyDataset`, made by its workers where it has some."""
+    """The batches of a `keras.utils.PyDataset`, made by its workers if it has some."""
 
-    def __init__(self, data: keras.utils.PyDataset, order: Callable[[int], Iterable[int]]) -> None:
-        """Keep the data set.
-
-        Args:
-            data: The data set.
-            order: Gives the order of so many batches in an epoch.
-        """
-        self._data = data
-        self._order = order
+    def __init__(self, dataset: keras.utils.PyDataset, sampler: Sampler) -> None:
+        """Keep the data set, and the sampler that orders its batches."""
+        self._dataset = dataset
+        self._sampler = sampler
 
     def __len__(self) -> int:
-        return int(self._data.num_batches or 0)
+        return int(self._dataset.num_batches or 0)
 
     def __iter__(self) -> Iterator[Any]:
-        data = self._data
-        data.on_epoch_begin()
-        numbers = itertools.count() if data.num_batches is None else iter(self._order(data.num_batches))
-        if data.workers > 1 or (data.workers and data.use_multiprocessing):
-            yield from _by_workers(data, numbers)
+        dataset = self._dataset
+        dataset.on_epoch_begin()
+        count = dataset.num_batches
+        numbers = itertools.count() if count is None else iter(self._sampler.next_order(count))
+        if dataset.workers > 1 or (dataset.workers and dataset.use_multiprocessing):
+            yield from _made_by_workers(dataset, numbers)
         else:
-            for number in numbers:
-                yield data[number]
-        data.on_epoch_end()
+            for number in numbers:  # `map` would take a `StopIteration` of the user's code for the end of the data
+                yield dataset[number]
+        dataset.on_epoch_end()
 
 
-def _by_workers(data: keras.utils.PyDataset, numbers: Iterator[int]) -> Iterator[Any]:
-    """Give batches in order, while workers make those after them."""
+def _made_by_workers(dataset: keras.utils.PyDataset, numbers: Iterator[int]) -> Iterator[Any]:
+    """Yield batches in order, while workers make the batches after them."""
     pool: concurrent.futures.Executor
-    if data.use_multiprocessing:
-        pool = concurrent.futures.ProcessPoolExecutor(data.workers, initializer=_take, initargs=(data,))
+    if dataset.use_multiprocessing:
+        pool = concurrent.futures.ProcessPoolExecutor(dataset.workers, initializer=_receive, initargs=(dataset,))
+        make = _make_batch
     else:
-        pool = concurrent.futures.ThreadPoolExecutor(data.workers)
-    make = _make if data.use_multiprocessing else data.__getitem__
-    waiting: deque[concurrent.futures.Future[Any]] = deque()
+        pool, make = concurrent.futures.ThreadPoolExecutor(dataset.workers), dataset.__getitem__
+    # Batches are handed out in order, though a worker may finish a later one first.
+    futures: deque[concurrent.futures.Future[Any]] = deque()
     try:
-        for number in itertools.islice(numbers, max(data.max_queue_size, data.workers)):
-            waiting.append(pool.submit(make, number))
-        while waiting:
-            yield waiting.popleft().result()
-            waiting.extend(pool.submit(make, number) for number in itertools.islice(numbers, 1))
+        # `Executor.map` would submit all numbers at once: endless data has no last one, and batches would pile up.
+        for number in itertools.islice(numbers, max(dataset.max_queue_size, dataset.workers)):
+            futures.append(pool.submit(make, number))
+        while futures:
+            yield futures.popleft().result()
+            futures.extend(pool.submit(make, number) for number in itertools.islice(numbers, 1))
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-_taken: list[keras.utils.PyDataset] = []
+_received: list[keras.utils.PyDataset] = []
 
 
-def _take(data: keras.utils.PyDataset) -> None:
-    """In a process of its own, keep the data set, so that it is handed over once and not with each batch."""
-    _taken[:] = [data]
+def _receive(dataset: keras.utils.PyDataset) -> None:
+    """Keep the data set in a worker process, so that it is sent once and not with each batch."""
+    _received[:] = [dataset]
 
 
-def _make(number: int) -> Any:
-    return _taken[0][number]
+def _make_batch(number: int) -> Any:
+    return _received[0][number]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -16,8 +15,7 @@ import tensorflow as tf
 from tapeloop._validation import whole_number
 from tapeloop.data.array_source import SparseSource
 from tapeloop.data.batch import Features
-from tapeloop.data.given import DataSpec
-from tapeloop.data.loader import DataLoader, as_loader
+from tapeloop.data.loader import DataLoader, DataSpec
 from tapeloop.data.sampler import Sampler
 from tapeloop.errors import CacheError
 from tapeloop.feature_cache import fingerprint
@@ -140,14 +138,14 @@ class FeatureCache:
             ready = self._ready[given.name] = self._features(step, given)
         elif ready.kept is not None:
             check_sample(given, ready.kept)
-        orders = given.orders(epoch)
-        return given.batches(orders) if ready.kept is None else _loader(ready.kept, given, orders, epoch)
+        orders = given.sampler(epoch)
+        return given.loader(orders) if ready.kept is None else _loader(ready.kept, given, orders, epoch)
 
     def _features(self, step: CompiledStep, given: DataSpec) -> _Ready:
         """Find or compute the features of some data for a step, if it has a frontier."""
-        batches = given.batches()
+        batches = given.loader()
         # The signature leaves the number of examples open, so that the graph shows what mixes them.
-        spec, batch = open_spec(batches), next(batches.drawn())
+        spec, batch = open_spec(batches), next(iter(batches))
         batches.rewind()
         trains = step.kind == "train"
         views = self._views if trains else 1
@@ -220,20 +218,19 @@ class FeatureCache:
 def _loader(kept: CachedFeatures, given: DataSpec, orders: Sampler, epoch: int) -> DataLoader:
     """Return batches of features in the order in which those of the data would come."""
     tensors = kept.in_pass(epoch)
-    size, count = given.batch_size, len(tensors[0])
+    size = given.batch_size
     if given.is_sparse:  # which `tf.data` shuffles
-        source = SparseSource(Features(tensors), size, count, orders, None)
-        return DataLoader(source, math.ceil(count / size), None, given.name)
+        return DataLoader(SparseSource(Features(tensors), size, orders), None, given.name)
     if not given.is_arrays:
         # Keras shuffles the batches of a `PyDataset`, not its examples. Batches of uneven sizes cannot be cut anew.
         if given.shuffles_batches or not are_even(kept.sizes):
             starts = np.cumsum([0, *kept.sizes])
-            numbers = orders.next(len(kept.sizes)) if given.shuffles_batches else range(len(kept.sizes))
+            numbers = orders.next_order(len(kept.sizes)) if given.shuffles_batches else range(len(kept.sizes))
             apart = [Features(tuple(part[starts[n] : starts[n + 1]] for part in tensors)) for n in numbers]
-            return as_loader(apart, name=given.name)
+            return DataSpec(given.name, apart).loader()
         # Data that comes in another order each time is shuffled by the seed, as its own order cannot be known before.
         size, orders = kept.sizes[0], Sampler(kept.shuffled, given.seed, epoch)
-    return as_loader(Features(tensors), batch_size=size, orders=orders, name=given.name)
+    return DataSpec(given.name, Features(tensors), size).loader(orders)
 
 
 def _nothing(step: CompiledStep, given: DataSpec, obstacles: list[Obstacle]) -> str:

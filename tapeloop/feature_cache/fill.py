@@ -11,9 +11,9 @@ import numpy as np
 import tensorflow as tf
 
 from tapeloop.data.batch import as_tensors, examples_of, open_spec_of
+from tapeloop.data.class_weight import with_class_weights
 from tapeloop.data.cursor import ArrayReader
-from tapeloop.data.given import DataSpec
-from tapeloop.data.loader import DataLoader
+from tapeloop.data.loader import DataLoader, DataSpec
 from tapeloop.errors import CacheError
 from tapeloop.feature_cache import fingerprint
 from tapeloop.feature_cache.batch_independence import flat
@@ -26,19 +26,19 @@ AT_ONCE = 64  # batches of arrays whose features one call computes
 def computed(cut: Cut, batches: DataLoader) -> Iterator[tuple[Any, int, list[np.ndarray]]]:
     """Give features of one batch of data or of several: the batch or None, its number of examples, the features."""
     # Only arrays can be gathered by number in a graph. The loop that does it must not also wait for an iterator.
-    source = batches.feed().source
+    source = batches.cursor().reader
     if not isinstance(source, ArrayReader):
-        for batch in batches.drawn():
+        for batch in batches:
             yield batch, int(examples_of(batch)), [value.numpy() for value in cut.compute(*flat(batch))]
         return
     number, count = tf.TensorSpec((), tf.int64), tf.TensorSpec((), tf.int32)
     several = cut.compute_several.get_concrete_function(source.signature(), number, count)
-    for feed in batches.epoch():
-        while feed.left:
-            most = min(feed.left, AT_ONCE)
-            rows, examples = several(feed.source, tf.constant(feed.position, tf.int64), tf.constant(most))
+    for cursor in batches.epoch():
+        while cursor.remaining:
+            most = min(cursor.remaining, AT_ONCE)
+            rows, examples = several(cursor.reader, tf.constant(cursor.position, tf.int64), tf.constant(most))
             yield None, int(examples), [value.numpy() for value in rows]
-            feed.drawn(most)
+            cursor.advance(most)
 
 
 def check_same(given: DataSpec, seen: Sequence[str], again: Sequence[str], sizes: Sequence[int]) -> None:
@@ -80,7 +80,7 @@ def check_sample(given: DataSpec, kept: CachedFeatures) -> None:
     count, starts, weights = len(kept.sizes), np.cumsum([0, *kept.sizes]), given.class_weights
     for number in np.random.default_rng().choice(count, max(1, count // 100), replace=False).tolist():
         batch = as_tensors(data[number], f"`{given.name}`")
-        found = fingerprint.of_examples(batch if weights is None else weights.applied(batch))
+        found = fingerprint.of_examples(with_class_weights(batch, weights))
         there = list(kept.examples[starts[number] : starts[number + 1]])
         # Data that shuffles itself may give any of its examples, but each only as often as it has it.
         if found != there and not (kept.shuffled and Counter(found) <= Counter(kept.examples)):
@@ -96,7 +96,7 @@ def check_sample(given: DataSpec, kept: CachedFeatures) -> None:
 def seen_in(batches: DataLoader) -> tuple[list[str], list[int]]:
     """Go through data once, and return the digests of its examples and the sizes of its batches."""
     examples, sizes = list[str](), list[int]()
-    for batch in batches.drawn():
+    for batch in batches:
         examples += fingerprint.of_examples(batch)
         sizes.append(int(examples_of(batch)))
     batches.rewind()
@@ -105,7 +105,7 @@ def seen_in(batches: DataLoader) -> tuple[list[str], list[int]]:
 
 def open_spec(batches: DataLoader) -> Any:
     """Return the signature of batches with any number of examples: what has no open dimension mixes examples."""
-    return open_spec_of(batches.feed().spec())
+    return open_spec_of(batches.cursor().spec())
 
 
 def are_even(sizes: Sequence[int]) -> bool:

@@ -235,7 +235,7 @@ def _outermost(tree: Tree, read: set[VariableInfo], elsewhere: set[VariableInfo]
         return submodel in found or any(map(is_inside, tree.parents[submodel]))
 
     for submodel in tree.submodels:
-        held = set(tree.held[submodel])
+        held = set(tree.variables_in[submodel])
         if held & read and not held & elsewhere and not is_inside(submodel):
             found.add(submodel)
             yield submodel

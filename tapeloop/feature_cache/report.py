@@ -77,10 +77,10 @@ class Frontier:
 
 def frontier_of(step: CompiledStep, loader: DataLoader) -> Frontier:
     """Report the frontier of a training step on data; what the step leaves behind is put back."""
-    spec, batch = open_spec(loader), next(loader.drawn())
+    spec, batch = open_spec(loader), next(iter(loader))
     size = int(examples_of(batch))
-    last = size if loader.fewest is None else loader.fewest
-    examples = None if loader.per_epoch is None else (loader.per_epoch - 1) * size + last
+    last = size if loader.smallest_batch is None else loader.smallest_batch
+    examples = None if loader.batches_per_epoch is None else (loader.batches_per_epoch - 1) * size + last
     found = split(step, spec, batch, random=False)
     if not isinstance(found, Cut):
         return Frontier(examples=examples, obstacles=tuple(map(str, found)))

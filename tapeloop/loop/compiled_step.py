@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from tapeloop._backend.assertions import DRAWING, has_stopped, xla_refusal
 from tapeloop.data.batch import Features, after, examples_of, open_spec_of, spec_of
-from tapeloop.data.cursor import ArrayReader, BatchCursor, IteratorReader, places_of
+from tapeloop.data.cursor import ArrayReader, BatchCursor, IteratorReader, layout_of
 from tapeloop.loop.pace import Pace
 from tapeloop.loop.step_counts import StepCounts, counted, counts_before, limits
 from tapeloop.optimization.microbatches import Microbatches
@@ -78,7 +78,7 @@ class CompiledStep:
         self._counts.assign(counts_before(*before))
         failure: BaseException | None = None
         try:
-            args = cursor.source, start, self._counts.read_value(), limit, seconds
+            args = cursor.reader, start, self._counts.read_value(), limit, seconds
             if self._is_driven:
                 self._loop(functools.partial(self._run_from_host, cursor.spec), *args)
             else:
@@ -87,10 +87,8 @@ class CompiledStep:
             failure = error
         counts, failure = _with_stop(StepCounts.of(self._counts), failure)
         # The counts are noted before each batch is drawn, so that they hold also if the step or the data has raised.
-        cursor.drawn(counts.batches)
-        if isinstance(failure, tf.errors.OutOfRangeError) and cursor.has_ended(failure):
-            failure = None
-        return counts, failure and (cursor.cause_of(failure) or failure)
+        cursor.advance(counts.batches)
+        return counts, failure and cursor.error_behind(failure)
 
     def run_on(
         self, batch: Any, before: Before, take_logs: TakeLogs
@@ -188,12 +186,12 @@ class CompiledStep:
         if self._latest is None or self._latest[0]() is not cursor:
             # `tf.function` would look its trace up by the same signature, but takes as long for it as for the call
             # itself.
-            source = cursor.source.signature()
-            key = str(tf.nest.map_structure(_described, source))
+            reader = cursor.reader.signature()
+            key = str(tf.nest.map_structure(_described, reader))
             if key not in self._loops:
                 loop = tf.function(functools.partial(self._loop, self._step(cursor.spec())), autograph=False)
                 start, counts, limit = tf.constant(0, tf.int64), self._counts.read_value(), limits(1, 0)
-                args = source, start, counts, limit, tf.constant(math.inf, tf.float64)
+                args = reader, start, counts, limit, tf.constant(math.inf, tf.float64)
                 self._loops[key] = loop.get_concrete_function(*args)
             self._latest = weakref.ref(cursor), self._loops[key]
         return self._latest[1]
@@ -201,7 +199,7 @@ class CompiledStep:
     def _single(self, batch: Any, take_logs: TakeLogs) -> Any:
         """Return the step that is traced for batches like this batch, of any size."""
         leaves = tf.nest.flatten(batch)
-        key = f"{[None if value is None else (value.dtype, value.shape[1:]) for value in leaves]} {places_of(batch)}"
+        key = f"{[None if value is None else (value.dtype, value.shape[1:]) for value in leaves]} {layout_of(batch)}"
         if key not in self._singles:
             spec = open_spec_of(batch)
             step = self._step(spec)
@@ -212,7 +210,7 @@ class CompiledStep:
     def _loop(
         self,
         step: Callable[[Any], Any],
-        source: ArrayReader | IteratorReader,
+        reader: ArrayReader | IteratorReader,
         start: tf.Tensor,
         counts: tf.Tensor,
         limit: tf.Tensor,
@@ -238,11 +236,11 @@ class CompiledStep:
             with tf.device("CPU:0"):
                 noted, number = self._counts.assign(counts), start + counts[0]
             with tf.control_dependencies([noted]), tf.name_scope(DRAWING):
-                batch = source.batch(number)
+                batch = reader.read(number)
             # At the end of an iterator, what depends on nothing in the batch (a counter, a seed) would run once too
             # often. A control edge from the batch itself is not enough: TensorFlow drops it, since the step takes the
             # batch anyway.
-            with after(batch) if isinstance(source, IteratorReader) else contextlib.nullcontext():
+            with after(batch) if isinstance(reader, IteratorReader) else contextlib.nullcontext():
                 outcome = step(batch)
             with tf.device("CPU:0"):
                 counts = counted(counts, outcome)

@@ -61,9 +61,9 @@ class EpochLoop:
             self._record(phase, history)
             loader = data.training(phase, state.epoch)
             if data.validates and number == 1:  # what is wrong with either shows before anything has moved
-                phase.step.trace(loader.feed())
+                phase.step.trace(loader.cursor())
                 evaluation = self.evaluation()
-                evaluation.trace(data.validation(evaluation).feed())
+                evaluation.trace(data.validation(evaluation).cursor())
             logs = self._train(phase, loader, display, f"epoch {number}/{epochs}", history)
             if data.validates:
                 evaluation = self.evaluation()
@@ -87,7 +87,7 @@ class EpochLoop:
         self._start(step)
         with self._shown(loader, display, title):
             for cursor in loader.epoch():
-                while cursor.left != 0:
+                while cursor.remaining != 0:
                     display.advance(self._call(step, cursor, loader), look)
             logs, examples = look()
             display.end(logs, examples)
@@ -140,8 +140,8 @@ class EpochLoop:
         self._start(step)
         with self._shown(loader, display, title):
             for cursor in loader.epoch():
-                while cursor.left != 0:
-                    ends = drawn == loader.per_epoch  # the next epoch asks at its start
+                while cursor.remaining != 0:
+                    ends = drawn == loader.batches_per_epoch  # the next epoch asks at its start
                     if every_steps and state.step != asked and state.step % every_steps == 0 and not ends:
                         asked = state.step
                         phase = self.phases.due(LazyLogs(lambda: look()[0]))
@@ -163,7 +163,7 @@ class EpochLoop:
 
     def _call(self, step: CompiledStep, cursor: BatchCursor, loader: DataLoader, most: int | None = None) -> int:
         """Call the loop in the graph once, and return on how many batches it ran a step."""
-        most = min(limit for limit in (step.pace.steps, cursor.left, most) if limit is not None)
+        most = min(limit for limit in (step.pace.steps, cursor.remaining, most) if limit is not None)
         # Between the call and the bookkeeping of it, Ctrl-C would leave the two apart.
         with deferred_interrupt():
             began = time.perf_counter()
@@ -215,12 +215,12 @@ class EpochLoop:
     @contextlib.contextmanager
     def _shown(self, loader: DataLoader, display: ProgressDisplay, title: str) -> Iterator[None]:
         """Show an epoch, and leave the data if it fails."""
-        display.start(title, loader.per_epoch)
+        display.start(title, loader.batches_per_epoch)
         try:
             with self._running():
                 yield
         except BaseException:
-            loader.stop()
+            loader.close()
             raise
         finally:
             display.close()

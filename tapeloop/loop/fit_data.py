@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from tapeloop.data.given import DataSpec
-from tapeloop.data.loader import DataLoader
+from tapeloop.data.loader import DataLoader, DataSpec
 from tapeloop.loop.compiled_step import CompiledStep
 from tapeloop.loop.phases import ActivePhase
 
@@ -31,12 +30,12 @@ class FitData:
         """
         self.spec = spec
         self.validation_spec = validation_spec
-        self.loader = spec.batches(spec.orders(epoch))
-        self._validation = None if validation_spec is None else validation_spec.batches()
+        self.loader = spec.loader(spec.sampler(epoch))
+        self._validation = None if validation_spec is None else validation_spec.loader()
         if self._validation is not None:
-            self._validation.lasts(epochs)
-            self._validation.check()
-        self.loader.lasts(epochs)
+            self._validation.require_epochs(epochs)
+            self._validation.cursor()  # raises if there is no batch
+        self.loader.require_epochs(epochs)
 
     @property
     def validates(self) -> bool:

@@ -1,4 +1,4 @@
-"""Filters: frozen, hashable predicates on variables, combined with `&`, `|` and `~`.
+"""Filters: frozen, hashable predicates on variables, combined with `&`, `|` and `~`; how a glob matches a path.
 
 Wherever a filter is taken, a string is a path glob, a submodel object means all under that very object, a class means
 every layer of it, and a list means any of its entries.
@@ -8,36 +8,56 @@ from __future__ import annotations
 
 import abc
 import fnmatch
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TypeAlias, TypeGuard
 
 import keras
 import tensorflow as tf
 
-from tapeloop.model.tree import Model, SubmodelInfo, VariableInfo
+from tapeloop._validation import whole_number
+from tapeloop.model.tree import Model, SubmodelInfo, Tree, VariableInfo
 
 FilterLike: TypeAlias = "Filter | str | Model | type | Sequence[FilterLike]"
 
 
 class Filter(abc.ABC):
-    """A predicate on variables. True means that the variable is meant."""
+    """A predicate on variables: True means that the variable is chosen.
+
+    Make filters with `glob`, `of_type`, `named`, `under`, `matching`, `first` and `last`, and combine them with `&`,
+    `|` and `~`. For a predicate of your own, use `matching`, or subclass this and write `__call__(variable)`.
+
+    Raises:
+        TypeError: A filter is used as a truth value, as `and`, `or` and `not` do.
+
+    Example:
+        >>> dense = keras.layers.Dense
+        >>> model = keras.Sequential([keras.Input((4,)), dense(3, name="base"), dense(2, name="head")])
+        >>> kernels = tl.named("kernel") & ~tl.glob("head")
+        >>> kernels
+        (named('kernel') & ~glob('head'))
+        >>> [variable.path for variable in tl.Trainer(model, tl.TrainOnly(kernels)).selection.trained]
+        ['base/kernel']
+    """
+
+    is_part = False  # whether it names something in particular: `named("bias")` may match nothing, a path may not
 
     @abc.abstractmethod
     def __call__(self, variable: VariableInfo) -> bool:
-        """Tell whether `variable` is meant."""
+        """Tell whether `variable` is chosen."""
 
     def __and__(self, other: FilterLike) -> Filter:
-        return Joined("&", self, to_filter(other))
+        return Joined("&", (self, to_filter(other)))
 
     def __or__(self, other: FilterLike) -> Filter:
-        return Joined("|", self, to_filter(other))
+        return Joined("|", (self, to_filter(other)))
 
     def __rand__(self, other: FilterLike) -> Filter:
-        return Joined("&", to_filter(other), self)
+        return Joined("&", (to_filter(other), self))
 
     def __ror__(self, other: FilterLike) -> Filter:
-        return Joined("|", to_filter(other), self)
+        return Joined("|", (to_filter(other), self))
 
     def __invert__(self) -> Filter:
         return Not(self)
@@ -45,23 +65,27 @@ class Filter(abc.ABC):
     def __bool__(self) -> bool:
         raise TypeError(f"A filter has no truth value: combine filters with `&`, `|` and `~`. Received: {self!r}.")
 
-    def patterns(self) -> tuple[str, ...]:
-        """The path globs in it, for errors that suggest what stands nearby."""
+    def __deepcopy__(self, memo: object) -> Filter:
+        return self  # a copy would hold copies of layers, which the model does not have
+
+    def operands(self) -> tuple[Filter, ...]:
+        """The filters that it is made of."""
         return ()
+
+    def patterns(self) -> tuple[str, ...]:
+        """The paths and names that it looks for, so that an error can suggest similar ones."""
+        return tuple(pattern for operand in self.operands() for pattern in operand.patterns())
 
     def parts(self) -> tuple[Filter, ...]:
-        """The filters in it that name something in particular, and so must mean something by themselves."""
-        return ()
-
-    def __deepcopy__(self, memo: object) -> Filter:
-        """Return the where itself: a copy would mean copies of layers, which are none of the model's."""
-        return self
+        """The filters in it that name something in particular, and so must match something by themselves."""
+        return (self,) if self.is_part else tuple(part for operand in self.operands() for part in operand.parts())
 
 
 @dataclass(frozen=True)
 class Glob(Filter):
     """See `glob`."""
 
+    is_part = True
     pattern: str
 
     def __post_init__(self) -> None:
@@ -73,17 +97,14 @@ class Glob(Filter):
             )
 
     def __call__(self, variable: VariableInfo) -> bool:
-        pattern = tuple(self.pattern.split("/"))
-        return any(_matches(pattern, tuple(path.split("/"))) for path in variable.paths)
+        # A shared layer or a tied weight is meant by any of its paths.
+        return any(_matches(self.pattern.split("/"), path.split("/")) for path in variable.paths)
 
     def __repr__(self) -> str:
         return f"glob({self.pattern!r})"
 
     def patterns(self) -> tuple[str, ...]:
         return (self.pattern,)
-
-    def parts(self) -> tuple[Filter, ...]:
-        return (self,)
 
 
 @dataclass(frozen=True)
@@ -119,17 +140,16 @@ class Named(Filter):
 class Under(Filter):
     """See `under`."""
 
+    is_part = True
     submodel: Model
 
     def __call__(self, variable: VariableInfo) -> bool:
+        # The very object: a layer of the same name in another model is not meant.
         return any(submodel.object is self.submodel for submodel in variable.submodels)
 
     def __repr__(self) -> str:
         name = getattr(self.submodel, "name", None)
         return f"under(<{type(self.submodel).__name__}{f' {name}' if name else ''}>)"
-
-    def parts(self) -> tuple[Filter, ...]:
-        return (self,)
 
 
 @dataclass(frozen=True)
@@ -139,6 +159,7 @@ class Matching(Filter):
     function: Callable[[VariableInfo], bool]
 
     def __call__(self, variable: VariableInfo) -> bool:
+        # The function may return a NumPy bool, which is no `bool`.
         return bool(self.function(variable))
 
     def __repr__(self) -> str:
@@ -146,50 +167,88 @@ class Matching(Filter):
 
 
 @dataclass(frozen=True)
-class Joined(Filter):
-    """Two filters joined by `&` or `|`."""
+class SubmodelKind:
+    """Which submodels are counted or drawn: those of a class of layers, or at the paths of a glob."""
 
-    sign: str
-    left: Filter
-    right: Filter
+    of: type | str
 
-    def __call__(self, variable: VariableInfo) -> bool:
-        if self.sign == "&":
-            return self.left(variable) and self.right(variable)
-        return self.left(variable) or self.right(variable)
+    def __post_init__(self) -> None:
+        if not isinstance(self.of, str) and not _is_submodel_class(self.of):
+            raise TypeError(
+                "`of` must be a class of layers, or a path glob that names submodels, as in 'encoder/blocks/*'. "
+                f"Received: {self.of!r}."
+            )
 
     def __repr__(self) -> str:
-        return f"({self.left!r} {self.sign} {self.right!r})"
+        return repr(self.of) if isinstance(self.of, str) else self.of.__name__
 
-    def patterns(self) -> tuple[str, ...]:
-        return (*self.left.patterns(), *self.right.patterns())
+    def found_in(self, tree: Tree) -> tuple[SubmodelInfo, ...]:
+        """Return the submodels of this kind that hold variables that can train, in order of construction."""
+        # Submodels without weights are left out: a Dropout between two blocks is no block that could train.
+        known = _FOUND.setdefault(tree, {})
+        if self not in known:
+            known[self] = tuple(
+                submodel
+                for submodel in tree.submodels
+                if self._includes(submodel) and any(variable.trainable for variable in tree.variables_in[submodel])
+            )
+        return known[self]
 
-    def parts(self) -> tuple[Filter, ...]:
-        return (*self.left.parts(), *self.right.parts())
+    def _includes(self, submodel: SubmodelInfo) -> bool:
+        if isinstance(self.of, str):
+            # To the end: 'blocks/*' means the blocks, and not every layer in them. The root is never one of several.
+            return any(path and matches_whole(self.of, path) for path in submodel.paths)
+        return isinstance(submodel.object, self.of)
+
+
+# A filter is asked about one variable at a time: without this, each would be looked for among all submodels again.
+_FOUND: weakref.WeakKeyDictionary[Tree, dict[SubmodelKind, tuple[SubmodelInfo, ...]]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
-class AnyOf(Filter):
-    """All that one of several filters means."""
+class Ordinal(Filter):
+    """See `first` and `last`."""
 
+    is_part = True
+    end: str
+    n: int
+    kind: SubmodelKind
+
+    def __call__(self, variable: VariableInfo) -> bool:
+        return any(submodel in variable.submodels for submodel in self.chosen(variable.tree))
+
+    def chosen(self, tree: Tree) -> tuple[SubmodelInfo, ...]:
+        """Return the submodels that are counted off."""
+        found = self.kind.found_in(tree)
+        return found[: self.n] if self.end == "first" else found[-self.n :]
+
+    def __repr__(self) -> str:
+        return f"{self.end}({self.n}, of={self.kind!r})"
+
+    def patterns(self) -> tuple[str, ...]:
+        return (self.kind.of,) if isinstance(self.kind.of, str) else ()
+
+
+@dataclass(frozen=True)
+class Joined(Filter):
+    """Filters joined by `&`, by `|` or, as a list, by `,`, which means what `|` does."""
+
+    sign: str
     filters: tuple[Filter, ...]
 
     def __call__(self, variable: VariableInfo) -> bool:
-        return any(filter_(variable) for filter_ in self.filters)
+        return (all if self.sign == "&" else any)(filter_(variable) for filter_ in self.filters)
 
     def __repr__(self) -> str:
-        return repr(list(self.filters))
+        return repr(list(self.filters)) if self.sign == "," else f"({f' {self.sign} '.join(map(repr, self.filters))})"
 
-    def patterns(self) -> tuple[str, ...]:
-        return tuple(pattern for filter_ in self.filters for pattern in filter_.patterns())
-
-    def parts(self) -> tuple[Filter, ...]:
-        return tuple(part for filter_ in self.filters for part in filter_.parts())
+    def operands(self) -> tuple[Filter, ...]:
+        return self.filters
 
 
 @dataclass(frozen=True)
 class Not(Filter):
-    """All that a filter does not mean."""
+    """The variables that a filter does not choose."""
 
     inner: Filter
 
@@ -199,24 +258,24 @@ class Not(Filter):
     def __repr__(self) -> str:
         return f"~{self.inner!r}"
 
-    def patterns(self) -> tuple[str, ...]:
-        return self.inner.patterns()
-
-    def parts(self) -> tuple[Filter, ...]:
-        return self.inner.parts()
+    def operands(self) -> tuple[Filter, ...]:
+        return (self.inner,)
 
 
 def glob(pattern: str) -> Filter:
-    """Mean the variables at the paths that `pattern` matches, and all under the submodels that it matches.
+    """Choose the variables at the paths that `pattern` matches, and all under the submodels that it matches.
 
     Args:
         pattern: Segments joined by slashes. `*`, `?` and `[...]` match within a segment, `**` matches any
             number of segments: `"backbone"` and `"backbone/**"` are all under the backbone, `"**/bias"` every bias. A
             segment that is the very name matches, brackets included.
 
+    Returns:
+        The filter.
+
     Raises:
         TypeError: `pattern` is no string.
-        ValueError: A segment of it is empty.
+        ValueError: A segment of `pattern` is empty.
 
     Example:
         >>> dense = keras.layers.Dense
@@ -228,13 +287,16 @@ def glob(pattern: str) -> Filter:
 
 
 def of_type(*types: type) -> Filter:
-    """Mean the variables in submodels of these classes, at any depth: `of_type(keras.layers.BatchNormalization)`.
+    """Choose the variables in submodels of these classes, at any depth: `of_type(keras.layers.BatchNormalization)`.
 
     Args:
-        *types: Classes of layers, models or modules; subclasses are meant too.
+        *types: Classes of layers, models or modules; their subclasses count too.
+
+    Returns:
+        The filter.
 
     Raises:
-        TypeError: There is none, or one of them is no class.
+        TypeError: `types` is empty, or holds something that is no class.
 
     Example:
         >>> layers = keras.layers
@@ -250,13 +312,16 @@ def of_type(*types: type) -> Filter:
 
 
 def named(*names: str) -> Filter:
-    """Mean the variables whose last path segment is one of `names`: `named("bias")`.
+    """Choose the variables whose last path segment is one of `names`: `named("bias")`.
 
     Args:
         *names: Names of variables, as they end a path.
 
+    Returns:
+        The filter.
+
     Raises:
-        TypeError: There is none, or one of them is no string.
+        TypeError: `names` is empty, or holds something that is no string.
 
     Example:
         >>> dense = keras.layers.Dense
@@ -270,13 +335,16 @@ def named(*names: str) -> Filter:
 
 
 def under(submodel: Model) -> Filter:
-    """Mean the variables under this very submodel, wherever it stands.
+    """Choose the variables under this very submodel, wherever it stands.
 
     Args:
         submodel: A layer, model or module of the model.
 
+    Returns:
+        The filter.
+
     Raises:
-        TypeError: It is none of these.
+        TypeError: `submodel` is no Keras layer or model and no `tf.Module`.
 
     Example:
         >>> dense = keras.layers.Dense
@@ -291,13 +359,16 @@ def under(submodel: Model) -> Filter:
 
 
 def matching(function: Callable[[VariableInfo], bool]) -> Filter:
-    """Mean the variables for which `function` returns True: `matching(lambda v: v.size > 10_000)`.
+    """Choose the variables for which `function` returns True: `matching(lambda v: v.size > 10_000)`.
 
     Args:
         function: Takes a `VariableInfo` and returns a bool. It is asked about variables that cannot train too.
 
+    Returns:
+        The filter.
+
     Raises:
-        TypeError: It cannot be called.
+        TypeError: `function` cannot be called.
 
     Example:
         >>> dense = keras.layers.Dense
@@ -311,38 +382,84 @@ def matching(function: Callable[[VariableInfo], bool]) -> Filter:
     return Matching(function)
 
 
+def first(n: int, *, of: type | str) -> Filter:
+    """Choose all variables under the first `n` submodels of a kind, in order of construction.
+
+    Args:
+        n: How many submodels; if there are fewer, all of them.
+        of: A class of layers, or a path glob that names submodels: `first(2, of="encoder/blocks/*")`. Only submodels
+            that hold variables that can train are counted.
+
+    Returns:
+        The filter.
+
+    Raises:
+        TypeError: `of` is no class of layers and no path glob.
+        ValueError: `n` is no whole number of 1 or more.
+
+    Example:
+        >>> dense = keras.layers.Dense
+        >>> model = keras.Sequential([keras.Input((4,)), dense(3, name="base"), dense(2, name="head")])
+        >>> [variable.path for variable in tl.Trainer(model, tl.Freeze(tl.first(1, of=dense))).selection.trained]
+        ['head/kernel', 'head/bias']
+    """
+    return Ordinal("first", whole_number("n", n, 1), SubmodelKind(of))
+
+
+def last(n: int, *, of: type | str) -> Filter:
+    """Choose all variables under the last `n` submodels of a kind, in order of construction.
+
+    Args:
+        n: How many submodels; if there are fewer, all of them.
+        of: A class of layers, or a path glob that names submodels: `last(1, of=keras.layers.Conv2D)`. Only submodels
+            that hold variables that can train are counted.
+
+    Returns:
+        The filter.
+
+    Raises:
+        TypeError: `of` is no class of layers and no path glob.
+        ValueError: `n` is no whole number of 1 or more.
+
+    Example:
+        >>> dense = keras.layers.Dense
+        >>> model = keras.Sequential([keras.Input((4,)), dense(3, name="base"), dense(2, name="head")])
+        >>> [variable.path for variable in tl.Trainer(model, tl.TrainOnly(tl.last(1, of=dense))).selection.trained]
+        ['head/kernel', 'head/bias']
+    """
+    return Ordinal("last", whole_number("n", n, 1), SubmodelKind(of))
+
+
 def to_filter(value: FilterLike) -> Filter:
-    """Turn what a user may write for a filter into one.
+    """Return the filter that a user's value stands for.
 
     A string is a glob, a submodel all that is under it, a class every layer of it, a list any of its entries.
 
     Raises:
-        TypeError: It is none of these.
+        TypeError: `value` is none of these.
     """
     if isinstance(value, Filter):
         return value
+    # Strings before sequences: a string is a sequence of strings.
     if isinstance(value, str):
         return Glob(value)
     if isinstance(value, (keras.Layer, tf.Module)):
         return Under(value)
-    if isinstance(value, type) and issubclass(value, (keras.Layer, tf.Module)):
+    if _is_submodel_class(value):
         return OfType((value,))
-    if isinstance(value, (list, tuple)) and value:
-        return AnyOf(tuple(map(to_filter, value)))
-    hint = ""
+    hint = " For a function of a variable, write `matching(function)`." if callable(value) else ""
     if isinstance(value, (list, tuple)):
+        if value:
+            return Joined(",", tuple(map(to_filter, value)))
         hint = " A list must hold one or more."
-    elif callable(value):
-        hint = " For a function of a variable, write `matching(function)`."
     raise TypeError(
         "A filter must be a path glob, a submodel, a class of layers, a list of these, or a `Filter`. "
         f"Received: {value!r}.{hint}"
     )
 
 
-def matches_whole(pattern: str, path: str) -> bool:
-    """Tell whether a glob matches a path to its end, and not only the first segments of it."""
-    return _matches(tuple(pattern.split("/")), tuple(path.split("/")), whole=True)
+def _is_submodel_class(value: object) -> TypeGuard[type]:
+    return isinstance(value, type) and issubclass(value, (keras.Layer, tf.Module))
 
 
 def is_inside(inner: SubmodelInfo, outer: SubmodelInfo) -> bool:
@@ -350,12 +467,18 @@ def is_inside(inner: SubmodelInfo, outer: SubmodelInfo) -> bool:
     return any(path.startswith(f"{above}/") for path in inner.paths for above in outer.paths)
 
 
-def _matches(pattern: tuple[str, ...], path: tuple[str, ...], whole: bool = False) -> bool:
-    """Tell whether a glob's segments match the path or, unless `whole`, the first segments of it."""
+def matches_whole(pattern: str, path: str) -> bool:
+    """Tell whether a glob matches a path to its end, and not only the first segments of it."""
+    return _matches(pattern.split("/"), path.split("/"), whole=True)
+
+
+def _matches(pattern: list[str], path: list[str], whole: bool = False) -> bool:
+    """Tell whether a glob's segments match the segments of a path: the first of them or, if `whole`, all of them."""
     if not pattern:
         return not (whole and path)
-    if pattern[0] == "**":
+    if pattern[0] == "**":  # no segment, or one and perhaps more
         return _matches(pattern[1:], path, whole) or (bool(path) and _matches(pattern, path[1:], whole))
+    # A layer's name may hold brackets, which a glob would take for a set of characters.
     if not path or not (path[0] == pattern[0] or fnmatch.fnmatchcase(path[0], pattern[0])):
         return False
     return _matches(pattern[1:], path[1:], whole)

@@ -24,8 +24,17 @@ class Selection:
         non_trainable: The variables that Keras itself never trains: batch statistics, seed states, and what its
             `trainable` flags exclude.
         inference: The submodels that run in inference mode, whatever mode their parent is called in.
-        rules: For every variable, the rule that put it where it is.
+        rules: For every variable, the rule by which it trains or not, as `explain` shows it.
         multipliers: By how much each group's learning rate is multiplied.
+
+    Example:
+        >>> dense = keras.layers.Dense
+        >>> model = keras.Sequential([keras.Input((4,)), dense(3, name="base"), dense(2, name="head")])
+        >>> selection = tl.Trainer(model, tl.Freeze("base")).selection
+        >>> selection
+        <Selection: default: 2 variables, 8 parameters; frozen: 2 variables, 15 parameters>
+        >>> [submodel.path for submodel in selection.inference]
+        ['base']
     """
 
     tree: Tree
@@ -48,12 +57,14 @@ class Selection:
 
     @functools.cached_property
     def idle(self) -> frozenset[SubmodelInfo]:
-        """The submodels in inference mode of which nothing trains: what they assign in their `call` is dropped."""
-        held, trains = self.tree.held, self.group_of.keys()
+        """The submodels in inference mode without a variable that trains: assignments in their `call` are dropped."""
+        # A policy may put a submodel that trains in inference mode: its own assignments then still happen.
+        held, trains = self.tree.variables_in, self.group_of.keys()
         return frozenset(submodel for submodel in self.inference if trains.isdisjoint(held[submodel]))
 
     @functools.cached_property
     def _key(self) -> tuple[object, ...]:
+        # By what trains and not by how the policy was written, so that two spellings share one compiled step.
         groups = frozenset((group, frozenset(variables)) for group, variables in self.groups.items())
         return groups, frozenset(self.inference)
 
@@ -67,7 +78,7 @@ class Selection:
         return f"<Selection: {self.describe()}>"
 
     def describe(self) -> str:
-        """Say in one line how much trains: `head: 2 variables, 650 parameters; frozen: 12 variables, ...`."""
+        """Return a line that says how much trains: `head: 2 variables, 650 parameters; frozen: 12 variables, ...`."""
         parts = {**self.groups, "frozen": self.frozen, "non-trainable": self.non_trainable}
         return "; ".join(
             f"{name}: {len(variables)} variables, {sum(v.size for v in variables):,} parameters"

@@ -1,4 +1,4 @@
-"""Whether a model is one that a trainer can train as it is."""
+"""Models that a trainer cannot train as they are."""
 
 from __future__ import annotations
 
@@ -10,13 +10,8 @@ import tensorflow as tf
 
 from tapeloop.model.tree import Tree
 
-# What a Keras model may override for its own `fit`, and which methods of a trainer replace it.
-REPLACED_BY = {
-    "train_step": ("train_step", "compute_loss"),
-    "compute_loss": ("train_step", "compute_loss"),
-    "compute_metrics": ("train_step", "compute_loss"),
-    "test_step": ("eval_step", "compute_loss"),
-}
+# What a Keras model may override for its own `fit`.
+FIT_METHODS = ("train_step", "compute_loss", "compute_metrics", "test_step")
 
 
 def check_own_step(model: Any, overridden: Collection[str], trainer: str) -> None:
@@ -28,27 +23,29 @@ def check_own_step(model: Any, overridden: Collection[str], trainer: str) -> Non
         trainer: The name of the trainer's class.
 
     Raises:
-        ValueError: It has one, and the trainer has none in its stead.
+        ValueError: The model has one, and the trainer has none instead.
     """
     if not isinstance(model, keras.Model):
         return
-    for name, replacing in REPLACED_BY.items():
+    for name in FIT_METHODS:
+        # Keras looks a method up on the instance too, where a user may have put it.
         is_own = getattr(type(model), name) is not getattr(keras.Model, name) or name in vars(model)
-        if is_own and not set(replacing) & set(overridden):
-            methods = " or ".join(f"`{method}`" for method in replacing)
+        step = "eval_step" if name == "test_step" else "train_step"
+        if is_own and step not in overridden and "compute_loss" not in overridden:
             raise ValueError(
                 f"The model {type(model).__name__} has a `{name}` of its own, which `{trainer}` would not call: a "
-                f"trainer has its own step. Subclass `Trainer` and write it as {methods} there, or pass "
-                "`ignore_model_step=True` to train with the trainer's step and loss all the same."
+                f"trainer has its own step. Subclass `Trainer` and write it as `{step}` or `compute_loss` there, or "
+                "pass `ignore_model_step=True` to train with the trainer's step and loss all the same."
             )
 
 
 def check_one_device(tree: Tree) -> None:
-    """Check that a model is not one of a distribution strategy.
+    """Check that a model was not made under a distribution strategy.
 
     Raises:
-        ValueError: It is.
+        ValueError: It was.
     """
+    # A model shows its strategy by its variables, wherever the trainer is made.
     strategy = tf.distribute.get_strategy() if tf.distribute.has_strategy() else None
     for variable in tree.variables:
         if isinstance(variable.tf_variable, tf.distribute.DistributedValues):

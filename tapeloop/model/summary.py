@@ -1,4 +1,4 @@
-"""Tables in plain text of what trains, what is frozen, by which rule and at what cost."""
+"""Tables in plain text: which submodels train or are frozen, by which rule and at what cost; the paths of a model."""
 
 from __future__ import annotations
 
@@ -14,46 +14,46 @@ RIGHT = {"parameters", "optimizer state"}
 
 
 def explain(selection: Selection, state_bytes: Callable[[VariableInfo], int], depth: int = 3) -> str:
-    """Return a table of what trains, a row a submodel, totals last.
+    """Return a table of a selection: a row for each submodel, totals last.
 
     Args:
-        selection: What trains.
+        selection: The selection.
         state_bytes: The bytes of optimizer state held for a variable.
-        depth: How many levels are shown. Below the first, a submodel is unfolded only where what it holds differs
-            in group, rule or mode.
+        depth: How many levels are shown. A submodel is unfolded only if its variables and submodels differ in group,
+            rule or mode.
 
     Raises:
         ValueError: `depth` is no whole number of 1 or more.
     """
-    unfolded = _unfold(selection, selection.tree.submodels[0], whole_number("depth", depth, 1))
-    rows = [_row(selection, shown, state_bytes) for shown in unfolded]
-    everything = selection.tree.variables
-    trained = sum(variable.size for variable in selection.trained)
-    total = sum(variable.size for variable in everything)
-    held_by_keras = sum(variable.size for variable in selection.non_trainable)
-    lines = _table(HEADER, rows, RIGHT)
-    width = max(map(len, lines))
-    return "\n".join(
-        [
-            *lines,
-            "-" * width,
-            f"parameters       {total:,}",
-            f"  train          {trained:,} ({trained / total:.1%}) in {len(selection.groups)} "
-            f"group{'s' * (len(selection.groups) > 1)}: {', '.join(selection.groups)}",
-            f"  frozen         {sum(v.size for v in selection.frozen):,}",
-            f"  non-trainable  {held_by_keras:,} (statistics, seeds, Keras' flags)",
-            f"optimizer state  {format_bytes(sum(map(state_bytes, everything)))}",
-            *_penalties(selection),
-        ]
-    )
+    shown = _unfold(selection, selection.tree.submodels[0], whole_number("depth", depth, 1))
+    lines = _table(HEADER, [_row(selection, each, state_bytes) for each in shown], RIGHT)
+    variables, trained = selection.tree.variables, _size(selection.trained)
+    total = _size(variables)
+    penalized = [variable for variable in variables if variable.is_penalized]
+    counted = sum(variable in selection.group_of for variable in penalized)
+    lines += [
+        "-" * max(map(len, lines)),
+        f"parameters       {total:,}",
+        f"  train          {trained:,} ({trained / total:.1%}) in {len(selection.groups)} "
+        f"group{'s' * (len(selection.groups) > 1)}: {', '.join(selection.groups)}",
+        f"  frozen         {_size(selection.frozen):,}",
+        f"  non-trainable  {_size(selection.non_trainable):,} (statistics, seeds, Keras' flags)",
+        f"optimizer state  {format_bytes(sum(map(state_bytes, variables)))}",
+    ]
+    if penalized:
+        lines += [f"weight penalties {counted} count, {len(penalized) - counted} of frozen variables do not"]
+    return "\n".join(lines)
 
 
 def paths(model: Model) -> None:
-    """Print what there is to match in a model: a row for each submodel and variable, with type, shape and flag.
+    """Print the paths of a model, for filters to match: a row for each submodel and variable.
 
     Args:
-        model: A Keras model or layer, a `tf.Module`, or a mapping from names to such. One that makes its variables in
-            its first call shows them after it.
+        model: A Keras model or layer, a `tf.Module`, or a mapping from names to such. A model that makes its variables
+            in its first call shows them after that call.
+
+    Raises:
+        TypeError: `model` is none of these.
 
     Example:
         >>> dense = keras.layers.Dense
@@ -73,99 +73,86 @@ def paths(model: Model) -> None:
 
 
 def _path_rows(tree: Tree) -> list[str]:
-    rows = []
-    shown: set[SubmodelInfo | VariableInfo] = set()
-
-    def unfold(submodel: SubmodelInfo) -> None:
-        if submodel in shown:
-            return
-        shown.add(submodel)
+    rows, shown = [], set[VariableInfo]()
+    for submodel in tree.submodels:
+        # The tree lists parents before children, in the order in which the model holds them: the order of the table.
         rows.append((_all_paths(submodel), type(submodel.object).__name__, "", ""))
-        inside = tree.children[submodel]
-        deeper = {variable for child in inside for variable in tree.held[child]}
-        for variable in tree.held[submodel]:
-            if variable not in deeper and variable not in shown:
+        for variable in _own_variables(tree, submodel):
+            if variable not in shown:  # of a tied weight, the row under its first owner names all paths
                 shown.add(variable)
                 flag = "trainable" if variable.trainable else "seed" if variable.seed else "non-trainable"
                 rows.append((_all_paths(variable), variable.dtype, str(variable.shape), flag))
-        for child in inside:
-            unfold(child)
-
-    unfold(tree.submodels[0])
     return _table(("path", "type", "shape", "Keras' flag"), rows, set())
 
 
-def _all_paths(found: SubmodelInfo | VariableInfo) -> str:
-    return " = ".join(path or "(model)" for path in found.paths)
+def _all_paths(info: SubmodelInfo | VariableInfo) -> str:
+    return " = ".join(path or "(model)" for path in info.paths)
 
 
-def _penalties(selection: Selection) -> list[str]:
-    """Say which weight penalties count, where there are any."""
-    penalized = [variable for variable in selection.tree.variables if variable.is_penalized]
-    counted = sum(variable in selection.group_of for variable in penalized)
-    left_out = len(penalized) - counted
-    return [f"weight penalties {counted} count, {left_out} of frozen variables do not"] if penalized else []
+def _own_variables(tree: Tree, submodel: SubmodelInfo) -> list[VariableInfo]:
+    """List the variables that are directly in a submodel, and in none of its children."""
+    deeper = {variable for child in tree.children[submodel] for variable in tree.variables_in[child]}
+    return [variable for variable in tree.variables_in[submodel] if variable not in deeper]
+
+
+def _size(variables: Iterable[VariableInfo]) -> int:
+    return sum(variable.size for variable in variables)
 
 
 def format_bytes(count: int) -> str:
-    """Say a number of bytes in the largest fitting unit: `1.5 MiB`."""
-    size = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
+    """Return a number of bytes in the largest fitting unit: `1.5 MiB`."""
+    size, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while size >= 1024 and len(units) > 1:
+        size, units = size / 1024, units[1:]
+    return f"{size:.{int(units[0] != 'B')}f} {units[0]}"
 
 
 def _unfold(selection: Selection, submodel: SubmodelInfo, depth: int) -> list[SubmodelInfo | VariableInfo]:
-    """List what is directly in `submodel`, and below it what is in those that differ inside, down to `depth`."""
+    """List the children and variables of a submodel, and those of each child that differs inside, down to `depth`."""
     tree = selection.tree
-    inside = [child for child in tree.children[submodel] if tree.held[child]]
-    held = {variable for child in inside for variable in tree.held[child]}
     shown: list[SubmodelInfo | VariableInfo] = []
-    for child in inside:
-        shown.append(child)
-        if depth > 1 and _differs(selection, child):
-            shown += _unfold(selection, child, depth - 1)
-    return shown + [variable for variable in tree.held[submodel] if variable not in held]
+    for child in tree.children[submodel]:
+        if tree.variables_in[child]:
+            shown.append(child)
+            # What is treated alike inside says all in one row: a deep model with a frozen backbone fits on a screen.
+            if depth > 1 and _differs(selection, child):
+                shown += _unfold(selection, child, depth - 1)
+    return shown + _own_variables(tree, submodel)
 
 
 def _differs(selection: Selection, submodel: SubmodelInfo) -> bool:
     """Tell whether the variables and submodels inside `submodel` are treated in more than one way."""
-    held = [variable for variable in selection.tree.held[submodel] if variable.trainable]
-    modes = {
-        inner in selection.inference for variable in held for inner in variable.submodels if is_inside(inner, submodel)
-    }
-    return (
-        len({(selection.group_of.get(variable), selection.rules[variable]) for variable in held}) > 1 or len(modes) > 1
-    )
+    variables = [variable for variable in selection.tree.variables_in[submodel] if variable.trainable]
+    treatments = {(selection.group_of.get(variable), selection.rules[variable]) for variable in variables}
+    inside = {s for variable in variables for s in variable.submodels if is_inside(s, submodel)}
+    return len(treatments) > 1 or len({s in selection.inference for s in inside}) > 1
 
 
 def _row(
     selection: Selection, shown: SubmodelInfo | VariableInfo, state_bytes: Callable[[VariableInfo], int]
 ) -> tuple[str, ...]:
+    # A variable of its own runs in the mode of the innermost submodel that holds it.
     submodel = shown if isinstance(shown, SubmodelInfo) else shown.submodels[-1]
-    held = (shown,) if isinstance(shown, VariableInfo) else selection.tree.held[shown]
-    deciding = [variable for variable in held if variable.trainable] or list(held)
+    variables = (shown,) if isinstance(shown, VariableInfo) else selection.tree.variables_in[shown]
+    # Statistics and seeds do not train anyway: they say something only of a submodel that has nothing else.
+    deciding = [variable for variable in variables if variable.trainable] or list(variables)
     trained = [variable for variable in deciding if variable in selection.group_of]
     rules = _unique(selection.rules[variable] for variable in deciding)
+    if not trained:
+        state = "frozen" if deciding[0].trainable else "non-trainable"
+    elif len(trained) == len(deciding):
+        state = "trains"
+    else:
+        state = f"trains {_size(trained) / _size(variables):.1%}"
     return (
         shown.path,
-        f"{sum(variable.size for variable in held):,}",
+        f"{_size(variables):,}",
         ", ".join(_unique(selection.group_of[variable] for variable in trained)) or "-",
-        _state(held, deciding, trained),
+        state,
         rules[0] if len(rules) == 1 else "mixed",
         "inference" if submodel in selection.inference else "train",
-        format_bytes(sum(map(state_bytes, held))),
+        format_bytes(sum(map(state_bytes, variables))),
     )
-
-
-def _state(held: Sequence[VariableInfo], deciding: Sequence[VariableInfo], trained: Sequence[VariableInfo]) -> str:
-    if not trained:
-        return "frozen" if any(variable.trainable for variable in deciding) else "non-trainable"
-    if len(trained) == len(deciding):
-        return "trains"
-    return f"trains {sum(v.size for v in trained) / sum(v.size for v in held):.1%}"
 
 
 def _unique(values: Iterable[str]) -> list[str]:
@@ -173,12 +160,9 @@ def _unique(values: Iterable[str]) -> list[str]:
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]], right: set[str]) -> list[str]:
-    cells = [tuple(header), *(tuple(row) for row in rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-    lines = [
-        "  ".join(
-            cell.rjust(width) if name in right else cell.ljust(width) for cell, width, name in zip(row, widths, header)
-        ).rstrip()
-        for row in cells
-    ]
+    columns = []
+    for column in zip(header, *rows):
+        width, pad = max(map(len, column)), str.rjust if column[0] in right else str.ljust
+        columns.append([pad(cell, width) for cell in column])
+    lines = ["  ".join(row).rstrip() for row in zip(*columns)]
     return [lines[0], "-" * max(map(len, lines)), *lines[1:]]

@@ -8,7 +8,7 @@ name is left out. What is shared stands once in the tree and keeps all its paths
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -28,12 +28,18 @@ class SubmodelInfo:
     Attributes:
         object: The layer, model or module itself; the mapping, for the root of several models.
         paths: Its paths, in the order found; `""` is the root.
+
+    Example:
+        >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, name="head")])
+        >>> [submodel.path for submodel in tl.Trainer(model).selection.tree.submodels]
+        ['', 'head']
     """
 
     object: Any = field(repr=False)
-    paths: tuple[str, ...]
+    paths: tuple[str, ...] = ()
 
     def __eq__(self, other: object) -> bool:
+        # By identity: a mapping of models has no hash, and two layers that are set up alike are two layers.
         return self.object is other.object if isinstance(other, SubmodelInfo) else NotImplemented
 
     def __hash__(self) -> int:
@@ -51,21 +57,28 @@ class VariableInfo:
 
     Attributes:
         variable: The `keras.Variable` or `tf.Variable` itself.
-        paths: Its paths, in the order found: several, where it is tied or its submodel is shared.
+        paths: Its paths, in the order found: several, if it is tied or its submodel is shared.
         submodels: The submodels that hold it, at any depth, the root first.
         trainable: Whether Keras (for a `tf.Variable`, TensorFlow) says that it can train.
         seed: Whether it is the state of a `keras.random.SeedGenerator`.
         tree: The model that it is a part of.
+
+    Example:
+        >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, name="head")])
+        >>> kernel = tl.Trainer(model).selection.trained[0]
+        >>> kernel.path, kernel.name, kernel.shape, kernel.dtype, kernel.size
+        ('head/kernel', 'kernel', (4, 2), 'float32', 8)
     """
 
     variable: Variable = field(repr=False)
-    paths: tuple[str, ...]
-    submodels: tuple[SubmodelInfo, ...] = field(repr=False)
-    trainable: bool
+    paths: tuple[str, ...] = ()
+    submodels: tuple[SubmodelInfo, ...] = field(default=(), repr=False)
+    trainable: bool = False
     seed: bool = False
     tree: Tree = field(init=False, repr=False)
 
     def __eq__(self, other: object) -> bool:
+        # By identity: Keras and TensorFlow compare variables by value, element by element.
         return self.variable is other.variable if isinstance(other, VariableInfo) else NotImplemented
 
     def __hash__(self) -> int:
@@ -94,6 +107,7 @@ class VariableInfo:
     @property
     def size(self) -> int:
         """How many numbers it holds."""
+        # `np.prod` of the empty shape of a scalar would be a float.
         return int(tf.TensorShape(self.shape).num_elements())
 
     @property
@@ -108,7 +122,7 @@ class VariableInfo:
 
     @property
     def tf_variable(self) -> tf.Variable:
-        """The `tf.Variable` that holds the value: what a tape watches."""
+        """The `tf.Variable` that holds the value, which a tape watches."""
         return raw(self.variable)
 
 
@@ -140,6 +154,7 @@ class Tree:
                 f"Received: {model!r} of type {type(model).__name__}."
             )
         for name, inner in model.items() if isinstance(model, Mapping) else ():
+            # The name becomes the first segment of paths, which a glob takes apart at slashes.
             if not isinstance(name, str) or not name or "/" in name or not _is_submodel(inner):
                 raise TypeError(
                     "A mapping of several models must go from names without slashes to Keras models, layers or "
@@ -150,42 +165,50 @@ class Tree:
         return walk.tree()
 
     @functools.cached_property
-    def held(self) -> Mapping[SubmodelInfo, tuple[VariableInfo, ...]]:
-        """The variables under each submodel, at any depth."""
-        held: dict[SubmodelInfo, list[VariableInfo]] = {submodel: [] for submodel in self.submodels}
-        for variable in self.variables:
-            for submodel in variable.submodels:
-                held[submodel].append(variable)
-        return {submodel: tuple(variables) for submodel, variables in held.items()}
+    def variables_in(self) -> Mapping[SubmodelInfo, tuple[VariableInfo, ...]]:
+        """The variables in each submodel, at any depth."""
+        return _grouped(self.submodels, ((submodel, v) for v in self.variables for submodel in v.submodels))
 
     @functools.cached_property
-    def places(self) -> Mapping[VariableInfo, tuple[frozenset[SubmodelInfo], ...]]:
+    def enclosing(self) -> Mapping[VariableInfo, tuple[frozenset[SubmodelInfo], ...]]:
         """For each variable and each of its paths, the submodels that enclose it along that path."""
-        at = {path: submodel for submodel in self.submodels for path in submodel.paths}
-        return {v: tuple(frozenset(_enclosing(path, at)) for path in v.paths) for v in self.variables}
+        return {v: tuple(frozenset(self.above(path)) for path in v.paths) for v in self.variables}
 
     @functools.cached_property
     def parents(self) -> Mapping[SubmodelInfo, tuple[SubmodelInfo, ...]]:
-        """The submodels directly around each submodel: several, where it is shared."""
-        at = {path: submodel for submodel in self.submodels for path in submodel.paths}
-        return {
-            submodel: tuple(dict.fromkeys(at[_above(path, at)] for path in submodel.paths if path))
-            for submodel in self.submodels
-        }
+        """The submodels directly around each submodel: several, if it is shared."""
+        return {s: tuple(dict.fromkeys(next(self.above(path)) for path in s.paths if path)) for s in self.submodels}
 
     @functools.cached_property
     def children(self) -> Mapping[SubmodelInfo, tuple[SubmodelInfo, ...]]:
         """The submodels directly in each submodel."""
-        children: dict[SubmodelInfo, list[SubmodelInfo]] = {submodel: [] for submodel in self.submodels}
-        for submodel, parents in self.parents.items():
-            for parent in parents:
-                children[parent].append(submodel)
-        return {submodel: tuple(inside) for submodel, inside in children.items()}
+        return _grouped(self.submodels, ((parent, s) for s, parents in self.parents.items() for parent in parents))
 
     @functools.cached_property
     def layers(self) -> tuple[SubmodelInfo, ...]:
         """The submodels that are Keras layers."""
         return tuple(submodel for submodel in self.submodels if isinstance(submodel.object, keras.Layer))
+
+    @functools.cached_property
+    def by_path(self) -> Mapping[str, SubmodelInfo]:
+        """The submodel at each path."""
+        return {path: submodel for submodel in self.submodels for path in submodel.paths}
+
+    def above(self, path: str) -> Iterator[SubmodelInfo]:
+        """Yield the submodels above a path, the innermost first. `blocks/0` is in the root if `blocks` is a list."""
+        while path:
+            path = path.rpartition("/")[0]
+            # A list or a dict in between has a segment, and is no submodel.
+            if path in self.by_path:
+                yield self.by_path[path]
+
+
+def _grouped(keys: Iterable[Any], pairs: Iterable[tuple[Any, Any]]) -> dict[Any, tuple[Any, ...]]:
+    """Return the second members of pairs by their first, for all keys."""
+    groups: dict[Any, list[Any]] = {key: [] for key in keys}
+    for key, value in pairs:
+        groups[key].append(value)
+    return {key: tuple(values) for key, values in groups.items()}
 
 
 def raw(variable: Variable) -> tf.Variable:
@@ -193,90 +216,61 @@ def raw(variable: Variable) -> tf.Variable:
     return variable.value if isinstance(variable, keras.Variable) else variable
 
 
-def _above(path: str, at: Mapping[str, SubmodelInfo]) -> str:
-    """Return the nearest path above that is a submodel's: `blocks/0` stands in the root, `blocks` being a list."""
-    while path:
-        path = path.rpartition("/")[0]
-        if path in at:
-            return path
-    return ""
-
-
-def _enclosing(path: str, at: Mapping[str, SubmodelInfo]) -> Iterator[SubmodelInfo]:
-    """Yield the submodels above a path, the innermost first."""
-    while path:
-        path = path.rpartition("/")[0]
-        if path in at:
-            yield at[path]
-
-
 def _is_submodel(value: object) -> bool:
     return isinstance(value, (keras.Layer, tf.Module))
-
-
-def _is_plain_module(value: object) -> bool:
-    return isinstance(value, tf.Module) and not isinstance(value, keras.Layer)
 
 
 def _is_variable(value: object) -> bool:
     return isinstance(value, (keras.Variable, tf.Variable))
 
 
+def _info(found: Any) -> SubmodelInfo | VariableInfo:
+    """Return an info without paths. It stands for the object in sets: Keras' variables themselves have no hash."""
+    return VariableInfo(found) if _is_variable(found) else SubmodelInfo(found)
+
+
 class _Walk:
-    """Visits a model by every path there is, and gathers the paths of what it meets."""
+    """Visits a model by every path there is, and gathers the paths of its submodels and variables."""
 
     def __init__(self) -> None:
-        self.paths: dict[int, list[str]] = {}
-        self.found: dict[int, Any] = {}
-        self.above: dict[int, dict[int, None]] = {}
-        self.trainable: set[int] = set()
-        self.seeds: set[int] = set()
+        self.paths: dict[SubmodelInfo | VariableInfo, list[str]] = {}
+        self.trainable: set[VariableInfo] = set()
+        self.seeds: set[VariableInfo] = set()
 
-    def enter(self, found: Any, path: str, stack: tuple[int, ...]) -> None:
-        """Record `found` at `path`, reached through the objects of `stack`, and go on to what it holds."""
+    def enter(self, found: Any, path: str, stack: tuple[SubmodelInfo, ...]) -> None:
+        """Record a submodel or variable at a path, reached through the submodels of `stack`, and enter its children."""
         if isinstance(found, keras.random.SeedGenerator):
             found, path = found.state, f"{path}/state"
-            self.seeds.add(id(found))
-        key = id(found)
-        if key in stack:  # a child that refers back to its parent
+            self.seeds.add(VariableInfo(found))
+        info = _info(found)
+        if info in stack:  # a child that refers back to its parent
             return
-        paths = self.paths.setdefault(key, [])
+        # Every path is followed, also of what is known already: a shared layer shows all the places where it stands.
+        paths = self.paths.setdefault(info, [])
         if path not in paths:
             paths.append(path)
-        self.found[key] = found
-        self.above.setdefault(key, {}).update(dict.fromkeys(stack))
-        if _is_variable(found):
-            if not isinstance(found, keras.Variable) and found.trainable and not self._is_flagged_off(stack):
-                self.trainable.add(key)
+        layers = [submodel.object for submodel in stack if isinstance(submodel.object, keras.Layer)]
+        if isinstance(info, VariableInfo):
+            # Keras' flag on a layer holds for a raw variable in it as for the layer's own.
+            if isinstance(found, tf.Variable) and found.trainable and all(layer.trainable for layer in layers):
+                self.trainable.add(info)
             return
-        if isinstance(found, keras.Layer) and not any(isinstance(self.found[k], keras.Layer) for k in stack):
+        if isinstance(found, keras.Layer) and not layers:
             # The flags of nested layers count together: Keras' own list of what trains settles them.
-            self.trainable.update(id(variable) for variable in found.trainable_variables)
+            self.trainable.update(map(VariableInfo, found.trainable_variables))
         for segment, child in _children(found):
-            self.enter(child, f"{path}/{segment}".lstrip("/"), (*stack, key))
-
-    def _is_flagged_off(self, stack: tuple[int, ...]) -> bool:
-        """Tell whether a layer around holds what is in it non-trainable, as Keras' flag does for its own variables."""
-        around = [self.found[key] for key in stack]
-        return any(isinstance(one, keras.Layer) and not one.trainable for one in around)
+            self.enter(child, f"{path}/{segment}".lstrip("/"), (*stack, info))
 
     def tree(self) -> Tree:
-        apart = [(key, found) for key, found in self.found.items() if not _is_variable(found)]
-        submodels = {key: SubmodelInfo(found, tuple(self.paths[key])) for key, found in apart}
-        variables = tuple(
-            VariableInfo(
-                found,
-                tuple(self.paths[key]),
-                tuple(submodel for above, submodel in submodels.items() if above in self.above[key]),
-                key in self.trainable,
-                key in self.seeds,
-            )
-            for key, found in self.found.items()
-            if _is_variable(found)
-        )
-        tree = Tree(tuple(submodels.values()), variables)
-        for variable in variables:
-            object.__setattr__(variable, "tree", tree)
+        """Return the tree, and complete its infos, which nobody has seen before."""
+        for info, paths in self.paths.items():
+            vars(info).update(paths=tuple(paths))
+        submodels = tuple(info for info in self.paths if isinstance(info, SubmodelInfo))
+        variables = tuple(info for info in self.paths if isinstance(info, VariableInfo))
+        tree, order = Tree(submodels, variables), {submodel: number for number, submodel in enumerate(submodels)}
+        for v in variables:
+            above = sorted({submodel for path in v.paths for submodel in tree.above(path)}, key=order.__getitem__)
+            vars(v).update(submodels=tuple(above), trainable=v in self.trainable, seed=v in self.seeds, tree=tree)
         return tree
 
 
@@ -288,42 +282,45 @@ def _children(parent: Any) -> Iterator[tuple[str, Any]]:
         named = ((str(name), model) for name, model in parent.items())
     else:
         named = _attributes(parent)
-    taken: dict[str, int] = {}
+    taken: dict[str, Any] = {}
     for segment, child in named:
         unique, copies = segment, 1
-        while taken.setdefault(unique, id(child)) != id(child):  # `_dense` beside `dense`
+        # Leading underscores are dropped from attributes, so that `Dense._kernel` is `kernel`; two may then collide.
+        while taken.setdefault(unique, child) is not child:
             copies += 1
             unique = f"{segment}_{copies}"
         yield unique, child
 
 
 def _layer_children(layer: keras.Layer) -> Iterator[tuple[str, Any]]:
-    """Yield what Keras tracks in `layer`, and other state: by name in a graph of layers, else by attribute."""
+    """Yield the children that Keras tracks, by name in a graph of layers and else by attribute, and untracked state."""
     sublayers = [child for child in keras_internals.sublayers(layer) if not isinstance(child, keras.layers.InputLayer)]
-    tracked = {id(child) for child in (*sublayers, *layer.variables)}
-    graph = layer.layers if isinstance(layer, keras.Sequential) else getattr(layer, "operations", ())
-    graph_ids = {id(child) for child in graph if id(child) in tracked}
-    yield from ((child.name, child) for child in graph if id(child) in graph_ids)
-    yielded = set(graph_ids)
+    # Paths come from names and attributes, since Keras' `Variable.path` does not say where a layer is nested.
+    tracked = set(map(_info, (*sublayers, *layer.variables)))
+    # Of a graph of layers users know the names, as `summary()` shows them, and not the attributes.
+    operations = layer.layers if isinstance(layer, keras.Sequential) else getattr(layer, "operations", ())
+    graph = {_info(child): child for child in operations if _info(child) in tracked}
+    yield from ((child.name, child) for child in graph.values())
+    yielded = set(graph)
     for segment, child in _attributes(layer):
         state = child.state if isinstance(child, keras.random.SeedGenerator) else child
-        # Of a recurrent layer, say, or a module: Keras tracks neither the state nor the module.
-        is_untracked = not child.trainable if _is_variable(child) else _is_plain_module(child)
-        if id(child) not in graph_ids and (id(state) in tracked or is_untracked):
-            yielded.add(id(state))
+        # Keras tracks neither the states of a recurrent layer nor a module that is no layer.
+        is_untracked = not (
+            child.trainable if _is_variable(child) else isinstance(child, (keras.Layer, keras.random.SeedGenerator))
+        )
+        if _info(child) not in graph and (_info(state) in tracked or is_untracked):
+            yielded.add(_info(state))
             yield segment, child
-    for child in sublayers:  # tracked through an attribute that is gone
-        if id(child) not in yielded:
+    yielded.update(map(_info, (variable for child in sublayers for variable in child.variables)))
+    for child in (*sublayers, *layer.variables):
+        if _info(child) not in yielded:  # its attribute is gone, or it was made by `add_weight` and never had one
             yield child.name, child
-    yielded |= {id(variable) for child in sublayers for variable in child.variables}
-    for variable in layer.variables:
-        if id(variable) not in yielded:  # made by `add_weight` and kept in no attribute
-            yield variable.name, variable
 
 
 def _attributes(parent: keras.Layer | tf.Module) -> Iterator[tuple[str, Any]]:
     """Yield the submodels and variables among the attributes of `parent`, but for the bookkeeping of TF and Keras."""
     for segment, value in vars(parent).items():
+        # `_self_...` is the bookkeeping of TensorFlow, which tracks attributes too.
         if not segment.startswith("_self_") and not (isinstance(parent, keras.Layer) and segment in _bookkeeping()):
             yield from _flatten(segment.lstrip("_"), value)
 

@@ -1,4 +1,4 @@
-"""Policies: what trains, in which group, and which submodels run in inference mode."""
+"""The base of policies: rules that say which variables train in which group, and what runs in inference mode."""
 
 from __future__ import annotations
 
@@ -18,8 +18,13 @@ class Progress:
     Attributes:
         step: How many steps were trained, over all fits.
         epoch: How many epochs were trained, over all fits.
-        logs: At an epoch's start the logs of the last epoch, validation included; within an epoch those of it so far.
+        logs: At an epoch's start the logs of the last epoch, validation included; within an epoch its logs so far.
             Empty before the first.
+
+    Example:
+        >>> policy = tl.Phases({0: tl.Freeze("base"), 2: tl.TrainAll()})
+        >>> policy.at(tl.Progress(epoch=1)), policy.at(tl.Progress(epoch=2))
+        (Freeze(glob('base')), TrainAll())
     """
 
     step: int = 0
@@ -27,15 +32,19 @@ class Progress:
     logs: Mapping[str, float] = field(default_factory=dict)
 
     def count(self, unit: str) -> int:
-        """Return `step` or `epoch`."""
+        """Return `step` or `epoch`.
+
+        Args:
+            unit: `"step"` or `"epoch"`.
+        """
         return self.step if unit == "step" else self.epoch
 
 
 class VariablePolicy:
     """Gives every trainable variable a group, or freezes it. Subclass it and write `group`.
 
-    One that changes as training goes writes `at` instead. It is asked at the start of every epoch and, where `every` is
-    set, every so many steps.
+    A policy that changes as training goes writes `at` instead. It is asked at the start of every epoch and, if `every`
+    is set, every so many steps.
 
     Example:
         >>> class Vectors(tl.VariablePolicy):
@@ -49,52 +58,68 @@ class VariablePolicy:
 
     @property
     def every(self) -> int | None:
-        """After how many steps `at` is asked within an epoch, or None for at epochs' starts alone."""
+        """After how many steps `at` is asked within an epoch; None if it is asked at the start of epochs alone."""
         return None
 
     def at(self, progress: Progress) -> VariablePolicy:
-        """Return the policy that holds at `progress`: this one, unless training going on changes it."""
+        """Return the policy that holds at a moment.
+
+        Args:
+            progress: How far training has come.
+
+        Returns:
+            A policy, which is asked in turn; this policy itself, if nothing changes.
+        """
         return self
 
     def group(self, variable: VariableInfo) -> str | None:
-        """Name the group in which `variable` trains.
+        """Return the group in which a variable trains.
 
         Args:
             variable: A variable that Keras says can train; others are never asked about.
 
         Returns:
             The group's name, or None to freeze the variable.
+
+        Raises:
+            NotImplementedError: A subclass writes neither this nor `at`.
         """
         raise NotImplementedError(f"{type(self).__name__} must write `group(self, variable)`.")
 
     def inference(self, submodel: SubmodelInfo, trained: bool) -> bool:
-        """Tell whether `submodel` runs in inference mode.
+        """Tell whether a submodel runs in inference mode.
 
         Args:
-            submodel: A submodel that owns variables that can train. Others follow what encloses them.
+            submodel: A submodel that owns variables that can train. Others follow the submodel that encloses them.
             trained: Whether any variable under it trains.
+
+        Returns:
+            By default, whether nothing under it trains.
         """
         return not trained
 
     def phases(self) -> tuple[VariablePolicy, ...]:
-        """The policies that may hold as training goes, where they are known before it: each is checked at its start."""
+        """Return the policies that may hold later, if they are known: `fit` checks each before its first step."""
         return ()
 
     def multiplier(self, variable: VariableInfo) -> float:
-        """Return by how much the learning rate of the variable's group is multiplied; one number for each group."""
+        """Return by how much the learning rate of a variable's group is multiplied: one number for each group."""
         return 1.0
 
     def rule(self, variable: VariableInfo) -> str:
-        """Name the rule by which `variable` got its group or was frozen, for the report."""
-        return type(self).__name__
+        """Return the rule by which a variable got its group or was frozen, for the report."""
+        name, filters = type(self).__name__, self.filters()
+        # The first match: a variable may be chosen by several filters of a list.
+        matched = next((repr(filter_) for filter_ in filters if filter_(variable)), "all else")
+        return f"{name}: {matched}" if filters else name
 
     def filters(self) -> tuple[Filter, ...]:
-        """The filters of this policy: each must match a variable, one that can train unless `freezes_wheres`."""
+        """Return the filters of this policy: each must match a variable that can train, unless `freezes_filters`."""
         return ()
 
     @property
     def freezes_filters(self) -> bool:
-        """Whether the filters say what is frozen; what Keras' flags have frozen may be frozen again."""
+        """Whether the filters name frozen variables, which Keras may hold non-trainable already."""
         return False
 
 
@@ -104,4 +129,5 @@ def is_value(policy: VariablePolicy) -> bool:
         hash(policy)
     except TypeError:
         return False
+    # The hash of `object` is by identity: such a policy may keep state and answer otherwise the next time.
     return type(policy).__hash__ is not object.__hash__

@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tapeloop.errors import PolicyError
-from tapeloop.model.ordinal import Of, as_of, candidates, said
+from tapeloop.model.filters import SubmodelKind
 from tapeloop.model.tree import VariableInfo
 from tapeloop.policies.base import VariablePolicy
 
 
-@dataclass(frozen=True, init=False)
+@dataclass(frozen=True, init=False, repr=False)
 class LayerwiseDecay(VariablePolicy):
-    """Train everything, the lower the slower: one group per block, each with its multiplier of the learning rate.
+    """Train everything, lower blocks slower: each block is a group with its own multiplier of the learning rate.
 
-    Of n blocks, the last has the multiplier `rate`, the first `rate ** n`. What comes before the first block is the
-    group `"below"` with `rate ** (n + 1)`; what comes after, the head, is `"above"` with 1.
+    Of n blocks, the last has the multiplier `rate`, the first `rate ** n`. The variables before the first block are the
+    group `"below"` with `rate ** (n + 1)`; those after the blocks, the head, are the group `"above"` with 1.
 
     Source: Clark et al., ELECTRA, 2020, appendix B; Bao et al., BEiT, 2021, section 3.1.
 
@@ -27,10 +27,10 @@ class LayerwiseDecay(VariablePolicy):
         {'block0': 0.25, 'block1': 0.5}
     """
 
-    rate: float
-    of: Of
+    _rate: float
+    _blocks: SubmodelKind
 
-    def __init__(self, rate: float, *, of: Of) -> None:
+    def __init__(self, rate: float, *, of: type | str) -> None:
         """Set the decay.
 
         Args:
@@ -38,18 +38,19 @@ class LayerwiseDecay(VariablePolicy):
             of: The blocks: a class of layers, or a path glob that names submodels, as in `"encoder/blocks/*"`.
 
         Raises:
+            TypeError: `of` is no class of layers and no path glob.
             ValueError: `rate` is out of range.
         """
         if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate <= 1:
             raise ValueError(f"`rate` must be above 0 and at most 1. Received: {rate!r}.")
-        object.__setattr__(self, "rate", float(rate))
-        object.__setattr__(self, "of", as_of(of))
+        object.__setattr__(self, "_rate", float(rate))
+        object.__setattr__(self, "_blocks", SubmodelKind(of))
 
     def __repr__(self) -> str:
-        return f"LayerwiseDecay({self.rate}, of={said(self.of)})"
+        return f"LayerwiseDecay({self._rate}, of={self._blocks!r})"
 
     def group(self, variable: VariableInfo) -> str | None:
-        blocks = candidates(variable.tree, self.of)
+        blocks = self._blocks.found_in(variable.tree)
         if not blocks:
             raise PolicyError(
                 f"{self!r} found no submodel that holds variables that can train. Name the blocks by their class or by "
@@ -57,16 +58,18 @@ class LayerwiseDecay(VariablePolicy):
             )
         inside = [index for index, block in enumerate(blocks) if block in variable.submodels]
         if inside:
+            # Blocks may stand in blocks, if they are named by class: the innermost counts.
             return f"block{inside[-1]}"
+        # Depth is the order of construction: the embedding before the first block is below, the head above.
         order = variable.tree.variables
-        return "below" if order.index(variable) < order.index(variable.tree.held[blocks[0]][0]) else "above"
+        is_below = order.index(variable) < order.index(variable.tree.variables_in[blocks[0]][0])
+        return "below" if is_below else "above"
 
     def multiplier(self, variable: VariableInfo) -> float:
-        blocks = len(candidates(variable.tree, self.of))
-        group = self.group(variable) or "above"
-        if group == "above":
+        group, blocks = self.group(variable), len(self._blocks.found_in(variable.tree))
+        if group is None or group == "above":
             return 1.0
-        return self.rate ** (blocks + 1 if group == "below" else blocks - int(group.removeprefix("block")))
+        return self._rate ** (blocks + 1 if group == "below" else blocks - int(group.removeprefix("block")))
 
     def rule(self, variable: VariableInfo) -> str:
         return f"LayerwiseDecay: x{self.multiplier(variable):.3g}"

@@ -6,20 +6,44 @@ import math
 import random
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from tapeloop._validation import whole_number
 from tapeloop.errors import PolicyError
-from tapeloop.model.filters import FilterLike, to_filter
-from tapeloop.model.ordinal import Of, as_of, candidates, said
+from tapeloop.model.filters import Filter, FilterLike, SubmodelKind, to_filter
 from tapeloop.model.tree import VariableInfo
 from tapeloop.policies.base import DEFAULT_GROUP, Progress, VariablePolicy
 from tapeloop.policies.static import TrainOnly
 
-UNITS = ("epoch", "step")
+
+@dataclass(frozen=True, init=False, repr=False)
+class _Scheduled:
+    """The base of policies that answer anew after a number of steps or epochs."""
+
+    _unit: str
+    _period: int
+
+    def _set(self, unit: str, period: int, **fields: Any) -> None:
+        """Set the fields of the frozen policy, in its constructor."""
+        if unit not in ("epoch", "step"):
+            raise ValueError(f"`unit` must be 'epoch' or 'step'. Received: {unit!r}.")
+        for name, value in {"_unit": unit, "_period": period, **fields}.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def every(self) -> int | None:
+        return self._period or None if self._unit == "step" else None
+
+    def _periods_before(self, progress: Progress) -> int:
+        return progress.count(self._unit) // self._period
+
+    def _unit_unless(self, default: str) -> str:
+        """Return the argument `unit` as it is written, if it is not the default."""
+        return "" if self._unit == default else f", unit={self._unit!r}"
 
 
-@dataclass(frozen=True, init=False)
-class Phases(VariablePolicy):
+@dataclass(frozen=True, init=False, repr=False)
+class Phases(_Scheduled, VariablePolicy):
     """One policy after the other, each from the epoch (or step) that is its key.
 
     Example:
@@ -32,7 +56,6 @@ class Phases(VariablePolicy):
     """
 
     _phases: tuple[tuple[int, VariablePolicy], ...]
-    _unit: str
 
     def __init__(self, phases: Mapping[int, VariablePolicy], *, unit: str = "epoch") -> None:
         """Set the phases.
@@ -49,33 +72,28 @@ class Phases(VariablePolicy):
         if not isinstance(phases, Mapping) or not phases:
             raise TypeError(f"`Phases` takes a mapping from whole numbers to policies. Received: {phases!r}.")
         starts = {whole_number("phases", start, 0): policy for start, policy in phases.items()}
-        for policy in starts.values():
-            _check_policy("Phases", policy)
+        _check_policies("Phases", starts.values())
         if 0 not in starts:
             raise PolicyError(
                 "`Phases` must say what trains from the start. "
                 f"The first phase is at {unit} {min(starts)}: add one at 0."
             )
-        object.__setattr__(self, "_phases", tuple(sorted(starts.items(), key=lambda start: start[0])))
-        object.__setattr__(self, "_unit", _check_unit(unit))
+        # The period is the longest at which no start is missed, so that the loop asks no more often than needed.
+        self._set(unit, math.gcd(*starts), _phases=tuple((start, starts[start]) for start in sorted(starts)))
 
     def __repr__(self) -> str:
-        return f"Phases({dict(self._phases)!r}{_said(self._unit, 'epoch')})"
+        return f"Phases({dict(self._phases)!r}{self._unit_unless('epoch')})"
 
     def phases(self) -> tuple[VariablePolicy, ...]:
         return tuple(policy for _, policy in self._phases)
-
-    @property
-    def every(self) -> int | None:
-        return math.gcd(*(start for start, _ in self._phases)) or None if self._unit == "step" else None
 
     def at(self, progress: Progress) -> VariablePolicy:
         now = progress.count(self._unit)
         return [policy for start, policy in self._phases if start <= now][-1]
 
 
-@dataclass(frozen=True, init=False)
-class GradualUnfreeze(VariablePolicy):
+@dataclass(frozen=True, init=False, repr=False)
+class GradualUnfreeze(_Scheduled, VariablePolicy):
     """Train the first stage, then the second too, then the third: `GradualUnfreeze(["head", "backbone/block3"])`.
 
     Source: Howard and Ruder, Universal Language Model Fine-tuning for Text Classification, 2018, section 3.3.
@@ -89,9 +107,7 @@ class GradualUnfreeze(VariablePolicy):
         [(0, TrainOnly(glob('head'))), (2, TrainOnly(glob('head'), glob('base')))]
     """
 
-    _stages: tuple[FilterLike, ...]
-    _each: int
-    _unit: str
+    _stages: tuple[Filter, ...]
 
     def __init__(self, stages: Iterable[FilterLike], *, every: int = 1, unit: str = "epoch") -> None:
         """Set the stages.
@@ -111,26 +127,20 @@ class GradualUnfreeze(VariablePolicy):
         filters = tuple(to_filter(stage) for stage in stages)
         if not filters:
             raise PolicyError("`GradualUnfreeze` needs one or more stages. Received none: say what trains first.")
-        object.__setattr__(self, "_stages", filters)
-        object.__setattr__(self, "_each", whole_number("every", every, 1))
-        object.__setattr__(self, "_unit", _check_unit(unit))
+        self._set(unit, whole_number("every", every, 1), _stages=filters)
 
     def __repr__(self) -> str:
-        return f"GradualUnfreeze({list(self._stages)!r}, every={self._each}{_said(self._unit, 'epoch')})"
-
-    @property
-    def every(self) -> int | None:
-        return self._each if self._unit == "step" else None
+        return f"GradualUnfreeze({list(self._stages)!r}, every={self._period}{self._unit_unless('epoch')})"
 
     def phases(self) -> tuple[VariablePolicy, ...]:
         return tuple(TrainOnly(*self._stages[:count]) for count in range(1, 1 + len(self._stages)))
 
     def at(self, progress: Progress) -> VariablePolicy:
-        return TrainOnly(*self._stages[: 1 + progress.count(self._unit) // self._each])
+        return TrainOnly(*self._stages[: 1 + self._periods_before(progress)])
 
 
-@dataclass(frozen=True, init=False)
-class Cycle(VariablePolicy):
+@dataclass(frozen=True, init=False, repr=False)
+class Cycle(_Scheduled, VariablePolicy):
     """Several policies in turn, and around again: `Cycle([policy, other], every=100)`.
 
     Example:
@@ -144,8 +154,6 @@ class Cycle(VariablePolicy):
     """
 
     _policies: tuple[VariablePolicy, ...]
-    _each: int
-    _unit: str
 
     def __init__(self, policies: Iterable[VariablePolicy], *, every: int = 1, unit: str = "step") -> None:
         """Set the policies.
@@ -163,31 +171,24 @@ class Cycle(VariablePolicy):
         turns = tuple(policies) if isinstance(policies, Iterable) else (policies,)
         if not turns:
             raise PolicyError("`Cycle` needs one or more policies. Received none.")
-        for policy in turns:
-            _check_policy("Cycle", policy)
-        object.__setattr__(self, "_policies", turns)
-        object.__setattr__(self, "_each", whole_number("every", every, 1))
-        object.__setattr__(self, "_unit", _check_unit(unit))
+        _check_policies("Cycle", turns)
+        self._set(unit, whole_number("every", every, 1), _policies=turns)
 
     def __repr__(self) -> str:
-        return f"Cycle({list(self._policies)!r}, every={self._each}{_said(self._unit, 'step')})"
+        return f"Cycle({list(self._policies)!r}, every={self._period}{self._unit_unless('step')})"
 
     def phases(self) -> tuple[VariablePolicy, ...]:
         return self._policies
 
-    @property
-    def every(self) -> int | None:
-        return self._each if self._unit == "step" else None
-
     def at(self, progress: Progress) -> VariablePolicy:
-        return self._policies[progress.count(self._unit) // self._each % len(self._policies)]
+        return self._policies[self._periods_before(progress) % len(self._policies)]
 
 
-@dataclass(frozen=True, init=False)
-class RandomSubset(VariablePolicy):
-    """Train `k` submodels drawn at random, and others after a while.
+@dataclass(frozen=True, init=False, repr=False)
+class RandomSubset(_Scheduled, VariablePolicy):
+    """Train `k` submodels drawn at random, and draw others after a while.
 
-    What is drawn follows from the seed and the number of the draw alone, so that a run that is resumed goes on alike.
+    A draw follows from the seed and its number alone, so that a resumed run goes on with the same draws.
 
     Example:
         >>> dense = keras.layers.Dense
@@ -197,17 +198,15 @@ class RandomSubset(VariablePolicy):
     """
 
     _k: int
-    _of: Of
-    _each: int
+    _kind: SubmodelKind
     _seed: int
-    _unit: str
 
-    def __init__(self, k: int, *, of: Of, every: int, seed: int = 0, unit: str = "step") -> None:
-        """Set what is drawn from.
+    def __init__(self, k: int, *, of: type | str, every: int, seed: int = 0, unit: str = "step") -> None:
+        """Choose the submodels and how often they are drawn.
 
         Args:
             k: How many submodels train at a time.
-            of: Which may: a class of layers, or a path glob that names submodels.
+            of: Which submodels are drawn from: a class of layers, or a path glob that names submodels.
             every: How many steps (or epochs) a draw holds.
             seed: The seed of the draws.
             unit: What `every` counts: `"step"` or `"epoch"`.
@@ -216,22 +215,16 @@ class RandomSubset(VariablePolicy):
             TypeError: `of` is no class of layers and no path glob.
             ValueError: `k` or `every` is no whole number of 1 or more, or `unit` no unit.
         """
-        object.__setattr__(self, "_k", whole_number("k", k, 1))
-        object.__setattr__(self, "_of", as_of(of))
-        object.__setattr__(self, "_each", whole_number("every", every, 1))
-        object.__setattr__(self, "_seed", seed)
-        object.__setattr__(self, "_unit", _check_unit(unit))
+        k, every = whole_number("k", k, 1), whole_number("every", every, 1)
+        self._set(unit, every, _k=k, _kind=SubmodelKind(of), _seed=seed)
 
     def __repr__(self) -> str:
-        unit = _said(self._unit, "step")
-        return f"RandomSubset({self._k}, of={said(self._of)}, every={self._each}, seed={self._seed}{unit})"
-
-    @property
-    def every(self) -> int | None:
-        return self._each if self._unit == "step" else None
+        drawn = f"{self._k}, of={self._kind!r}, every={self._period}, seed={self._seed}"
+        return f"RandomSubset({drawn}{self._unit_unless('step')})"
 
     def at(self, progress: Progress) -> VariablePolicy:
-        return _Draw(self._k, self._of, self._seed, progress.count(self._unit) // self._each)
+        # A policy of its own: as long as a draw holds, its selection is looked up by it and not resolved anew.
+        return _Draw(self._k, self._kind, self._seed, self._periods_before(progress))
 
 
 @dataclass(frozen=True)
@@ -239,7 +232,7 @@ class _Draw(VariablePolicy):
     """One draw of a `RandomSubset`."""
 
     k: int
-    of: Of
+    kind: SubmodelKind
     seed: int
     number: int
 
@@ -247,12 +240,14 @@ class _Draw(VariablePolicy):
         return f"RandomSubset draw {self.number}"
 
     def group(self, variable: VariableInfo) -> str | None:
-        found = candidates(variable.tree, self.of)
+        # Drawn anew for each variable, from the same seed: so a draw is a value and needs no state.
+        found = self.kind.found_in(variable.tree)
         if self.k > len(found):
             raise PolicyError(
-                f"`RandomSubset` was asked for {self.k} submodels of {said(self.of)}, but the model has {len(found)} "
+                f"`RandomSubset` was asked for {self.k} submodels of {self.kind!r}, but the model has {len(found)} "
                 "that hold variables that can train. Ask for fewer."
             )
+        # Python's own generator takes a text as its seed, and draws the same on every machine.
         chosen = random.Random(f"{self.seed} {self.number}").sample(found, self.k)
         return DEFAULT_GROUP if any(submodel in variable.submodels for submodel in chosen) else None
 
@@ -260,16 +255,7 @@ class _Draw(VariablePolicy):
         return repr(self)
 
 
-def _check_policy(name: str, policy: object) -> None:
-    if not isinstance(policy, VariablePolicy):
-        raise TypeError(f"`{name}` takes policies, such as `Freeze('backbone')`. Received: {policy!r}.")
-
-
-def _check_unit(unit: str) -> str:
-    if unit not in UNITS:
-        raise ValueError(f"`unit` must be 'epoch' or 'step'. Received: {unit!r}.")
-    return unit
-
-
-def _said(unit: str, default: str) -> str:
-    return "" if unit == default else f", unit={unit!r}"
+def _check_policies(name: str, policies: Iterable[object]) -> None:
+    for policy in policies:
+        if not isinstance(policy, VariablePolicy):
+            raise TypeError(f"`{name}` takes policies, such as `Freeze('backbone')`. Received: {policy!r}.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tapeloop._validation import not_negative
@@ -27,9 +27,33 @@ class TrainAll(VariablePolicy):
         return DEFAULT_GROUP
 
 
-@dataclass(frozen=True, init=False)
-class TrainOnly(VariablePolicy):
-    """Train what any of the filters means, and freeze the rest.
+@dataclass(frozen=True, init=False, repr=False)
+class _OfFilters:
+    """The base of `TrainOnly` and `Freeze`, which have filters."""
+
+    _filters: tuple[Filter, ...]
+
+    def __init__(self, *filters: FilterLike) -> None:
+        if not filters:
+            raise TypeError(f"`{type(self).__name__}` takes one or more filters. Received none: write `TrainAll()`.")
+        object.__setattr__(self, "_filters", tuple(map(to_filter, filters)))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(map(repr, self._filters))})"
+
+    def filters(self) -> tuple[Filter, ...]:
+        return self._filters
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class TrainOnly(_OfFilters, VariablePolicy):
+    """Train the variables that any of the filters chooses, and freeze the rest.
+
+    Args:
+        *filters: Path globs, layers, classes of layers, lists of these, or filters.
+
+    Raises:
+        TypeError: There are no filters, or one of them is none of these.
 
     Example:
         >>> dense = keras.layers.Dense
@@ -38,27 +62,19 @@ class TrainOnly(VariablePolicy):
         ['base/bias', 'head/kernel', 'head/bias']
     """
 
-    _filters: tuple[Filter, ...]
-
-    def __init__(self, *filters: FilterLike) -> None:
-        object.__setattr__(self, "_filters", _at_least_one(self, filters))
-
-    def __repr__(self) -> str:
-        return f"TrainOnly({', '.join(map(repr, self._filters))})"
-
-    def filters(self) -> tuple[Filter, ...]:
-        return self._filters
-
     def group(self, variable: VariableInfo) -> str | None:
         return DEFAULT_GROUP if any(filter_(variable) for filter_ in self._filters) else None
 
-    def rule(self, variable: VariableInfo) -> str:
-        return f"TrainOnly: {_matched(self._filters, variable)}"
 
+@dataclass(frozen=True, init=False, repr=False)
+class Freeze(_OfFilters, VariablePolicy):
+    """Freeze the variables that any of the filters chooses, and train the rest.
 
-@dataclass(frozen=True, init=False)
-class Freeze(VariablePolicy):
-    """Freeze what any of the filters means, and train the rest.
+    Args:
+        *filters: Path globs, layers, classes of layers, lists of these, or filters.
+
+    Raises:
+        TypeError: There are no filters, or one of them is none of these.
 
     Example:
         >>> dense = keras.layers.Dense
@@ -69,31 +85,17 @@ class Freeze(VariablePolicy):
         ['head/kernel', 'head/bias']
     """
 
-    _filters: tuple[Filter, ...]
-
-    def __init__(self, *filters: FilterLike) -> None:
-        object.__setattr__(self, "_filters", _at_least_one(self, filters))
-
-    def __repr__(self) -> str:
-        return f"Freeze({', '.join(map(repr, self._filters))})"
-
     @property
     def freezes_filters(self) -> bool:
         return True
 
-    def filters(self) -> tuple[Filter, ...]:
-        return self._filters
-
     def group(self, variable: VariableInfo) -> str | None:
         return None if any(filter_(variable) for filter_ in self._filters) else DEFAULT_GROUP
 
-    def rule(self, variable: VariableInfo) -> str:
-        return f"Freeze: {_matched(self._filters, variable)}"
 
-
-@dataclass(frozen=True, init=False)
+@dataclass(frozen=True, init=False, repr=False)
 class Groups(VariablePolicy):
-    """Train each filter's variables as a group of their own; what none means is frozen, and overlap is an error.
+    """Train each filter's variables as a group, and freeze the rest; a variable in two groups is an error.
 
     Example:
         >>> dense = keras.layers.Dense
@@ -110,26 +112,25 @@ class Groups(VariablePolicy):
         """Set the groups.
 
         Args:
-            groups: What trains in each.
-            multipliers: By how much the learning rate of a group is multiplied; 1 for those left out.
+            groups: From names of groups to filters: path globs, layers, classes of layers, lists of these.
+            multipliers: By how much the learning rate of a group is multiplied; 1 for groups left out.
 
         Raises:
             TypeError: `groups` is no mapping to filters.
-            PolicyError: A multiplier is for a group that there is not.
+            PolicyError: A multiplier is for a group that does not exist.
             ValueError: A multiplier is no number of 0 or more, or not finite.
         """
         if not isinstance(groups, Mapping) or not groups:
             raise TypeError(f"`Groups` takes a mapping from names of groups to filters. Received: {groups!r}.")
-        resolved = tuple((name, to_filter(filter_)) for name, filter_ in groups.items())
-        unknown = sorted(set(multipliers or {}) - set(groups))
-        if unknown:
+        factors = multipliers or {}
+        if unknown := sorted(set(factors) - set(groups)):
             raise PolicyError(
                 f"`multipliers` are for {unknown}, but the groups are {sorted(groups)}. Name one of these."
             )
-        checked = (
-            (name, not_negative(f"multipliers[{name!r}]", factor)) for name, factor in (multipliers or {}).items()
-        )
-        object.__setattr__(self, "_groups", resolved)
+        # Tuples of pairs and not dicts: a policy is a value with a hash.
+        checked = ((name, not_negative(f"multipliers[{name!r}]", factor)) for name, factor in factors.items())
+        filters = ((name, to_filter(filter_)) for name, filter_ in groups.items())
+        object.__setattr__(self, "_groups", tuple(filters))
         object.__setattr__(self, "_multipliers", tuple(checked))
 
     def __repr__(self) -> str:
@@ -144,25 +145,13 @@ class Groups(VariablePolicy):
 
     def group(self, variable: VariableInfo) -> str | None:
         matches = {name: filter_ for name, filter_ in self._groups if filter_(variable)}
+        # If the first group won, what trains would hang on the order of a dict; so an overlap is the user's to decide.
         if len(matches) > 1:
-            tied = len(variable.paths) > 1
-            what = "the tied weight" if tied else "the variable"
-            remedy = "give all its paths to one of them" if tied else "narrow one of them with `& ~...`"
+            is_tied = len(variable.paths) > 1
+            what = "The tied weight" if is_tied else "The variable"
+            remedy = "give all its paths to one of them" if is_tied else "narrow one of them with `& ~...`"
             raise PolicyError(
-                f"{what.capitalize()} {' = '.join(f'`{path}`' for path in variable.paths)} is in "
-                f"{len(matches)} groups: {matches!r}. A variable trains in one group: {remedy}."
+                f"{what} {' = '.join(f'`{path}`' for path in variable.paths)} is in {len(matches)} groups: "
+                f"{matches!r}. A variable trains in one group: {remedy}."
             )
         return next(iter(matches), None)
-
-    def rule(self, variable: VariableInfo) -> str:
-        return f"Groups: {_matched(self.filters(), variable)}"
-
-
-def _at_least_one(policy: VariablePolicy, filters: tuple[FilterLike, ...]) -> tuple[Filter, ...]:
-    if not filters:
-        raise TypeError(f"`{type(policy).__name__}` takes one or more filters. Received none: write `TrainAll()`.")
-    return tuple(map(to_filter, filters))
-
-
-def _matched(filters: Iterable[Filter], variable: VariableInfo) -> str:
-    return next((repr(filter_) for filter_ in filters if filter_(variable)), "all else")

@@ -223,6 +223,6 @@ def immutable_variables(selection: Selection) -> list[VariableInfo]:
     State that a frozen and a trained part share belongs to the trained one too, and moves with it.
     """
     # A layer that is shared by a frozen and a trained part goes on moving its state in the trained one.
-    places, idle = selection.tree.places, selection.idle
+    places, idle = selection.tree.enclosing, selection.idle
     state = [v for v in selection.non_trainable if all(not idle.isdisjoint(place) for place in places[v])]
     return [*selection.frozen, *state]

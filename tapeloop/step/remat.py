@@ -13,19 +13,18 @@ from tapeloop._backend import keras_internals
 from tapeloop._backend.patching import noting_assignments, patched
 from tapeloop.errors import PolicyError
 from tapeloop.model.filters import (
-    AnyOf,
     Filter,
     FilterLike,
     Glob,
     Joined,
     Not,
     OfType,
+    Ordinal,
     Under,
     is_inside,
     matches_whole,
     to_filter,
 )
-from tapeloop.model.ordinal import Ordinal
 from tapeloop.model.selection import Selection
 from tapeloop.model.tree import SubmodelInfo, Tree, VariableInfo, raw
 
@@ -106,10 +105,10 @@ def _recomputing(submodel: SubmodelInfo, selection: Selection, call: Callable[..
     assigned after it, what the second would assign is dropped.
     """
     layer = submodel.object
-    held = [v for v in selection.tree.held[submodel] if isinstance(v.variable, keras.Variable)]
+    held = [v for v in selection.tree.variables_in[submodel] if isinstance(v.variable, keras.Variable)]
     trained = [(v, v.tf_variable) for v in held if v in selection.group_of]
     fixed = [(v.variable, v.tf_variable) for v in held if v not in selection.group_of]
-    plain = [v.tf_variable for v in selection.tree.held[submodel] if not isinstance(v.variable, keras.Variable)]
+    plain = [v.tf_variable for v in selection.tree.variables_in[submodel] if not isinstance(v.variable, keras.Variable)]
     again = False
 
     def shadow(*args: Any, **kwargs: Any) -> Any:
@@ -222,10 +221,8 @@ def _names(filter_: Filter, submodel: SubmodelInfo, tree: Tree) -> bool:
         return submodel in filter_.chosen(tree)
     if isinstance(filter_, Not):
         return not _names(filter_.inner, submodel, tree)
-    if isinstance(filter_, AnyOf):
-        return any(_names(each, submodel, tree) for each in filter_.filters)
     if isinstance(filter_, Joined):
-        names = (_names(filter_.left, submodel, tree), _names(filter_.right, submodel, tree))
+        names = [_names(each, submodel, tree) for each in filter_.filters]
         return all(names) if filter_.sign == "&" else any(names)
     raise TypeError(
         "`remat` takes filters that name layers: a path glob, a class, a layer, `first` or `last`. "

@@ -22,7 +22,7 @@ FORWARD = [("sequential", ["dense", "bn", "dropout"]), ("insistent", ["spectral"
 def drawn_policy(data, model):
     """A policy that leaves something to train: by frozen paths, by trained ones, or by names."""
     tree = Tree.of(model)
-    owners = [s.path for s in tree.submodels[1:] if any(v.trainable for v in tree.held[s])]
+    owners = [s.path for s in tree.submodels[1:] if any(v.trainable for v in tree.variables_in[s])]
     chosen = data.draw(st.lists(st.sampled_from(owners), min_size=1, max_size=3, unique=True), label="paths")
     policy = data.draw(st.sampled_from([tl.Freeze, tl.TrainOnly]), label="kind")(*chosen)
     left = [v for v in tree.variables if v.trainable and policy.group(v)]
@@ -69,7 +69,7 @@ def test_what_is_frozen_is_bit_identical_and_what_trains_moves_as_by_hand(recipe
     selection = trainer.selection
     places = [*selection.trained, *selection.frozen, *selection.non_trainable]
     assert len(places) == len(set(places)) == len(selection.tree.variables)
-    idle = {s for s in selection.inference if not set(selection.trained) & set(selection.tree.held[s])}
+    idle = {s for s in selection.inference if not set(selection.trained) & set(selection.tree.variables_in[s])}
     still = [*selection.frozen, *(v for v in selection.non_trainable if idle & set(v.submodels))]
     before = {v: v.tf_variable.numpy() for v in selection.tree.variables}
     if not set(recipes.UNQUIET) & set(recipes.leaves(recipe)):

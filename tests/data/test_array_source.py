@@ -8,23 +8,24 @@ import tensorflow as tf
 
 import tapeloop as tl
 from tapeloop.data.array_source import ON_DEVICE_BYTES
-from tapeloop.data.loader import as_loader
 from tapeloop.data.sampler import Sampler
 from tests.support import models
 from tests.support.models import trainer_of
+from tests.support.streams import loader_of
 
 layers = keras.layers
 X = np.arange(20.0, dtype="float32").reshape(10, 2)
 Y = np.arange(10)
 
 
-def rows(data, orders=None):
+def as_list(tensor):
+    tensor = tf.sparse.to_dense(tensor) if isinstance(tensor, tf.SparseTensor) else tensor
+    return tensor.to_list() if isinstance(tensor, tf.RaggedTensor) else tensor.numpy().tolist()
+
+
+def rows(data, sampler=None):
     """The examples of one epoch, batch by batch, as lists."""
-    found = []
-    for x, y in as_loader(data, batch_size=4, orders=orders).drawn():
-        x = tf.sparse.to_dense(x) if isinstance(x, tf.SparseTensor) else x
-        found.append((x.to_list() if isinstance(x, tf.RaggedTensor) else x.numpy().tolist(), y.numpy().tolist()))
-    return found
+    return [(as_list(x), as_list(y)) for x, y in loader_of(data, sampler, batch_size=4)]
 
 
 class Frame:
@@ -91,8 +92,8 @@ def test_training_on_every_kind_is_training_on_the_array(kind, tmp_path):
 
 def test_the_order_is_one_of_the_seed_and_the_epoch():
     def orders(seed, epoch=0, count=2):
-        drawn = Sampler(True, seed, epoch)
-        return [drawn.next(9).tolist() for _ in range(count)]
+        sampler = Sampler(True, seed, epoch)
+        return [sampler.next_order(9).tolist() for _ in range(count)]
 
     assert sorted(orders(1)[0]) == list(range(9))
     assert orders(1) == orders(1)
@@ -108,22 +109,29 @@ def test_the_order_is_one_of_the_seed_and_the_epoch():
 
 def test_two_fits_see_the_orders_of_one():
     def seen(*epochs):
+        keras.utils.set_random_seed(0)
         trainer = trainer_of(optimizer="sgd", seed=3)
         for count in epochs:
             trainer.fit(models.images(20), epochs=count, batch_size=4, progress="none")
         return models.values(trainer.model)
 
-    keras.utils.set_random_seed(0)
-    one = seen(2)
-    keras.utils.set_random_seed(0)
-    assert seen(1, 1) == one
+    assert seen(1, 1) == seen(2)
+
+
+def test_two_fits_of_sparse_arrays_see_the_orders_of_one():
+    def orders(epoch, count):
+        loader = loader_of((tf.sparse.from_dense(X), Y), Sampler(True, 3, epoch))
+        return [as_list(y) for _ in range(count) for _, y in loader]
+
+    assert orders(0, 2) == orders(0, 1) + orders(1, 1)
+    assert orders(0, 1) != orders(1, 1)
 
 
 def test_arrays_that_a_device_would_not_hold_stay_with_the_host(monkeypatch):
     monkeypatch.setattr("tapeloop.data.array_source.ON_DEVICE_BYTES", X.nbytes)
     monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind: [kind])
-    assert next(as_loader((X, Y))._source.feeds()).source.device == "CPU:0"
-    assert next(as_loader(X)._source.feeds()).source.device is None
+    assert loader_of((X, Y)).cursor().reader.device == "CPU:0"
+    assert loader_of(X).cursor().reader.device is None
     assert ON_DEVICE_BYTES == 2**30
 
 
@@ -146,6 +154,8 @@ def test_a_ragged_input_trains():
         ((np.array([1, "a"], object), Y[:2]), r"In `data`, ndarray of the dtype `object` and the shape \(2,\) cannot"),
         (scipy.sparse.csr_array(np.zeros((0, 2))), r"`data` is empty"),
         ((InAFile(), Y[:9]), r"must have the same number of examples.*\(10, 2\) float32, \(9,\) int64"),
+        ((X.tolist(), Y.tolist()), r"Lists are taken for several arrays: make one of them with `np.asarray`"),
+        ((InAFile(), tf.sparse.from_dense(X)), r"has arrays in files and sparse ones"),
     ],
 )
 def test_arrays_that_will_not_do(data, text):
@@ -160,27 +170,9 @@ def test_arrays_of_any_length_share_two_traces():
     assert trainer.trace_count == 2
 
 
-def test_arrays_in_files_go_with_others(tmp_path):
-    frame, ragged = Frame(), tf.ragged.constant([[value] for value in X[:, 0]])
-    for other in (frame, tf.constant(X), ragged):
-        batches = as_loader(({"a": memmap(tmp_path), "b": other}, Y), batch_size=4, orders=Sampler(True, 3))
-        for x, y in batches.drawn():
-            others = x["b"].to_tensor() if other is ragged else x["b"]
-            np.testing.assert_array_equal(x["a"][:, 0], others[:, 0])
-            np.testing.assert_array_equal(x["a"], X[y.numpy()])
-    with pytest.raises(tl.DataError, match="has arrays in files and sparse ones"):
-        as_loader((memmap(tmp_path), tf.sparse.from_dense(X)))
-
-
-def test_two_fits_of_sparse_arrays_see_the_orders_of_one():
-    def orders(*epochs):
-        batches = [as_loader((tf.sparse.from_dense(X), Y), orders=Sampler(True, 3, epoch)) for epoch, _ in epochs]
-        return [
-            y.numpy().tolist()
-            for each, (_, count) in zip(batches, epochs)
-            for _ in range(count)
-            for _, y in each.drawn()
-        ]
-
-    assert orders((0, 2)) == orders((0, 1), (1, 1))
-    assert orders((0, 2))[0] != orders((0, 2))[1]
+@pytest.mark.parametrize("kind", ["frame", "tensor", "ragged"])
+def test_arrays_in_files_go_with_others(kind, tmp_path):
+    data = {"a": memmap(tmp_path), "b": KINDS[kind](tmp_path)}, Y
+    for x, y in loader_of(data, Sampler(True, 3), batch_size=4):
+        np.testing.assert_array_equal(x["a"], X[y.numpy()])
+        np.testing.assert_array_equal(as_list(x["b"]), X[y.numpy()])

@@ -8,23 +8,17 @@ import pytest
 import tensorflow as tf
 
 import tapeloop as tl
-from tapeloop.data.loader import as_loader
 from tapeloop.data.sampler import Sampler
 from tests.support import models
 from tests.support.models import trainer_of
-from tests.support.streams import X, Y, breaking, from_pydataset, network, trainer_on
+from tests.support.streams import X, Y, breaking, from_pydataset, loader_of, network, trainer_on
 
 layers = keras.layers
 
 
-def recurrent():
-    return keras.Sequential([keras.Input((None, 5)), layers.GRU(4), layers.Dense(3)])
-
-
 def test_batches_of_any_length_in_time_cost_a_trace_more_at_most():
-    lengths = [3, 3, 5, 4, 7, 3]
-    data = [(np.ones((4, length, 5), "float32"), Y) for length in lengths]
-    trainer = trainer_on(data, recurrent())
+    data = [(np.ones((4, length, 5), "float32"), Y) for length in (3, 3, 5, 4, 7, 3)]
+    trainer = trainer_on(data, keras.Sequential([keras.Input((None, 5)), layers.GRU(4), layers.Dense(3)]))
     assert (trainer.step, trainer.trace_count) == (6, 2)
     trainer.fit(data, epochs=2, progress="none")
     assert (trainer.step, trainer.trace_count) == (18, 2)
@@ -74,21 +68,16 @@ def good_then(bad, number=3):
 @pytest.mark.parametrize(
     ("bad", "text"),
     [
-        (
-            (X,),
-            r"^The structure changes at batch 3 of `data` \(the first is 0\): it is \(\*,\), those before it are \(\*,",
-        ),
+        ((X,),
+         r"^The structure changes at batch 3 of `data` \(the first is 0\): it is \(\*,\), those before it are \(\*,"),
         ((X, None), r"structure changes at batch 3 .* is \(\*, None\), those before it are \(\*, \*\)"),
         ({"x": X, "y": Y}, r"structure changes at batch 3 .* is \{'x': \*, 'y': \*\}"),
         ((X.astype("int32"), Y), r"types change at batch 3 of `data` .*: \(4, 5\) int32 where .* have float32"),
         ((np.ones((4, 6), "float32"), Y), r"At batch 3 of `data` .*: The inputs do not fit .* has the shape 4 6"),
-        (
-            (np.ones((4, 5, 2), "float32"), Y),
-            r"At batch 3 of `data` .*: The inputs do not fit the model .* has \(None, 5, 2\)",
-        ),
+        ((np.ones((4, 5, 2), "float32"), Y), r"At batch 3 of `data` .*: The inputs do not fit .* has \(None, 5, 2\)"),
         ((np.array([[1], "a"], object), Y), r"In batch 3 of `data`, ndarray of the dtype `object`"),
     ],
-)
+)  # fmt: skip
 def test_bad_batches_are_named_and_nothing_is_lost(bad, text):
     trainer = trainer_of(network(), optimizer="sgd")
     with pytest.raises(tl.DataError, match=text):
@@ -102,29 +91,26 @@ class Broken(Exception):
     """The user's own."""
 
 
-def from_generator(number, error, batch):
-    return breaking(number, error, batch)
-
-
 @pytest.mark.parametrize("steps_per_call", [1, 2, "auto"])
-@pytest.mark.parametrize("make", [from_generator, from_pydataset], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", [breaking, from_pydataset], ids=lambda make: make.__name__)
 def test_an_iterator_that_raises_raises_the_users_error_after_the_last_whole_step(make, steps_per_call):
-    error = Broken("the disk is gone")
-    keras.utils.set_random_seed(0)
-    trainer = trainer_of(models.functional(), optimizer="adam", steps_per_call=steps_per_call)
-    batch = models.images(4)
+    def trainer():
+        keras.utils.set_random_seed(0)
+        return trainer_of(models.functional(), optimizer="adam", steps_per_call=steps_per_call)
+
+    error, batch = Broken("the disk is gone"), models.images(4)
+    broken, whole = trainer(), trainer()
     with pytest.raises(Broken) as raised:
-        trainer.fit(make(5, error, batch), progress="none", shuffle=False)
+        broken.fit(make(5, error, batch), progress="none", shuffle=False)
     assert raised.value is error
     assert any("batch 5 of `data` (the first is 0)" in note for note in error.__notes__)
-    keras.utils.set_random_seed(0)
-    other = trainer_of(models.functional(), optimizer="adam")
-    other.fit([batch] * 5, progress="none")
-    assert trainer.step == other.step == 5
-    assert models.values(trainer.model) == models.values(other.model)
-    for each in (trainer, other):
-        each.fit([batch] * 2, progress="none")
-    assert models.values(trainer.model) == models.values(other.model)
+    whole.fit([batch] * 5, progress="none")
+    for _ in range(2):  # the second time, both have gone on
+        assert broken.step == whole.step
+        assert models.values(broken.model) == models.values(whole.model)
+        for each in (broken, whole):
+            each.fit([batch] * 2, progress="none")
+    assert broken.step == 9
 
 
 def test_a_dataset_that_raises_leaves_the_model_as_after_the_last_whole_step():
@@ -161,13 +147,6 @@ def test_an_iterator_gives_as_many_batches_as_are_asked_for_and_keeps_the_rest()
     assert next(numbers) == 8
 
 
-@pytest.mark.parametrize("options", [{}, {"workers": 2}, {"workers": 2, "use_multiprocessing": True}], ids=str)
-def test_workers_give_the_batches_in_order(options):
-    batches = as_loader(Numbered(**options))
-    for _ in range(2):
-        assert [int(batch[0]) for batch in batches.drawn()] == list(range(6))
-
-
 class Numbered(keras.utils.PyDataset):
     def __len__(self):
         return 6
@@ -176,15 +155,20 @@ class Numbered(keras.utils.PyDataset):
         return np.array([index])
 
 
-def test_a_pydataset_is_shuffled_by_the_seed():
-    def order(seed):
-        batches = as_loader(Numbered(), orders=Sampler(True, seed))
-        return [[int(batch[0]) for batch in batches.drawn()] for _ in range(2)]
+def two_epochs(loader):
+    return [[int(batch[0]) for batch in loader] for _ in range(2)]
 
-    one, two = order(1)
+
+@pytest.mark.parametrize("options", [{}, {"workers": 2}, {"workers": 2, "use_multiprocessing": True}], ids=str)
+def test_workers_give_the_batches_in_order(options):
+    assert two_epochs(loader_of(Numbered(**options))) == [list(range(6))] * 2
+
+
+def test_a_pydataset_is_shuffled_by_the_seed():
+    one, two = two_epochs(loader_of(Numbered(), Sampler(True, 1)))
     assert sorted(one) == sorted(two) == list(range(6))
     assert one != two
-    assert order(1) == [one, two]
+    assert two_epochs(loader_of(Numbered(), Sampler(True, 1))) == [one, two]
 
 
 def test_an_error_in_a_worker_is_the_users():

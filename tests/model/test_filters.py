@@ -8,18 +8,11 @@ from tapeloop.model.filters import to_filter
 from tapeloop.model.tree import Tree
 from tests.support import models
 
-
-@pytest.fixture(scope="module")
-def model():
-    return models.functional()
+MODEL = models.functional()
+TREE = Tree.of(MODEL)
 
 
-@pytest.fixture(scope="module")
-def tree(model):
-    return Tree.of(model)
-
-
-def chosen(filter_, tree):
+def chosen(filter_, tree=TREE):
     return [variable.path for variable in tree.variables if to_filter(filter_)(variable)]
 
 
@@ -59,14 +52,14 @@ SEED = ["base/drop/seed_generator/state"]
         ("base" & ~tl.glob("base/bn"), CONV + SEED),
     ],
 )
-def test_what_a_where_means(filter_, paths, tree):
-    assert chosen(filter_, tree) == paths
+def test_what_a_filter_chooses(filter_, paths):
+    assert chosen(filter_) == paths
 
 
-def test_a_submodel_means_all_under_that_very_object(model, tree):
-    assert chosen(model.get_layer("head"), tree) == HEAD
-    assert chosen(tl.under(model.get_layer("base")), tree) == CONV + BN + SEED
-    assert chosen(models.functional().get_layer("head"), tree) == []
+def test_a_submodel_means_all_under_that_very_object():
+    assert chosen(MODEL.get_layer("head")) == HEAD
+    assert chosen(tl.under(MODEL.get_layer("base"))) == CONV + BN + SEED
+    assert chosen(models.functional().get_layer("head")) == []
 
 
 def test_any_path_of_a_shared_layer_matches():
@@ -75,7 +68,7 @@ def test_any_path_of_a_shared_layer_matches():
     assert chosen("b", Tree.of(model)) == ["a/dense/kernel", "a/dense/bias"]
 
 
-WHERES = st.recursive(
+FILTERS = st.recursive(
     st.sampled_from(["base", "head", "**/bias", "base/*/gamma", "nothing"]).map(tl.glob) | st.just(tl.named("kernel")),
     lambda inner: (
         st.tuples(inner, inner).map(lambda pair: pair[0] & pair[1])
@@ -86,31 +79,26 @@ WHERES = st.recursive(
 )
 
 
-@given(WHERES, WHERES)
+@given(FILTERS, FILTERS)
 def test_the_laws_of_sets_hold(a, b):
-    tree = TREE
-    every = set(chosen("**", tree))
-    of_a, of_b = set(chosen(a, tree)), set(chosen(b, tree))
-    assert set(chosen(a & b, tree)) == of_a & of_b
-    assert set(chosen(a | b, tree)) == of_a | of_b
-    assert set(chosen(~a, tree)) == every - of_a
-    assert chosen(a & ~a, tree) == []
+    of_a, of_b = set(chosen(a)), set(chosen(b))
+    assert set(chosen(a & b)) == of_a & of_b
+    assert set(chosen(a | b)) == of_a | of_b
+    assert set(chosen(~a)) == set(chosen("**")) - of_a
+    assert chosen(a & ~a) == []
 
 
-TREE = Tree.of(models.functional())
-
-
-def test_wheres_are_values():
+def test_filters_are_values():
     assert tl.glob("a") | tl.named("b") == tl.glob("a") | tl.named("b")
     assert len({tl.glob("a"), tl.glob("a"), tl.glob("b")}) == 2
     with pytest.raises(AttributeError):
         tl.glob("a").pattern = "b"
 
 
-def test_reprs_read_as_written(model):
+def test_reprs_read_as_written():
     filter_ = (tl.glob("a/**") & ~tl.named("bias")) | tl.of_type(keras.layers.Dense)
     assert repr(filter_) == "((glob('a/**') & ~named('bias')) | of_type(Dense))"
-    assert repr(tl.under(model.get_layer("head"))) == "under(<Dense head>)"
+    assert repr(tl.under(MODEL.get_layer("head"))) == "under(<Dense head>)"
     assert repr(tl.matching(len)) == "matching(len)"
 
 
@@ -120,11 +108,8 @@ def test_reprs_read_as_written(model):
         (lambda: tl.glob("a//b"), ValueError, r"segments joined by single slashes.*Received: 'a//b'"),
         (lambda: tl.glob(""), ValueError, r"Received: ''"),
         (lambda: tl.glob(3), TypeError, r"`pattern` must be a string. Received: 3"),
-        (
-            lambda: tl.of_type("Dense"),
-            TypeError,
-            r"`of_type` takes one or more classes of layers. Received: \('Dense',\)",
-        ),
+        (lambda: tl.of_type("Dense"), TypeError,
+         r"`of_type` takes one or more classes of layers. Received: \('Dense',\)"),
         (lambda: tl.of_type(), TypeError, r"one or more classes"),
         (lambda: tl.named(), TypeError, r"`named` takes one or more names"),
         (lambda: tl.under("head"), TypeError, r"`submodel` must be a Keras model or layer.*Received: 'head'"),
@@ -135,7 +120,7 @@ def test_reprs_read_as_written(model):
         (lambda: tl.Freeze(3), TypeError, r"a list of these, or a `Filter`. Received: 3."),
         (lambda: bool(tl.glob("a")), TypeError, r"no truth value: combine filters with `&`"),
     ],
-)
+)  # fmt: skip
 def test_wrong_uses(make, error, text):
     with pytest.raises(error, match=text):
         make()

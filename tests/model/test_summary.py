@@ -20,30 +20,7 @@ def nested():
 
 
 POLICY = tl.Freeze("backbone/stage1", "**/beta")
-TOTALS = """
-parameters       82
-  train          34 (41.5%) in 1 group: default
-  frozen         32
-  non-trainable  16 (statistics, seeds, Keras' flags)
-optimizer state  272 B"""
-GOLDEN = {
-    1: """
-submodel  parameters  group    state         rule              mode   optimizer state
--------------------------------------------------------------------------------------
-backbone          72  default  trains 33.3%  mixed             train            192 B
-head              10  default  trains        Freeze: all else  train             80 B
--------------------------------------------------------------------------------------
-""",
-    2: """
-submodel         parameters  group    state         rule                             mode       optimizer state
----------------------------------------------------------------------------------------------------------------
-backbone                 72  default  trains 33.3%  mixed                            train                192 B
-backbone/stage1          36  -        frozen        Freeze: glob('backbone/stage1')  inference              0 B
-backbone/stage2          36  default  trains 66.7%  mixed                            train                192 B
-head                     10  default  trains        Freeze: all else                 train                 80 B
----------------------------------------------------------------------------------------------------------------
-""",
-    3: """
+NESTED = """
 submodel               parameters  group    state         rule                             mode       optimizer state
 ---------------------------------------------------------------------------------------------------------------------
 backbone                       72  default  trains 33.3%  mixed                            train                192 B
@@ -53,8 +30,12 @@ backbone/stage2/dense          20  default  trains        Freeze: all else      
 backbone/stage2/bn             16  default  trains 25.0%  mixed                            train                 32 B
 head                           10  default  trains        Freeze: all else                 train                 80 B
 ---------------------------------------------------------------------------------------------------------------------
-""",
-}
+parameters       82
+  train          34 (41.5%) in 1 group: default
+  frozen         32
+  non-trainable  16 (statistics, seeds, Keras' flags)
+optimizer state  272 B
+"""
 MODULE = """
 submodel   parameters  group  state          rule                     mode       optimizer state
 ------------------------------------------------------------------------------------------------
@@ -74,10 +55,16 @@ optimizer state  1.6 KiB
 """
 
 
-@pytest.mark.parametrize("depth", GOLDEN)
-def test_what_is_alike_inside_is_folded_and_the_rest_unfolded_to_the_depth(depth):
-    trainer = tl.Trainer(nested(), POLICY, loss="mse", optimizer="adam")
-    assert trainer.explain(depth) == (GOLDEN[depth] + TOTALS).strip("\n").replace("\n\n", "\n")
+def words(table):
+    """The rows of a table without the widths of its columns."""
+    return [line.split() for line in table.splitlines() if line.strip("-")]
+
+
+@pytest.mark.parametrize(("depth", "folded"), [(1, "backbone/"), (2, "backbone/stage2/"), (3, "nothing")])
+def test_what_is_alike_inside_is_folded_and_the_rest_unfolded_to_the_depth(depth, folded):
+    table = tl.Trainer(nested(), POLICY, loss="mse", optimizer="adam").explain(depth)
+    assert words(table) == [row for row in words(NESTED) if not row[0].startswith(folded)]
+    assert (table == NESTED.strip("\n")) == (depth == 3)
 
 
 def test_raw_variables_and_several_groups():
@@ -104,8 +91,8 @@ def test_depth_must_be_a_number_of_levels(depth):
     [
         (0, "0 B"),
         (1023, "1023 B"),
-        (1024, "1.0 KiB"),
-        (1536 << 10, "1.5 MiB"),
+        (1 << 10, "1.0 KiB"),
+        (3 << 19, "1.5 MiB"),
         (3 << 30, "3.0 GiB"),
         (5 << 40, "5.0 TiB"),
     ],
@@ -141,18 +128,6 @@ two                                                 Module
 two/w                                               float32             (64, 3)       trainable
 two/b/0                                             float32             (3,)          trainable
 two/b/1                                             float32             ()            non-trainable
-two/base                                            Sequential
-two/base/conv                                       Conv2D
-two/base/conv/kernel                                float32             (3, 3, 1, 4)  trainable
-two/base/conv/bias                                  float32             (4,)          trainable
-two/base/bn                                         BatchNormalization
-two/base/bn/gamma                                   float32             (4,)          trainable
-two/base/bn/beta                                    float32             (4,)          trainable
-two/base/bn/moving_mean                             float32             (4,)          non-trainable
-two/base/bn/moving_variance                         float32             (4,)          non-trainable
-two/base/drop                                       Dropout
-two/base/drop/seed_generator/state                  int64               (2,)          seed
-two/base/flat                                       Flatten
 """
 
 
@@ -160,5 +135,6 @@ def test_the_paths_of_a_model_are_printed(capsys):
     model = {"one": keras.Sequential([keras.Input((6, 6, 1)), *models.base_layers()], name="s"), "two": models.Module()}
     model["one"].get_layer("conv").trainable = False
     model["two"].again = model["one"].get_layer("bn")
+    del model["two"].base
     assert tl.paths(model) is None
     assert capsys.readouterr().out == PATHS.lstrip("\n")

@@ -8,6 +8,21 @@ from tests.support import models
 layers = keras.layers
 
 
+class Holder(keras.Model):
+    """A model with the attributes that it is given."""
+
+    def __init__(self, **attributes):
+        super().__init__()
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+
+def dense(use_bias=False, **options):
+    layer = layers.Dense(2, use_bias=use_bias, **options)
+    layer.build((None, 2))
+    return layer
+
+
 def paths(model):
     return {variable.path: variable.trainable for variable in Tree.of(model).variables}
 
@@ -27,78 +42,33 @@ def test_functional_and_sequential_models_use_the_layers_names():
 
 
 def test_subclassed_models_use_the_attributes_names_without_underscores():
-    class Net(keras.Model):
-        def __init__(self):
-            super().__init__()
-            self._first = layers.Dense(2, name="whatever")
-            self.blocks = [layers.Dense(2), {"inner": layers.Dense(2, use_bias=False)}]
-            self.attention = layers.MultiHeadAttention(1, 2, use_bias=False)
-
-        def call(self, x):
-            x = self.blocks[1]["inner"](self.blocks[0](self._first(x)))
-            return self.attention(x[:, None], x[:, None])
-
-    net = Net()
-    net(tf.zeros((1, 2)))
-    assert list(paths(net)) == [
+    attention = layers.MultiHeadAttention(1, 2, use_bias=False)
+    attention.build((None, 1, 2), (None, 1, 2))
+    blocks = [dense(use_bias=True), {"inner": dense()}]
+    assert list(paths(Holder(_first=dense(name="whatever"), blocks=blocks, attention=attention))) == [
         "first/kernel",
-        "first/bias",
         "blocks/0/kernel",
         "blocks/0/bias",
         "blocks/1/inner/kernel",
-        "attention/query_dense/kernel",
-        "attention/key_dense/kernel",
-        "attention/value_dense/kernel",
-        "attention/output_dense/kernel",
+        *(f"attention/{name}_dense/kernel" for name in ("query", "key", "value", "output")),
     ]
 
 
 def test_an_attribute_that_collides_without_its_underscore_keeps_a_path_of_its_own():
-    class Net(keras.Model):
-        def __init__(self):
-            super().__init__()
-            self.dense = layers.Dense(2, use_bias=False)
-            self._dense = layers.Dense(2, use_bias=False)
-
-        def call(self, x):
-            return self._dense(self.dense(x))
-
-    net = Net()
-    net(tf.zeros((1, 2)))
-    assert list(paths(net)) == ["dense/kernel", "dense_2/kernel"]
+    assert list(paths(Holder(dense=dense(), _dense=dense()))) == ["dense/kernel", "dense_2/kernel"]
 
 
 def test_weights_kept_in_no_attribute_are_found_by_name():
-    class Bag(layers.Layer):
-        def build(self, shape):
-            self.add_weight(shape=(2,), name="loose")
-
-        def call(self, x):
-            return x
-
-    bag = Bag()
-    bag(tf.zeros((1, 2)))
+    bag = layers.Layer()
+    bag.add_weight(shape=(2,), name="loose")
     assert list(paths(bag)) == ["loose"]
 
 
 def test_a_shared_layer_stands_once_with_all_its_paths():
-    shared = layers.Dense(2, use_bias=False)
-
-    class Net(keras.Model):
-        def __init__(self):
-            super().__init__()
-            self.one = keras.Sequential([keras.Input((2,)), shared])
-            self.two = shared
-
-        def call(self, x):
-            return self.two(self.one(x))
-
-    net = Net()
-    net(tf.zeros((1, 2)))
-    (variable,) = Tree.of(net).variables
+    shared = dense(name="dense")
+    (variable,) = Tree.of(Holder(one=keras.Sequential([keras.Input((2,)), shared]), two=shared)).variables
     assert variable.paths == ("one/dense/kernel", "two/kernel")
-    submodel = variable.submodels[-1]
-    assert submodel.paths == ("one/dense", "two")
+    assert variable.submodels[-1].paths == ("one/dense", "two")
 
 
 def test_parents_of_a_shared_layer():
@@ -110,19 +80,7 @@ def test_parents_of_a_shared_layer():
 
 
 def test_a_tied_weight_has_all_its_paths():
-    class Tied(keras.Model):
-        def __init__(self):
-            super().__init__()
-            self.embed = layers.Embedding(5, 2)
-            self.embed.build()
-            self.out = self.embed.embeddings
-
-        def call(self, x):
-            return self.embed(x) @ tf.transpose(self.out)
-
-    tied = Tied()
-    tied(tf.zeros((1, 2), tf.int32))
-    (variable,) = Tree.of(tied).variables
+    (variable,) = Tree.of(models.tied()).variables
     assert variable.paths == ("embed/embeddings", "out")
 
 

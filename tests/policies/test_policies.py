@@ -2,7 +2,6 @@ from dataclasses import dataclass
 
 import keras
 import pytest
-import tensorflow as tf
 
 import tapeloop as tl
 from tapeloop.model.tree import Tree
@@ -58,18 +57,20 @@ def inference(policy, model):
     return [submodel.path for submodel in resolve(policy, Tree.of(model)).inference]
 
 
-def test_a_submodel_of_which_nothing_trains_runs_in_inference_mode_with_all_in_it():
-    assert inference(tl.Freeze("base"), models.functional()) == [
-        "base", "base/conv", "base/bn", "base/drop", "base/flat",
-    ]  # fmt: skip
-    assert inference(tl.TrainAll(), models.functional()) == []
+BASE_LAYERS = ["base", "base/conv", "base/bn", "base/drop", "base/flat"]
 
 
-def test_a_layer_without_variables_follows_the_smallest_submodel_around_it_that_owns_some():
-    assert inference(tl.Freeze("base/conv"), models.functional()) == ["base/conv"]
-    assert inference(tl.Freeze("base"), models.built(models.Subclassed())) == [
-        "base", "base/conv", "base/bn", "base/drop", "base/flat",
-    ]  # fmt: skip
+@pytest.mark.parametrize(
+    ("policy", "make", "expected"),
+    [
+        (tl.TrainAll(), models.functional, []),
+        (tl.Freeze("base"), models.functional, BASE_LAYERS),
+        (tl.Freeze("base"), lambda: models.built(models.Subclassed()), BASE_LAYERS),
+        (tl.Freeze("base/conv"), models.functional, ["base/conv"]),  # Dropout follows the base, which trains in part
+    ],
+)
+def test_a_submodel_of_which_nothing_trains_runs_in_inference_mode_with_all_in_it(policy, make, expected):
+    assert inference(policy, make()) == expected
 
 
 def test_a_batch_normalization_without_scale_and_offset_follows_what_is_around_it():
@@ -143,20 +144,6 @@ def test_policies_are_values_that_read_as_written():
     assert repr(tl.TrainAll()) == "TrainAll()"
 
 
-def tied():
-    class Tied(keras.Model):
-        def __init__(self):
-            super().__init__()
-            self.embed = keras.layers.Embedding(5, 2)
-            self.embed.build()
-            self.out = self.embed.embeddings
-
-        def call(self, x):
-            return self.embed(x) @ tf.transpose(self.out)
-
-    return Tied()
-
-
 class Says(tl.VariablePolicy):
     def __init__(self, answer):
         self.answer = answer
@@ -168,37 +155,26 @@ class Says(tl.VariablePolicy):
 @pytest.mark.parametrize(
     ("make", "policy", "text"),
     [
-        (
-            models.functional,
-            lambda: tl.Freeze("backbone/**"),
-            r"glob\('backbone/\*\*'\) in Freeze.* matches no variable of the model. The model has `base`, `head`",
-        ),
+        (models.functional, lambda: tl.Freeze("backbone/**"),
+         r"glob\('backbone/\*\*'\) in Freeze.* matches no variable of the model. The model has `base`, `head`"),
         (models.functional, lambda: tl.Freeze("bse/conv"), r"The nearest paths are `base/conv`"),
         (models.functional, lambda: tl.TrainOnly("**/kernle"), r"The nearest paths are .*`base/conv/kernel`"),
         (models.functional, lambda: tl.Freeze(keras.layers.Dense(1, name="other")), r"under\(<Dense other>\)"),
-        (
-            models.functional,
-            lambda: tl.Freeze("**"),
-            r"Freeze\(glob\('\*\*'\)\) leaves nothing to train: it freezes all 6 variables \(`base/conv/kernel`",
-        ),
+        (models.functional, lambda: tl.Freeze("**"),
+         r"Freeze\(glob\('\*\*'\)\) leaves nothing to train: it freezes all 6 variables \(`base/conv/kernel`"),
         (models.functional, lambda: Says(None), r"leaves nothing to train"),
-        (
-            models.functional,
-            lambda: tl.Groups({"a": "base", "b": "**/bias"}),
-            r"`base/conv/bias` is in 2 groups: .*narrow one of them",
-        ),
-        (tied, lambda: tl.Groups({"a": "embed", "b": "out"}), r"tied weight `embed/embeddings` = `out` is in 2 groups"),
-        (
-            models.functional,
-            lambda: tl.TrainOnly("**/moving_mean"),
-            r"matches only variables that Keras holds non-trainable: `base/bn/moving_mean`. Set `trainable = True`",
-        ),
+        (models.functional, lambda: tl.Groups({"a": "base", "b": "**/bias"}),
+         r"`base/conv/bias` is in 2 groups: .*narrow one of them"),
+        (models.tied, lambda: tl.Groups({"a": "embed", "b": "out"}),
+         r"tied weight `embed/embeddings` = `out` is in 2 groups"),
+        (models.functional, lambda: tl.TrainOnly("**/moving_mean"),
+         r"matches only variables that Keras holds non-trainable: `base/bn/moving_mean`. Set `trainable = True`"),
         (models.functional, lambda: Says(3), r"`Says.group` must return the name of a group, or None.*Received: 3"),
         (models.functional, lambda: Says(""), r"Received: '' for the variable `base/conv/kernel`"),
         (lambda: keras.layers.Dropout(0.5), lambda: tl.TrainOnly("a"), r"matches no variable of the model"),
         (lambda: keras.layers.Flatten(), lambda: tl.TrainAll(), r"the model has no variables. Pass a model with"),
     ],
-)
+)  # fmt: skip
 def test_what_cannot_be_resolved(make, policy, text):
     with pytest.raises(tl.PolicyError, match=text):
         resolve(policy(), Tree.of(make()))

@@ -63,6 +63,15 @@ class Module(tf.Module):
         return self.base(inputs, training=training) @ self.w + self.b[0]
 
 
+def tied():
+    """A model with a weight of its embedding as an attribute of its own."""
+    model = keras.Model()
+    model.embed = layers.Embedding(5, 2)
+    model.embed.build()
+    model.out = model.embed.embeddings
+    return model
+
+
 def built(model):
     model(tf.zeros((2, 6, 6, 1)))
     return model

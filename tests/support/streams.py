@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 
+from tapeloop.data.loader import DataSpec
 from tests.support.models import trainer_of
 
 layers = keras.layers
@@ -36,3 +37,7 @@ def from_pydataset(number, error, batch=(X, Y), **options):
             return batch
 
     return Breaking(**options)
+
+
+def loader_of(data, sampler=None, *, name="data", **options):
+    return DataSpec(name, data, **options).loader(sampler)
