@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 import tapeloop as tl
-from tapeloop.data.class_weight import class_weights_of
+from tapeloop.data.class_weight import class_weights_of, with_class_weights
 from tests.support.compare import assert_close
 
 layers = keras.layers
@@ -143,7 +143,7 @@ def test_with_class_weights():
 
 @pytest.mark.parametrize("labels", [LABELS, LABELS[:, None], ONE_HOT, LABELS.astype("float32")], ids=np.shape)
 def test_class_weights_of_labels_of_any_shape(labels):
-    _, _, weights = class_weights_of({0: 0.5, 2: 3.0}).applied((X, tf.constant(labels)))
+    _, _, weights = with_class_weights((X, tf.constant(labels)), class_weights_of({0: 0.5, 2: 3.0}))
     np.testing.assert_array_equal(weights, np.array([0.5, 1.0, 3.0], "float32")[LABELS])
 
 
