@@ -148,7 +148,6 @@ class Planner:
         parts: What all steps of the trainer share.
         metrics: What the user's part logs.
         check: The checksums of training steps; None if nobody looks at them.
-        trace_count: How many signatures were planned.
     """
 
     def __init__(self, kind: str, selection: Selection, parts: StepParts) -> None:
@@ -158,7 +157,6 @@ class Planner:
         self.metrics = StepMetrics()
         looks = kind == "train" and (parts.looks or parts.updates.loss_scale.value is not None)
         self.check = FiniteCheck(selection) if looks else None
-        self.trace_count = 0
         self._context: StepContext | None = None
 
     def may_fail(self) -> bool:
