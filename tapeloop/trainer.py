@@ -22,11 +22,11 @@ from tapeloop.loop.epochs import EpochLoop
 from tapeloop.loop.fit_data import FitData
 from tapeloop.loop.history import History
 from tapeloop.loop.nonfinite import NonFiniteHandler
-from tapeloop.loop.pace import Pace
 from tapeloop.loop.phases import PhaseTracker
 from tapeloop.loop.progress import ProgressDisplay
 from tapeloop.loop.state import TrainerState
 from tapeloop.loop.step_cache import StepCache
+from tapeloop.loop.steps_per_call import Pace
 from tapeloop.model import summary
 from tapeloop.model.filters import FilterLike
 from tapeloop.model.selection import Selection
@@ -35,16 +35,15 @@ from tapeloop.model.tree import Model, Tree
 from tapeloop.optimization.clipping import Clipping
 from tapeloop.optimization.ema import MovingAverages
 from tapeloop.optimization.loss_scale import LossScale
-from tapeloop.optimization.microbatches import Microbatches
 from tapeloop.optimization.optimizers import LearningRates, Optimizers
 from tapeloop.optimization.updates import Updates
 from tapeloop.policies.base import VariablePolicy
 from tapeloop.policies.static import TrainAll
-from tapeloop.step.accumulation import cut
-from tapeloop.step.attributes import UserAttributes
+from tapeloop.step.accumulation import Microbatches, cut
 from tapeloop.step.objective import Objective
 from tapeloop.step.plan import Compilation, StepParts
 from tapeloop.step.remat import Remat
+from tapeloop.step.user_attributes import UserAttributes
 from tapeloop.step.user_step import OVERRIDABLE, UserStep
 
 

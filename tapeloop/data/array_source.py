@@ -6,17 +6,52 @@ import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
-from tapeloop.data.batch import map_tensors, tensors_in
-from tapeloop.data.class_weight import ClassWeights
-from tapeloop.data.cursor import ArrayReader, BatchCursor, IteratorReader, layout_of
+from tapeloop.data.batch import map_tensors, open_spec_of, tensors_in
+from tapeloop.data.class_weight import ClassWeights, with_class_weights
+from tapeloop.data.cursor import BatchCursor, IteratorReader, layout_of
 from tapeloop.data.sampler import Sampler
 
 ON_DEVICE_BYTES = 2**30  # arrays up to this size lie on the device of the steps, larger ones in the host's memory
+
+
+class ArrayReader(NamedTuple):
+    """Gathers batches from tensors in memory, which for small steps is nearly twice as fast as `tf.data`.
+
+    Attributes:
+        tensors: A structure of tensors with the examples first.
+        order: The indices of the examples in the order of the epoch: `[batches, batch_size]` if all batches have as
+            many examples, else `[examples]`.
+        batch_size: Examples per batch if the last batch has fewer, as a scalar of int64; else None.
+        device: The device that holds the tensors, if it is not the device of the steps.
+        class_weights: Weights of examples by class, if there are any.
+    """
+
+    tensors: Any
+    order: tf.Tensor
+    batch_size: tf.Tensor | None
+    device: str | None
+    class_weights: ClassWeights | None
+
+    def signature(self) -> ArrayReader:
+        """Return the signature of readers of any number of examples."""
+        # Data of another length, or with a validation split, then runs in the trace that there is.
+        return self._replace(tensors=open_spec_of(self.tensors), order=open_spec_of(self.order))
+
+    def read(self, number: tf.Tensor) -> Any:
+        """Return the batch of this number, counted from 0."""
+        # Arrays that lie with the host are gathered there: only the batch is copied to the device of the steps.
+        with tf.device(self.device):
+            if self.batch_size is None:  # then the shape of a batch is static, as XLA needs it
+                indices = tf.gather(self.order, number)
+            else:
+                indices = self.order[number * self.batch_size : (number + 1) * self.batch_size]
+            batch = map_tensors(lambda tensor: tf.gather(tensor, indices), self.tensors)
+        return with_class_weights(batch, self.class_weights)
 
 
 @dataclass

@@ -25,7 +25,7 @@ from tapeloop.feature_cache.frontier import Cut, Obstacle
 from tapeloop.feature_cache.splitting import split
 from tapeloop.feature_cache.storage import CachedFeatures, Files, Memory, Writer
 from tapeloop.loop.compiled_step import CompiledStep
-from tapeloop.optimization.microbatches import Microbatches
+from tapeloop.step.accumulation import Microbatches
 
 _LOG = logging.getLogger("tapeloop")
 

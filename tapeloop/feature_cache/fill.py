@@ -10,9 +10,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tapeloop.data.array_source import ArrayReader
 from tapeloop.data.batch import as_tensors, examples_of, open_spec_of
 from tapeloop.data.class_weight import with_class_weights
-from tapeloop.data.cursor import ArrayReader
 from tapeloop.data.loader import DataLoader, DataSpec
 from tapeloop.errors import CacheError
 from tapeloop.feature_cache import fingerprint

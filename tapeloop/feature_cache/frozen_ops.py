@@ -1,9 +1,4 @@
-"""Which tensors of a traced step are frozen: the same for an example whenever it comes.
-
-The lists below, with `READING` and `PYTHON` of `traced_graph`, are all the op types that the cache knows by name. A
-stateful op that is in no list is never frozen, and the `CacheError` names its type. For stateless ops TensorFlow says
-what they compute; whether they keep the examples of a batch apart is tried out by `IndependenceProbe`.
-"""
+"""Which tensors of a traced step are frozen: the same for an example whenever it comes."""
 
 from __future__ import annotations
 
@@ -12,17 +7,9 @@ from collections.abc import Collection
 import tensorflow as tf
 
 from tapeloop._backend.traced_graph import TracedGraph
+from tapeloop.feature_cache.op_types import COUNTING, DRAWING, PICKING, SHAPES
 from tapeloop.model.selection import Selection
 from tapeloop.model.tree import Tree, VariableInfo
-
-# Ops whose outputs have as many rows as there are values of some kind, so that a row is no longer an example's.
-PICKING = frozenset({"Where", "DynamicPartition", "ListDiff"})
-# The same, but a later gather may bring the examples back: an embedding looks up each token that occurs once.
-COUNTING = frozenset({"Unique", "UniqueV2", "UniqueWithCounts", "UniqueWithCountsV2"})
-# Ops that look at the shape of a tensor and at no value.
-SHAPES = frozenset({"Shape", "ShapeN", "Size", "Rank"})
-# Stateful ops that draw random numbers, beside those with "Random" in their type.
-DRAWING = frozenset({"TruncatedNormal", "Multinomial"})
 
 
 def model_variables(whole: TracedGraph, tree: Tree) -> dict[str, VariableInfo]:

@@ -14,12 +14,11 @@ import tensorflow as tf
 
 from tapeloop._backend.assertions import DRAWING, has_stopped, xla_refusal
 from tapeloop.data.batch import Features, after, examples_of, open_spec_of, spec_of
-from tapeloop.data.cursor import ArrayReader, BatchCursor, IteratorReader, layout_of
-from tapeloop.loop.pace import Pace
+from tapeloop.data.cursor import BatchCursor, IteratorReader, Reader, layout_of
 from tapeloop.loop.step_counts import StepCounts, counted, counts_before, limits
-from tapeloop.optimization.microbatches import Microbatches
+from tapeloop.loop.steps_per_call import Pace
 from tapeloop.step import atomic
-from tapeloop.step.accumulation import accumulate, compute_in_pieces
+from tapeloop.step.accumulation import Microbatches, accumulate, compute_in_pieces
 from tapeloop.step.plan import Planner, StepPlan
 
 COMPILE_ERRORS = (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError, tf.errors.InternalError)
@@ -210,7 +209,7 @@ class CompiledStep:
     def _loop(
         self,
         step: Callable[[Any], Any],
-        reader: ArrayReader | IteratorReader,
+        reader: Reader,
         start: tf.Tensor,
         counts: tf.Tensor,
         limit: tf.Tensor,

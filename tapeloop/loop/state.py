@@ -11,9 +11,9 @@ import tensorflow as tf
 from tapeloop.loop.history import History
 from tapeloop.optimization.ema import MovingAverages
 from tapeloop.optimization.loss_scale import LossScale
-from tapeloop.optimization.microbatches import Microbatches
 from tapeloop.optimization.optimizers import Optimizers
 from tapeloop.policies.base import Progress, VariablePolicy
+from tapeloop.step.accumulation import Microbatches
 
 
 @dataclass

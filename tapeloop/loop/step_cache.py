@@ -10,7 +10,7 @@ import numpy as np
 from tapeloop.loop.compiled_step import CompiledStep
 from tapeloop.model.selection import Selection
 from tapeloop.model.tree import Model, Tree
-from tapeloop.optimization.microbatches import Microbatches
+from tapeloop.step.accumulation import Microbatches
 from tapeloop.step.metrics import StepMetrics, layer_metrics, renamed
 from tapeloop.step.plan import Planner, StepParts
 

@@ -17,7 +17,7 @@ from tapeloop.model.selection import Selection
 from tapeloop.model.tree import VariableInfo, raw
 from tapeloop.optimization.clipping import clip_by_global_norm
 from tapeloop.optimization.learning_rate import Rate
-from tapeloop.optimization.template import Template
+from tapeloop.optimization.user_optimizer import Template
 
 OptimizerLike: TypeAlias = Any  # keras.optimizers.Optimizer | str | Mapping[str, either]
 Gradients: TypeAlias = Sequence[tuple[tf.Tensor, VariableInfo]]

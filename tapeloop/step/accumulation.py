@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,15 +12,50 @@ import keras
 import tensorflow as tf
 
 from tapeloop._backend.assertions import require
+from tapeloop._validation import whole_number
 from tapeloop.data.batch import after, examples_of, shapes
 from tapeloop.errors import DataError
 from tapeloop.step.context import Computed
 from tapeloop.step.plan import StepPlan
 
+_LOG = logging.getLogger("tapeloop")
+
 SEVERAL = (
     "A batch whose tensors have different first dimensions cannot be cut in micro-batches:",
     ". Make the examples the first dimension of each, or set `microbatches=1`.",
 )
+
+
+class Microbatches:
+    """In how many pieces batches are cut; with `"auto"`, in twice as many whenever a step on trial runs out of memory.
+
+    Attributes:
+        count: The number of pieces.
+        adapts: Whether the number is found by trial.
+    """
+
+    def __init__(self, count: int | str) -> None:
+        """Check and keep the number.
+
+        Raises:
+            ValueError: `count` is neither a whole number of 1 or more nor `"auto"`.
+        """
+        self.adapts = isinstance(count, str) and count == "auto"
+        self.count = 1 if self.adapts else whole_number("microbatches", count, 1)
+
+    def double(self, examples: int, error: Exception) -> None:
+        """Cut batches in twice as many pieces, after a step on so many examples ran out of memory.
+
+        Raises:
+            RuntimeError: Pieces of one example were too large.
+        """
+        if self.count >= examples:
+            raise RuntimeError(
+                f"The step ran out of memory with one example at a time, {self.count} micro-batches of a batch of "
+                f"{examples}. Make the model or its inputs smaller, freeze more of it, or use `remat`."
+            ) from error
+        before, self.count = self.count, min(2 * self.count, examples)
+        _LOG.warning("Out of memory with microbatches=%d: going on with microbatches=%d.", before, self.count)
 
 
 @dataclass(frozen=True)

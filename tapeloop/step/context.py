@@ -12,10 +12,10 @@ from tapeloop.errors import PolicyError
 from tapeloop.model.selection import Selection
 from tapeloop.model.tree import Model, Tree, VariableInfo
 from tapeloop.optimization.finite_check import Ending
-from tapeloop.optimization.following import Pair, move
 from tapeloop.optimization.optimizers import Gradients
 from tapeloop.optimization.tape import GroupTape
-from tapeloop.optimization.untracked import handles_behind
+from tapeloop.optimization.target_networks import Pair, move
+from tapeloop.optimization.untracked_variables import handles_behind
 from tapeloop.optimization.updates import Updates
 from tapeloop.step.objective import added_losses
 

@@ -23,7 +23,7 @@ from tapeloop._backend import keras_internals, patching
 from tapeloop._backend.patching import assigning_names, inlined_functions, patched
 from tapeloop.model.selection import Selection
 from tapeloop.model.tree import SubmodelInfo, VariableInfo
-from tapeloop.optimization.untracked import handles_read_since, op_count
+from tapeloop.optimization.untracked_variables import handles_read_since, op_count
 
 Note = Callable[[VariableInfo], Any]  # called with a variable that is about to be assigned to
 

@@ -20,16 +20,15 @@ from tapeloop._backend.patching import inlined_functions
 from tapeloop.data.batch import examples_of
 from tapeloop.model.selection import Selection
 from tapeloop.model.tree import Model
-from tapeloop.optimization import untracked
 from tapeloop.optimization.finite_check import Ending, FiniteCheck
 from tapeloop.optimization.updates import Updates
-from tapeloop.step.attributes import UserAttributes
 from tapeloop.step.context import Building, Clock, StepContext, Training
 from tapeloop.step.freezing import frozen
+from tapeloop.step.log_means import RunningMeans
 from tapeloop.step.metrics import StepMetrics, layer_metrics
 from tapeloop.step.objective import Objective
 from tapeloop.step.remat import Remat
-from tapeloop.step.running_means import RunningMeans
+from tapeloop.step.user_attributes import UserAttributes
 
 
 @dataclass(frozen=True)
@@ -273,4 +272,4 @@ class Planner:
         own = self.parts.attributes.variables()
         known = {id(v.tf_variable) for v in self.selection.tree.variables} | set(map(id, own))
         unknown = [variable for variable in function.trainable_variables if id(variable) not in known]
-        untracked.warn(unknown, used, [function])
+        untracked_variables.warn(unknown, used, [function])

@@ -10,8 +10,8 @@ import numpy as np
 import tensorflow as tf
 
 from tapeloop.model.tree import Model, Tree
-from tapeloop.optimization.following import checked_decay, paired
 from tapeloop.optimization.tape import GroupTape
+from tapeloop.optimization.target_networks import checked_decay, paired
 from tapeloop.step.context import StepContext, outside
 from tapeloop.step.forward import call_model
 from tapeloop.step.plan import StepParts

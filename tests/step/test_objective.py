@@ -5,8 +5,8 @@ import tensorflow as tf
 
 import tapeloop as tl
 from tapeloop.data.batch import shapes
+from tapeloop.step.log_means import RunningMeans
 from tapeloop.step.objective import Objective
-from tapeloop.step.running_means import RunningMeans
 
 
 def test_means_are_weighted_and_start_anew():

@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from tapeloop.data.batch import spec_of
 from tapeloop.loop.compiled_step import CompiledStep
-from tapeloop.optimization.microbatches import Microbatches
+from tapeloop.step.accumulation import Microbatches
 from tapeloop.step.plan import Planner
 from tests.support import models
 

@@ -1,4 +1,4 @@
-from tapeloop.loop.pace import Pace
+from tapeloop.loop.steps_per_call import Pace
 
 
 def run(pace, seconds_of_step, calls, overhead=0.0, most=None):
