@@ -20,6 +20,7 @@ from tapeloop._backend.patching import inlined_functions
 from tapeloop.data.batch import examples_of
 from tapeloop.model.selection import Selection
 from tapeloop.model.tree import Model
+from tapeloop.optimization import untracked_variables
 from tapeloop.optimization.finite_check import Ending, FiniteCheck
 from tapeloop.optimization.updates import Updates
 from tapeloop.step.context import Building, Clock, StepContext, Training
