@@ -84,7 +84,7 @@ class Cut:
             kept = [tf.TensorArray(feature.dtype, count, infer_shape=False) for feature in self.features]
 
             def add(number: tf.Tensor, kept: list[tf.TensorArray], examples: tf.Tensor) -> Any:
-                batch = source.batch(first + tf.cast(number, tf.int64))
+                batch = source.read(first + tf.cast(number, tf.int64))
                 rows = self.before(flat(batch))
                 return number + 1, [one.write(number, r) for one, r in zip(kept, rows)], examples + examples_of(batch)
 

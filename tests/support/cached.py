@@ -9,9 +9,9 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from tapeloop.data.given import DataSpec
 
 import tapeloop as tl
+from tapeloop.data.loader import DataSpec
 from tapeloop.feature_cache import cache
 from tapeloop.feature_cache.cache import FeatureCache
 from tapeloop.model.tree import Tree
