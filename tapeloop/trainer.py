@@ -310,6 +310,7 @@ class Trainer(UserStep):
         loader.require_epochs(1)
         self._loop.steps.build(self.model, loader.specs, "predict")
         step = self._loop.steps.get("predict", self._loop.phases.held())
+        # A scalar for a batch, such as a mean, becomes a row, so that batches can be joined.
         outputs = [tf.nest.map_structure(lambda output: np.atleast_1d(output), step(b)) for b in loader]
         return tf.nest.map_structure(lambda *arrays: np.concatenate(arrays), *outputs)
 
@@ -414,6 +415,7 @@ class Trainer(UserStep):
             base              15  -        frozen  Freeze: glob('base')  inference              0 B
         """
         selection = self.selection
+        # To know how many bytes of state there are, it is made; it would be by the next step.
         self.state.optimizers.prepare(selection, changing=True)
         return summary.explain(selection, self.state.optimizers.state_bytes, depth)
 

@@ -19,11 +19,13 @@ def require(condition: tf.Tensor, *said: Any) -> tf.Operation:
         condition: What must hold.
         said: The error's text, in strings and small tensors.
     """
+    # The text is a constant of the graph: only an exception carries it to the host.
     return tf.debugging.Assert(condition, [_REFUSED, *said])
 
 
 def refusal(error: BaseException) -> DataError | None:
     """Return the error that `require` has prepared, if that is what came up."""
+    # TensorFlow prints each string and tensor in brackets of its own, one dimension a pair.
     found = re.search(rf"\[{_REFUSED}\] (.*\])", str(error)) if isinstance(error, tf.errors.OpError) else None
     return None if found is None else DataError(" ".join(re.findall(r"\[+([^\]]*)\]+", found[1])))
 
@@ -38,6 +40,7 @@ def stop_unless(finite: tf.Tensor) -> tf.Operation:
 
 def can_stop() -> bool:
     """Tell whether TensorFlow is set up so that `stop_unless` is heeded, and its failure seen by who runs the step."""
+    # `debug_stripper` drops assertions; run asynchronously, they fail in some later op.
     options = tf.config.optimizer.get_experimental_options()
     return tf.config.experimental.get_synchronous_execution() and not options.get("debug_stripper")
 
@@ -52,6 +55,7 @@ DRAWING = "draw_batch"  # the scope in which a compiled loop draws
 
 def came_up_drawing(failure: BaseException) -> bool:
     """Tell whether a failure is one of drawing a batch, in a compiled loop or in a step of its own."""
+    # In a loop the failing op is named with its scope; run by itself, an op is named by its kind.
     return DRAWING in str(failure) or "[Op:IteratorGetNext]" in str(failure)
 
 

@@ -131,6 +131,7 @@ def clone_optimizer(optimizer: keras.optimizers.Optimizer, config: dict[str, Any
 
     A config leaves out what `exclude_from_weight_decay` was told.
     """
+    # A deep copy would share the schedule's variables and copy slots.
     clone = type(optimizer).from_config(dict(config))
     for name, told in vars(optimizer).items():
         if name.startswith("_exclude_from_weight_decay"):

@@ -94,6 +94,7 @@ def read_once(variable: tf.Variable) -> Iterator[None]:
 def patched(target: Any, name: str, shadow: Any) -> Iterator[None]:
     """Let `target` find `shadow` under `name`, without the bookkeeping that Keras does when an attribute is set."""
     missing = object()
+    # Keras' `__setattr__` would track the function, and wants `super().__init__` to have run.
     own = vars(target).get(name, missing)  # such as a method that the user has replaced on this very object
     object.__setattr__(target, name, shadow)
     try:
@@ -109,6 +110,7 @@ def inlined_functions() -> Iterator[None]:
     A kept trace knows nothing of this step's mode, and one made now would keep it beyond the step. The setting is that
     of the process, so threads take turns.
     """
+    # Threads that trace take turns: the setting is the process's, and so are patches on layers.
     with _inlining:
         before = tf.config.functions_run_eagerly()
         tf.config.run_functions_eagerly(True)

@@ -187,6 +187,7 @@ class EpochLoop:
 
     def _ask_on_batch(self, *, starting: bool) -> ActivePhase:
         phase = self.phases.due(starting=starting)
+        # Counted from a multiple of the period, as within `fit`, so that both ask at the same steps.
         every = phase.every_steps or 1
         self._on_batch = self.phases.policy, self.state.epoch, self.state.step // every * every, phase
         self._record(phase)

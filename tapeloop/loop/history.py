@@ -65,6 +65,8 @@ class History:
 
     def add_epoch(self, number: int, logs: Mapping[str, Any]) -> None:
         """Take in the logs of an epoch; where an epoch logged nothing under a name, its value there is NaN."""
+        # Names may appear later, such as with the validation of another phase: what came before is NaN, so that all
+        # have one length.
         for name in [name for name in logs if name not in self.history]:
             self.history[name] = [math.nan] * len(self.epoch)
         self.epoch.append(number)

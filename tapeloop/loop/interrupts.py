@@ -16,6 +16,7 @@ def deferred_interrupt() -> Iterator[None]:
     Between a call of the compiled loop and the bookkeeping of it, an interrupt would leave the two apart. A handler
     of the user's own is left alone, and so is any thread but the main one, which alone gets signals.
     """
+    # Python delivers signals to the main thread alone.
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
@@ -32,5 +33,6 @@ def deferred_interrupt() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Now that the bookkeeping is done.
     if received:
         raise KeyboardInterrupt

@@ -44,8 +44,10 @@ class ProgressDisplay:
         if style not in STYLES:
             raise ValueError(f"`progress` must be one of {', '.join(map(repr, STYLES))}. Received: {style!r}.")
         self._stream = sys.stderr if stream is None else stream
+        # In a log file each update of a bar would be a line of its own.
         if style == "auto":
             style = "bar" if _is_terminal(self._stream) or "ipykernel" in sys.modules else "lines"
+        # Some services close standard error, or replace it by None.
         self._style = style if _is_open(self._stream) else "none"
         self._every_seconds = every_seconds
         self._clock = clock

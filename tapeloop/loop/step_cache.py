@@ -38,6 +38,8 @@ class StepCache:
         if step is None:
             step = CompiledStep(Planner(kind, selection, self.parts), self._microbatches)
         self._steps[kind, selection] = step  # the step used last stands last
+        # Its compiled functions go, so that a random policy does not fill the memory; see `docs/notes.md` for what
+        # stays.
         if len(self._steps) > MOST_STEPS:
             gone = self._steps.pop(next(iter(self._steps)))
             self._traces_gone += gone.trace_count * (gone.kind == "train")

@@ -37,6 +37,7 @@ class Pace:
         A call that something cut short says too little, unless it was long all the same. The first call of a compiled
         loop also optimizes its graph; the number grows in those after it, by `GROWTH` times at most.
         """
+        # A call that was cut short by an event says little of how long steps take.
         if not self._adapts or not steps or (steps < self.steps and seconds < SECONDS):
             return
         self.steps = max(1, min(int(SECONDS * steps / max(seconds, 1e-9)), GROWTH * steps))

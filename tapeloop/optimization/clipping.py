@@ -44,6 +44,7 @@ class Clipping:
             PolicyError: They are not.
         """
         named = set(self._norm) if isinstance(self._norm, Mapping) else set()
+        # A policy that changes may have the groups later.
         if not changing and not named <= set(selection.groups):
             raise PolicyError(
                 f"`clip_norm` is for {sorted(named)}, but the groups are {sorted(selection.groups)}. "
@@ -78,6 +79,7 @@ def clip_by_global_norm(
     counted = [gradient for gradient, variable in pairs if not variable.is_overwritten]
     if not counted:
         return list(pairs)
+    # Squares of float16 overflow at 256.
     dtype = tf.float64 if any(gradient.dtype == tf.float64 for gradient in counted) else tf.float32
     found = tf.sqrt(tf.add_n([tf.reduce_sum(tf.square(tf.cast(gradient, dtype))) for gradient in counted]))
     scale = norm * tf.minimum(1.0 / found, 1.0 / norm) + (found - found)  # NaN, if the norm is not finite

@@ -36,6 +36,8 @@ def _cause(loss: tf.Tensor, variable: VariableInfo) -> str:
         return f"integers ({variable.dtype}) have no gradient"
     if tf.executing_eagerly():
         return "the loss does not depend on it, or through a `stop_gradient`, an integer or NumPy"
+    # The causes in the order in which they are told apart: not read; read, and going nowhere; cut off on the way; or
+    # read outside of the tape, which the graph does not show and which is left if it shows nothing else.
     read = next(iter(tracing.captured_as(loss.graph, [variable.tf_variable])), None)
     if read is None:
         return "not read where the loss is computed, its layer is not called there"
@@ -49,6 +51,7 @@ def _cause(loss: tf.Tensor, variable: VariableInfo) -> str:
 
 def _route(start: tf.Tensor, end: tf.Tensor) -> list[Any] | None:
     """Return the ops on a shortest way from one tensor of a graph to another, or None where there is no way."""
+    # Breadth first: of several ways the shortest says most.
     came_from: dict[Any, Any] = {}
     waiting = deque((op, None) for op in start.consumers())
     while waiting:
@@ -76,6 +79,7 @@ def _is_differentiable(loss: tf.Tensor, tensor: tf.Tensor) -> bool:
 
 def _block(loss: tf.Tensor, route: Sequence[Any]) -> Any:
     """Return the op of the route that lets no gradient through: those after it have one, those before it none."""
+    # By bisection, for each look at an op asks TensorFlow for the gradients of the whole way behind it.
     low, high = 0, len(route) - 1
     while low < high:
         middle = (low + high) // 2

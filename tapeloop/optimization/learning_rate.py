@@ -25,6 +25,7 @@ class Rate:
         self._base = base
         schedule = keras_internals.schedule_of(optimizer)
         self._schedule = None if schedule is None else Multiplied(schedule)
+        # The schedule is in the trace, the multiplier is a variable: another phase's costs no trace.
         if self._schedule is not None:
             optimizer.learning_rate = self._schedule
 
@@ -52,6 +53,7 @@ class Rate:
         if self._schedule is not None:
             self._schedule.multiplier.assign(setting)
         else:
+            # The public setter takes no tensor.
             variable = keras_internals.learning_rate_variable(self._optimizer)
             assert variable is not None
             variable.assign(setting)

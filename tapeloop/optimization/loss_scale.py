@@ -44,6 +44,7 @@ class LossScale:
         if self.value is None:
             return None
         finite_steps = self.variables[1]
+        # A loss that is not finite itself was not scaled too far, and at a scale of 1 nothing is left to lower.
         overflowed = ~finite & tf.math.is_finite(checksums[0]) & (self.value > 1)
         grows = finite & (finite_steps + 1 >= GROWS_AFTER)
         finite_steps.assign(tf.where(finite & ~grows, finite_steps + 1, 0))

@@ -40,6 +40,8 @@ class GroupTape(tf.GradientTape):
     """
 
     def __init__(self, variables: Sequence[VariableInfo], persistent: bool = False) -> None:
+        # A tape that watches by itself would record the frozen backbone too: Keras' `trainable=False` does not reach
+        # the `tf.Variable` under a Keras variable.
         super().__init__(persistent=persistent, watch_accessed_variables=False)
         self.variables = tuple(variables)
         self.persistent = persistent

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import keras
@@ -14,21 +13,6 @@ from tapeloop.errors import listed
 from tapeloop.model.tree import Model, Tree, VariableInfo
 
 Pair = tuple[VariableInfo, VariableInfo]
-
-
-@dataclass(frozen=True)
-class Follow:
-    """One `follow` of a step that waits until all micro-batches are done.
-
-    Attributes:
-        pairs: The variables that move, each with the one that it moves towards.
-        after: How many updates of the step come before it.
-        decay: How much of each target is kept.
-    """
-
-    pairs: Sequence[Pair]
-    after: int
-    decay: tf.Tensor
 
 
 def paired(tree: Tree, target: Model | str, source: Model | str) -> list[Pair]:
@@ -49,6 +33,7 @@ def paired(tree: Tree, target: Model | str, source: Model | str) -> list[Pair]:
     """
     targets, sources = _variables(tree, "target", target), _variables(tree, "source", source)
     by_path = {variable.path: variable for variable in sources}
+    # A clone made by `clone_model` has the paths of its original; one made by calling a function twice has other names.
     if by_path.keys() == {variable.path for variable in targets}:
         sources = [by_path[variable.path] for variable in targets]
     shapes = [variable.shape for variable in targets], [variable.shape for variable in sources]
@@ -86,6 +71,7 @@ def move(pairs: Sequence[Pair], decay: tf.Tensor) -> None:
     Source: Polyak averaging, as in Lillicrap et al., Continuous control with deep reinforcement learning, 2016.
     """
     for target, source in pairs:
+        # In float16 a decay of 0.999 would move nothing: the step is below the resolution.
         dtype = tf.float64 if target.tf_variable.dtype == tf.float64 else tf.float32
         keep = tf.cast(decay, dtype)
         value = keep * tf.cast(target.tf_variable, dtype) + (1 - keep) * tf.cast(source.tf_variable, dtype)

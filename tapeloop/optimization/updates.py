@@ -53,6 +53,7 @@ class Updates:
 
     def make(self, selection: Selection, gradients: Gradients) -> tf.Tensor:
         """Give variables their new values."""
+        # The averages follow the new values, and the norm is that of the gradients of the whole update.
         self.optimizers.apply(selection, self.clipping.clip(selection, gradients))
         self.averages.update([variable for _, variable in gradients])
         return tf.constant(True)

@@ -54,6 +54,7 @@ class Template:
         Args:
             given: The rates that the trainer may have given it since.
         """
+        # A rate that differs from what the trainer has set is the user's, such as a callback's.
         now = float(self.optimizer.learning_rate)
         if self._rate is None or now == self._seen or now in given:
             return False
@@ -100,6 +101,7 @@ class Template:
                 f"time, and `from_config(get_config())` raises {type(error).__name__}: {error}. Have `get_config` list "
                 "what `__init__` takes, or pass one optimizer for each group."
             ) from error
+        # `get_config` may leave out what a subclass's `__init__` takes: the copy would silently train in another way.
         said = _settings(clone)
         differ = [name for name, value in self._said.items() if name not in said or not _same(value, said[name])]
         if differ:
@@ -156,6 +158,7 @@ def _checked(optimizer: Any) -> keras.optimizers.Optimizer:
             f"all together where a layer computes in float16. Received: {optimizer!r}. Pass the optimizer inside it, "
             "without `loss_scale_factor`."
         )
+    # Each of these would be decided by every cohort's optimizer for its own variables alone.
     if optimizer.use_ema:
         raise TypeError(
             "`optimizer` must not have `use_ema=True`: it averages, and overwrites, all that it was built with, also "

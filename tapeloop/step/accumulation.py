@@ -89,6 +89,7 @@ def checked(batch: Any, count: int) -> Any:
 
     Where it cannot, the step fails before anything has moved.
     """
+    # Before anything is computed: in the middle of the pieces something might have moved.
     sizes = [tf.shape(value, out_type=tf.int64)[0] for value in _cuttable(batch)]
     checks = [require(tf.equal(size, sizes[0]), SEVERAL[0], sizes[0], "and", size, SEVERAL[1]) for size in sizes[1:]]
     checks.append(require(sizes[0] >= count, "A batch of", sizes[0], _too_few(count)))
@@ -119,6 +120,7 @@ def cut(examples: int | None, count: int) -> list[Pieces]:
     """
     if examples is None:
         return [Pieces(count, None, 0)]
+    # Uneven pieces differ by one example: a last piece of a few would make its gradient noisy and its trace another.
     size, larger = divmod(examples, count)
     if not size:
         raise DataError(f"A batch of {examples} {_too_few(count)}")

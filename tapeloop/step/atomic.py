@@ -52,6 +52,7 @@ def run_eagerly(
     context = planner.new_context(deferred=in_pieces is not None)
     assert isinstance(context, Training)
     compute = functools.partial(planner.compute, context)
+    # What the user keeps beside the model may change in ways that nobody sees, such as by a raw op.
     before = Snapshot(planner.parts.attributes.all_variables())
     aside = {variable.ref() for variable in _bookkeeping(planner)}
 

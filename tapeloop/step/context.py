@@ -114,6 +114,7 @@ class StepContext:
                 f'`{{"head/kernel": gradient}}`. Received: {gradients!r}.'
             )
         trained = self.selection.trained
+        # A tied variable has several paths, and may be named by any.
         by_path = {path: variable for variable in trained for path in variable.paths}
         unknown = [path for path in gradients if path not in by_path]
         if unknown:

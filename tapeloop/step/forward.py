@@ -37,6 +37,7 @@ def call_model(model: Model, inputs: Any, training: bool) -> Any:
             f"The model {model!r} cannot be called: give {type(model).__name__} a `__call__`, or override `forward`."
         )
     inputs = _checked(model, inputs)
+    # Keras passes `training` on to layers that do not take it; a `tf.Module` must be asked.
     parameters = inspect.signature(model).parameters
     any_keyword = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
     takes_training = "training" in parameters or (isinstance(model, keras.Layer) and any_keyword)
@@ -69,6 +70,7 @@ def _checked(model: Model, x: Any) -> Any:
     checks = [_require(model, tensor.shape, given) for tensor, given in pairs if _is_open(tensor.shape, given)]
     if not checks:
         return x
+    # Tied to the inputs, so that nothing is computed of a batch that does not fit.
     with tf.control_dependencies(checks):
         return tf.nest.map_structure(lambda value: None if value is None else tf.identity(value), x)
 

@@ -64,6 +64,7 @@ class StepMetrics:
         self.returned, self.scalar_names = frozenset(returned), tuple(scalars)
         self.by_name = {**metrics}
         taken = {*returned, *(compiled if self.uses_compiled else ())}
+        # A metric that was updated and not returned is logged under its own name, or the next that is free.
         for metric in watch.updated:
             if metric not in self.by_name.values():
                 name = _free(metric.name, taken)
@@ -161,6 +162,7 @@ def _check_not_read(
     # A mean over the epoch of what is an average already would be an average of averages, which nobody asks for.
     variables = [raw(variable) for metric in metrics for variable in metric.variables]
     for name, value in scalars.items():
+        # What `result` gave is known by identity; what was computed of it, the graph tells. Run eagerly, it does not.
         is_read = id(value) in watch.results
         if not is_read and tf.is_tensor(value) and not tf.executing_eagerly():
             is_read = _is_read(value, variables)

@@ -65,6 +65,7 @@ class Objective:
                 f"The model's output is {shapes(y_pred)}."
             )
         with _fitting(y, y_pred, sample_weight):
+            # Keras makes the metrics' variables in their first call, of which nothing may be left in the running sums.
             if not self._stand_in.built:
                 # The one thing that is made while the user's part is traced: it needs the shapes of the outputs.
                 with untraced():
@@ -101,6 +102,7 @@ class Objective:
         """
         for loss in tf.nest.flatten(self._stand_in.loss):
             reduction = getattr(loss, "reduction", None)
+            # The first is a sum, the second is divided by weights of the piece: neither is a mean over examples.
             if reduction in ("sum", "mean_with_sample_weight"):
                 raise ValueError(
                     f"Micro-batches average losses by examples, which the reduction {reduction!r} of {loss!r} is not "

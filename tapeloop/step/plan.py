@@ -112,6 +112,7 @@ class StepParts:
     def build_model(self, model: Model, spec: Any, kind: str) -> None:
         """Have a model make its variables in a trace of the user's part for batches of a signature; nothing trains."""
 
+        # The batch has an open first dimension, or Keras' Sequential would keep the size of the first batch for good.
         def run(batch: Any) -> None:
             with inlined_functions(), self.acting(Building(model, self.clock)):
                 self.bodies[kind](batch)
@@ -271,6 +272,7 @@ class Planner:
     def _warn_untracked(self, function: Any, used: set[int]) -> None:
         """Name the variables that the user's part uses as if they trained, though the model does not track them."""
         own = self.parts.attributes.variables()
+        # What the trainer keeps among its own attributes is the user's business, counters and target networks alike.
         known = {id(v.tf_variable) for v in self.selection.tree.variables} | set(map(id, own))
         unknown = [variable for variable in function.trainable_variables if id(variable) not in known]
         untracked_variables.warn(unknown, used, [function])

@@ -38,6 +38,7 @@ class UserAttributes:
 
     def all_variables(self) -> list[tf.Variable]:
         """Return `variables()`, and the variables of models and layers beside the trainer's model."""
+        # A target network, a second model: what a step moves there is rolled back too.
         beside = [part for part in self._found((keras.Layer, tf.Module)) if part is not self._model]
         return [*self.variables(), *(v.tf_variable for part in beside for v in Tree.of(part).variables)]
 

@@ -79,6 +79,7 @@ class UserStep:
             added.insert(0, objective.loss(y, outputs, sample_weight))
             objective.update(y, outputs, sample_weight)
         elif not added and self._context("compute_loss").kind != "build":
+            # Only now is it known that no layer has added a loss either.
             raise ValueError(self._no_loss())
         return tf.add_n(added) if added else tf.zeros(())
 
@@ -302,6 +303,7 @@ class UserStep:
 
     def __getattr__(self, name: str) -> Any:
         """Say what is the matter if a subclass has not called the constructor, or the attribute is missing."""
+        # Otherwise the first thing that a user reads is that an internal attribute is missing.
         if name in ("_parts", "_loop", "state", "model"):
             raise RuntimeError(
                 f"`{type(self).__name__}.__init__` has not called `super().__init__(...)` yet: call it first, with the "
