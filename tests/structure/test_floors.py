@@ -100,6 +100,11 @@ def test_no_file_is_longer_than_500_lines(path):
     assert len(path.read_text().splitlines()) <= 500
 
 
+def test_no_folder_has_more_than_a_dozen_files_or_so():
+    folders = {path.parent for path in FILES}
+    assert all(len(list(folder.glob("*.py"))) <= 14 for folder in folders)  # `__init__.py` among them
+
+
 @BY_PATH
 def test_no_function_is_longer_than_60_lines(path):
     for node in ast.walk(ast.parse(path.read_text())):
