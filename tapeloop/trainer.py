@@ -39,7 +39,7 @@ from tapeloop.optimization.optimizers import LearningRates, Optimizers
 from tapeloop.optimization.updates import Updates
 from tapeloop.policies.base import VariablePolicy
 from tapeloop.policies.static import TrainAll
-from tapeloop.step.accumulation import Microbatches, cut
+from tapeloop.step.accumulation import Microbatches
 from tapeloop.step.objective import Objective
 from tapeloop.step.plan import Compilation, StepParts
 from tapeloop.step.remat import Remat
@@ -88,7 +88,7 @@ class Trainer(UserStep):
         ignore_model_step: bool = False,
         seed: int | None = None,
     ) -> None:
-        """Make a trainer. Nothing is traced or allocated before the first fit.
+        """Make a trainer. Nothing is traced before its first step.
 
         Args:
             model: A Keras model or layer, a `tf.Module`, or a mapping from names to such.
@@ -106,8 +106,8 @@ class Trainer(UserStep):
                 averaged by examples, for one update: the large batch's result, except for layers and losses that look
                 across a batch, in a fraction of its memory. `"auto"` tries the first batch of each fit and phase: if
                 it runs out of memory, the step is undone and the number doubled.
-            nonfinite: What an Inf or NaN in a loss or a gradient does; the step has changed nothing. `"raise"` stops,
-                `"skip"` goes on and logs `skipped_steps`, `"ignore"` does not look.
+            nonfinite: What an Inf or NaN in a loss or a gradient does: `"raise"` stops, `"skip"` goes on and logs
+                `skipped_steps`, the step having changed nothing; `"ignore"` does not look.
             max_skipped: The number of steps in a row that may be skipped before `"skip"` raises.
             ema: The decay of an exponential moving average of what trains, such as 0.999; see `ema_weights`.
             remat: Submodels whose activations are computed again for the gradient instead of kept: a path glob, a
@@ -146,8 +146,7 @@ class Trainer(UserStep):
             compilation=Compilation(bool(overridden), jit_compile, run_eagerly, steps_per_call),
             remat=Remat(remat),
             is_plain=self._is_plain,
-            looks=handler.mode != "ignore",
-            ends_at_bad=handler.mode == "raise",
+            nonfinite=nonfinite,
         )
         super().__init__(model, parts)
         steps = StepCache(parts, self.state.microbatches)
@@ -218,22 +217,21 @@ class Trainer(UserStep):
         self.state.shuffle_seed = Sampler(shuffle, self._seed).seed
         steps = ("steps_per_epoch", steps_per_epoch)
         spec = DataSpec("data", data, batch_size, steps, class_weight, shuffle, self.state.shuffle_seed)
-        judged = DataSpec("validation_data", validation_data, batch_size, ("validation_steps", validation_steps))
-        given = spec, None if validation_data is None else judged, self.state.epoch, epochs
+        steps = ("validation_steps", validation_steps)
+        validation_spec = DataSpec("validation_data", validation_data, batch_size, steps)
+        given = spec, None if validation_data is None else validation_spec, self.state.epoch, epochs
         cache = FeatureCache(self._features, feature_cache, feature_cache_views)
-        passes = FitData(*given) if feature_cache is None else CachedData(cache, *given)
-        fewest, pieces = passes.loader.smallest_batch, self.state.microbatches
-        if fewest is not None and not pieces.adapts:
-            cut(fewest, pieces.count)  # raises if the smallest batch is too small
-        cache.check([spec, judged], pieces, self._parts.compilation.run_eagerly)
-        self._loop.steps.build(self.model, passes.loader.specs)
+        fit_data = FitData(*given) if feature_cache is None else CachedData(cache, *given)
+        self.state.microbatches.check(fit_data.loader.smallest_batch)
+        cache.check([spec, validation_spec], self.state.microbatches, self._parts.compilation.run_eagerly)
+        self._loop.steps.build(self.model, fit_data.loader.specs)
         self._loop.phases.check()
-        return self._loop.fit(passes, epochs, ProgressDisplay(progress))
+        return self._loop.fit(fit_data, epochs, ProgressDisplay(progress))
 
     def evaluate(
         self, data: Any, *, batch_size: int = 32, steps: int | None = None, progress: str = "auto"
     ) -> dict[str, Any]:
-        """Return the loss and metrics on data, which may be all that `fit` takes.
+        """Return the loss and metrics on any data that `fit` accepts.
 
         Args:
             data: The data.
@@ -283,9 +281,9 @@ class Trainer(UserStep):
         self._loop.check_idle()
         self.state.averages.check_may_train()
         given = x if y is None and sample_weight is None else (x, y) if sample_weight is None else (x, y, sample_weight)
-        batch, pieces = as_tensors(given, "the batch"), self.state.microbatches
-        if pieces.count > 1 and not pieces.adapts and isinstance(examples_of(batch), int):
-            cut(examples_of(batch), pieces.count)  # raises if the batch is too small
+        batch = as_tensors(given, "the batch")
+        if self.state.microbatches.count > 1:
+            self.state.microbatches.check(tf.get_static_value(examples_of(batch)))
         self._loop.steps.build(self.model, lambda: iter([open_spec_of(batch)]))
         return self._loop.train_on_batch(batch)
 
@@ -293,8 +291,8 @@ class Trainer(UserStep):
         """Return the model's outputs on data as NumPy arrays, examples first.
 
         Args:
-            data: All that `fit` takes; of batches `(inputs, targets, ...)` the inputs count. Several inputs in arrays
-                are a dict, or `([first, second],)`.
+            data: Any data that `fit` accepts; of batches `(inputs, targets, ...)` the inputs count. Several inputs in
+                arrays are a dict, or `([first, second],)`.
             batch_size: Examples per batch, for arrays.
             steps: The number of batches, for data without end.
 
@@ -309,9 +307,8 @@ class Trainer(UserStep):
         loader = DataSpec("data", data, batch_size, ("steps", steps)).loader()
         loader.require_epochs(1)
         self._loop.steps.build(self.model, loader.specs, "predict")
-        step = self._loop.steps.get("predict", self._loop.phases.held())
         # A scalar for a batch, such as a mean, becomes a row, so that batches can be joined.
-        outputs = [tf.nest.map_structure(lambda output: np.atleast_1d(output), step(b)) for b in loader]
+        outputs = [tf.nest.map_structure(np.atleast_1d, batch) for batch in self._loop.predict(loader)]
         return tf.nest.map_structure(lambda *arrays: np.concatenate(arrays), *outputs)
 
     # Reading it
@@ -423,10 +420,10 @@ class Trainer(UserStep):
         """Return the part of a training step that `fit(feature_cache=...)` computes once for each example.
 
         That part is frozen, comes first, and gives the same for an example whenever it comes. What the cache would
-        save is measured on a batch of the data; nothing moves.
+        save is measured on a batch of the data; no variable of the model moves.
 
         Args:
-            data: The data, which may be all that `fit` takes and can be gone through again.
+            data: Any data that `fit` accepts and that can be gone through again.
             batch_size: Examples per batch, for arrays.
 
         Raises:

@@ -87,3 +87,15 @@ def test_too_many_bad_batches_in_a_row_raise():
 def test_too_few_examples_for_micro_batches():
     with pytest.raises(tl.DataError, match="micro-batches"):
         trainer_of(microbatches=4).train_on_batch(X[:3], Y[:3])
+
+
+def test_batches_that_differ_in_the_kind_of_a_tensor_are_traced_apart():
+    class Weighted(tl.Trainer):
+        def compute_loss(self, batch, training):
+            x, weight = batch
+            return keras.ops.mean(self.model(x) ** 2) * keras.ops.mean(weight)
+
+    trainer = trainer_of(kind=Weighted)
+    losses = [trainer.train_on_batch(X, weight)["loss"] for weight in (np.float32(2.0), np.full(8, 2.0, "float32"))]
+    assert trainer.trace_count == 2
+    assert 0 < losses[1] < losses[0]

@@ -112,22 +112,19 @@ class FeatureCache:
                 )
 
     def batches(
-        self, step: CompiledStep, given: DataSpec, plain: DataLoader, epoch: int = 0, every_steps: int | None = None
+        self, step: CompiledStep, given: DataSpec, epoch: int = 0, every_steps: int | None = None
     ) -> DataLoader:
         """Return the batches of an epoch: of features, or of the data if there are none for this step.
 
         Args:
             step: The step that runs on them.
             given: The data.
-            plain: Batches of it, which are returned if nothing is cached.
             epoch: The epoch's number.
             every_steps: After how many steps another may come within the epoch, or None.
 
         Raises:
             CacheError: Nothing can be cached, or it would be wrong, or does not fit.
         """
-        if not self._is_on:
-            return plain
         if every_steps is not None:
             raise CacheError(
                 f"The policy may change what trains after every {every_steps} steps, and features are those of an "

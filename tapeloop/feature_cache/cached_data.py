@@ -21,9 +21,9 @@ class CachedData(FitData):
 
     def training(self, phase: ActivePhase, epoch: int) -> DataLoader:
         """Return what an epoch of a phase trains on."""
-        return self._cache.batches(phase.step, self.spec, self.loader, epoch, phase.every_steps)
+        return self._cache.batches(phase.step, self.spec, epoch, phase.every_steps)
 
     def validation(self, step: CompiledStep) -> DataLoader:
         """Return what an epoch is validated on."""
         assert self.validation_spec is not None
-        return self._cache.batches(step, self.validation_spec, super().validation(step))
+        return self._cache.batches(step, self.validation_spec)

@@ -23,7 +23,6 @@ from tapeloop.step.plan import Planner, StepPlan
 
 COMPILE_ERRORS = (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError, tf.errors.InternalError)
 
-TakeLogs: TypeAlias = Callable[[], dict[str, Any]]
 Before: TypeAlias = tuple[int, int, int]  # consecutive skipped steps, the step and the epoch before a call
 
 
@@ -34,7 +33,7 @@ class CompiledStep:
         planner: What plans them.
         kind: `"train"`, `"eval"` or `"predict"`.
         selection: What trains.
-        trace_count: The number of signatures that were traced.
+        trace_count: How often a step was traced.
         pace: The number of steps that a call of the loop runs.
     """
 
@@ -66,7 +65,7 @@ class CompiledStep:
             cursor: Where batches come from.
             most: The highest number of steps.
             before: How far the run has come.
-            max_consecutive: The number of bad steps in a row after which the loop goes on.
+            max_consecutive: The number of consecutive bad steps that are tolerated.
 
         Returns:
             How the steps ended, and the exception that ended the loop, if there was one: that of the last step, which
@@ -89,15 +88,12 @@ class CompiledStep:
         cursor.advance(counts.batches)
         return counts, failure and cursor.error_behind(failure)
 
-    def run_on(
-        self, batch: Any, before: Before, take_logs: TakeLogs
-    ) -> tuple[StepCounts, dict[str, Any], BaseException | None]:
+    def run_on(self, batch: Any, before: Before) -> tuple[StepCounts, dict[str, Any], BaseException | None]:
         """Run one step on a batch in tensors.
 
         Args:
             batch: The batch.
             before: How far the run has come.
-            take_logs: Returns what the step logged, and resets it; called inside the step.
 
         Returns:
             How the step ended, what it logged, and the exception that ended it, if there was one.
@@ -106,16 +102,17 @@ class CompiledStep:
         try:
             if self._is_driven:
                 step = functools.partial(self._run_from_host, lambda: spec_of(batch))
-                counts, logs = self._alone(step, batch, counts, take_logs)
+                counts, logs = self._alone(step, batch, counts)
             else:
-                counts, logs = self._single(batch, take_logs)(batch, counts)
+                counts, logs = self._single(batch)(batch, counts)
         except BaseException as error:
             failure = error
         ended, failure = _with_stop(StepCounts.of(counts), failure)
         return ended, logs, failure
 
-    def __call__(self, batch: Any) -> Any:
-        """Run one step on a batch from the host."""
+    def predict(self, batch: Any, before: Before) -> Any:
+        """Return what a step that predicts gives for a batch."""
+        self._counts.assign(counts_before(*before))
         return self._run_from_host(lambda: spec_of(batch), batch)
 
     def trace(self, cursor: BatchCursor) -> None:
@@ -168,7 +165,7 @@ class CompiledStep:
         key = str(spec)
         if key not in self._steps:
             plan = self.plan(spec)
-            step = atomic.build(self.planner, plan) if self.kind == "train" else self.planner.evaluate(plan)
+            step = atomic.build(self.planner, plan) if self.kind == "train" else self.planner.build_evaluation(plan)
             self._steps[key] = tf.function(step, autograph=False, jit_compile=True) if self._uses_xla else step
             self.trace_count += 1
         return self._steps[key]
@@ -195,14 +192,16 @@ class CompiledStep:
             self._latest = weakref.ref(cursor), self._loops[key]
         return self._latest[1]
 
-    def _single(self, batch: Any, take_logs: TakeLogs) -> Any:
+    def _single(self, batch: Any) -> Any:
         """Return the step that is traced for batches like this batch, of any size."""
-        leaves = tf.nest.flatten(batch)
-        key = f"{[None if value is None else (value.dtype, value.shape[1:]) for value in leaves]} {layout_of(batch)}"
+        # Shapes without the batch; of a scalar there is nothing to leave out.
+        leaves = [value for value in tf.nest.flatten(batch) if value is not None]
+        kinds = [(type(leaf), leaf.dtype, leaf.shape[1:] if leaf.shape.rank else "scalar") for leaf in leaves]
+        key = f"{kinds} {layout_of(batch)}"
         if key not in self._singles:
             spec = open_spec_of(batch)
             step = self._step(spec)
-            alone = tf.function(lambda batch, counts: self._alone(step, batch, counts, take_logs), autograph=False)
+            alone = tf.function(lambda batch, counts: self._alone(step, batch, counts), autograph=False)
             self._singles[key] = alone.get_concrete_function(spec, tf.TensorSpec([6], tf.int64))
         return self._singles[key]
 
@@ -249,16 +248,14 @@ class CompiledStep:
         counts, _ = tf.while_loop(goes_on, run, (counts, began))
         self._counts.assign(counts)
 
-    def _alone(
-        self, step: Callable[[Any], Any], batch: Any, counts: tf.Tensor, take_logs: TakeLogs
-    ) -> tuple[tf.Tensor, dict[str, Any]]:
+    def _alone(self, step: Callable[[Any], Any], batch: Any, counts: tf.Tensor) -> tuple[tf.Tensor, dict[str, Any]]:
         """Run one step, and return the counts after it and what it logged."""
         with tf.device("CPU:0"):
             noted = self._counts.assign(counts)
         with tf.control_dependencies([noted]):
             outcome = step(batch)
         with tf.device("CPU:0"):
-            return counted(counts, outcome), take_logs()
+            return counted(counts, outcome), self.planner.take_logs()
 
     def _run_from_host(self, spec: Callable[[], Any], batch: Any) -> Any:
         """Run one step, and again without XLA if XLA refuses it, or in smaller pieces if it runs out of memory."""
@@ -289,22 +286,14 @@ class CompiledStep:
             count = min(count, int(examples_of(batch))) if self._microbatches.adapts else count
             in_pieces = functools.partial(compute_in_pieces, count=count) if count > 1 else None
             return atomic.run_eagerly(self.planner, batch, in_pieces)
-
-        def compute(batch: Any) -> Any:
-            with self.planner.frozen(context):
-                result = self.planner.compute(context, batch)
-            self.planner.prepare_logs()
-            return result
-
-        context = self.planner.new_context(deferred=False)
-        return self.planner.evaluate(StepPlan(compute, (), context))(batch)
+        return self.planner.evaluate_eagerly(batch)
 
     def _copies(self, spec: Callable[[], Any]) -> list[tuple[tf.Variable, Any]]:
         """Return all that a step on trial may move, each variable with its value, on the host."""
         if self.planner.parts.compilation.run_eagerly:  # such a step undoes itself
             return []
         self._step(spec())
-        return [(variable, variable.numpy()) for variable in atomic.all_variables(self.planner)]
+        return [(variable, variable.numpy()) for variable in atomic.movable_variables(self.planner)]
 
     def _give_up_xla(self, error: Exception) -> None:
         """Go on without XLA after an error which says that XLA cannot compile the step.

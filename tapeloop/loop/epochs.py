@@ -96,8 +96,8 @@ class EpochLoop:
     def train_on_batch(self, batch: Any) -> dict[str, Any]:
         """Train one step on one batch in tensors, and return what it logged.
 
-        The policy is asked if it is another than for the last batch, if an epoch has ended since, and when it says so
-        by `every`.
+        The policy is asked if it was replaced since the last batch, if an epoch has ended since, and when it says so by
+        `every`.
         """
         step = self._phase_on_batch().step
         if self._is_reset is not step:
@@ -105,13 +105,19 @@ class EpochLoop:
         self._is_reset = None
         step.planner.warn_stale()
         with self._running(), deferred_interrupt():
-            take_logs = functools.partial(self.steps.take_logs, step)
-            counts, logs, failure = step.run_on(batch, self._before(), take_logs)
+            counts, logs, failure = step.run_on(batch, self._before())
             self._take_in(step, counts)
         if failure is not None:
             raise refusal(failure) or failure
         self._is_reset = step
         return {name: on_the_host(value) for name, value in logs.items()}
+
+    def predict(self, loader: DataLoader) -> Iterator[Any]:
+        """Yield the outputs for each batch of one epoch."""
+        step = self.steps.get("predict", self.phases.held())
+        step.planner.warn_stale()
+        for batch in loader:
+            yield step.predict(batch, self._before())
 
     def check_idle(self) -> None:
         """Check that no epoch is under way.
@@ -154,7 +160,7 @@ class EpochLoop:
                     drawn += ran
                     display.advance(ran, look)
             logs, examples = look()
-            # No step has made its update: there is nothing that the means are of.
+            # Every step was skipped: there is nothing to average.
             if state.step == began:
                 logs = dict.fromkeys(logs, math.nan)
             logs |= self.handler.logs(state)
@@ -162,7 +168,7 @@ class EpochLoop:
         return logs
 
     def _call(self, step: CompiledStep, cursor: BatchCursor, loader: DataLoader, most: int | None = None) -> int:
-        """Call the loop in the graph once, and return on how many batches it ran a step."""
+        """Call the loop in the graph once, and return the number of batches that it ran on."""
         most = min(limit for limit in (step.pace.steps, cursor.remaining, most) if limit is not None)
         # Between the call and the bookkeeping of it, Ctrl-C would leave the two apart.
         with deferred_interrupt():

@@ -89,18 +89,6 @@ class StepCache:
         for metric in dict.fromkeys([*self.parts.attributes.metrics(), *layer_metrics(tree), *returned]):
             metric.reset_state()
 
-    def take_logs(self, step: CompiledStep) -> dict[str, Any]:
-        """Return what a step logged on one batch, and reset all that it logs: inside the step."""
-        logged, objective = step.planner.metrics, self.parts.objective
-        logs: dict[str, Any] = dict(self.parts.means[step.kind].take(logged.scalar_names))
-        if logged.uses_compiled:
-            logs |= renamed(objective.results(), logged.returned)
-            objective.reset()
-        logs |= logged.results()
-        for metric in logged.by_name.values():
-            metric.reset_state()
-        return logs
-
     def logs(self, kind: str, logged: Iterable[StepMetrics]) -> tuple[dict[str, Any], int]:
         """Return what some steps of a kind logged since the reset, and over how many examples."""
         logs, examples = self.parts.means[kind].results()

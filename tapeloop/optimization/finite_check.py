@@ -95,8 +95,8 @@ class Ending:
         if self.check is None:
             update()
         elif self.fails:
-            # An `Assert` before the update takes some thirty switches and merges off a small step. The host knows it by
-            # its text (`has_stopped`), and makes a `NonFiniteError` of it.
+            # An `Assert` before the update takes some thirty switches and merges off a small step. The host recognises
+            # it by its message (`has_stopped`), and makes a `NonFiniteError` of it.
             with tf.control_dependencies([self.check.kept.assign(total)]):
                 stopped = stop_unless(all_finite(total))
             with tf.control_dependencies([stopped]):
@@ -104,7 +104,7 @@ class Ending:
         else:
             tf.cond(all_finite(total), update, lambda: tf.constant(False))
 
-    def counts(self, total: tf.Tensor | None) -> tf.Tensor | None:
+    def is_counted(self, total: tf.Tensor | None) -> tf.Tensor | None:
         """Return whether a step of these checksums counts in the logs; None if it does in any case."""
         return None if self.check is None or self.fails else all_finite(total)
 

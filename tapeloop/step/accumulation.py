@@ -43,6 +43,15 @@ class Microbatches:
         self.adapts = isinstance(count, str) and count == "auto"
         self.count = 1 if self.adapts else whole_number("microbatches", count, 1)
 
+    def check(self, examples: int | None) -> None:
+        """Check that a batch of so many examples, if that is known, can be cut in so many pieces.
+
+        Raises:
+            DataError: It has fewer examples.
+        """
+        if examples is not None and not self.adapts:
+            cut(examples, self.count)
+
     def double(self, examples: int, error: Exception) -> None:
         """Cut batches in twice as many pieces, after a step on so many examples ran out of memory.
 

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from tapeloop._backend.patching import noting_all_assignments
 from tapeloop.data.batch import examples_of
-from tapeloop.optimization.finite_check import Ending, StepOutcome
+from tapeloop.optimization.finite_check import StepOutcome
 from tapeloop.step.context import Computed, Training
 from tapeloop.step.freezing import immutable_variables
 from tapeloop.step.plan import Planner, StepPlan
@@ -24,17 +24,17 @@ def build(planner: Planner, plan: StepPlan) -> Step:
     """Turn the plan of a training step into the step: snapshot, compute, update, log, settle."""
     context = plan.context
     assert isinstance(context, Training)
-    restored = variables_to_restore(planner, plan)
-    # Whether a bad step can fail before its update, or must be rolled back, is decided here and nowhere else.
+    restored = variables_to_restore(planner, plan, context)
+    # Whether a bad step fails before its update, or is rolled back, is decided here, once the plan has told what moves.
     fails = context.deferred and not restored and planner.may_fail()
-    ending = dataclasses.replace(context.ending, fails=fails)
+    context.ending = dataclasses.replace(context.ending, fails=fails)
 
     def step(batch: Any) -> StepOutcome | None:
         before = Snapshot(restored)
         if planner.check is not None and context.has_control_flow:
             planner.check.kept.assign(tf.zeros_like(planner.check.kept))
         computed = plan.compute(batch)
-        return _settled(planner, context, ending, computed, batch, before if restored else None)
+        return _settled(planner, context, computed, batch, before if restored else None)
 
     return step
 
@@ -67,29 +67,29 @@ def run_eagerly(
                 computed = compute(batch) if in_pieces is None else in_pieces(compute, batch)
             planner.warn_if_nothing_updates(context)
             planner.prepare_logs()
-            return _settled(planner, context, context.ending, computed, batch, before)
+            return _settled(planner, context, computed, batch, before)
     except Exception:
         before.roll_back()
         raise
 
 
 def _settled(
-    planner: Planner, context: Training, ending: Ending, computed: Computed, batch: Any, before: Snapshot | None
+    planner: Planner, context: Training, computed: Computed, batch: Any, before: Snapshot | None
 ) -> StepOutcome | None:
     """Make the updates that wait, take in the logs, and roll back a step that was not finite."""
-    total = context.make_deferred(computed, ending) if context.deferred else computed.checksums
+    ending = context.ending
+    total = context.make_deferred(computed) if context.deferred else computed.checksums
     # The logs stand beside the updates and not behind them, so that the graph need not wait for one to do the other.
-    planner.parts.means["train"].update(computed.mean["logs"], examples_of(batch), ending.counts(total))
+    planner.parts.means["train"].update(computed.mean["logs"], examples_of(batch), ending.is_counted(total))
     return ending.settle(total, None if before is None else before.roll_back)
 
 
-def variables_to_restore(planner: Planner, plan: StepPlan) -> list[tf.Variable]:
+def variables_to_restore(planner: Planner, plan: StepPlan, context: Training) -> list[tf.Variable]:
     """List what a bad step must be rolled back in: all that it touches, but for what only its last update moves.
 
     The last update does not happen in a bad step, whereas an earlier one has happened when a later one turns out bad.
     """
-    context, parts, selection = plan.context, planner.parts, planner.selection
-    assert isinstance(context, Training)
+    parts, selection = planner.parts, planner.selection
     if planner.check is None:
         return []
     # An update in a branch or a loop cannot be told from an earlier one: it may have happened already.
@@ -102,7 +102,9 @@ def variables_to_restore(planner: Planner, plan: StepPlan) -> list[tf.Variable]:
     aside |= {variable.tf_variable.ref() for variable in immutable_variables(selection)}
     aside -= {variable.tf_variable.ref() for variable in context.assigned}
     aside |= {variable.ref() for variable in _bookkeeping(planner)}
-    if parts.ends_at_bad and parts.updates.loss_scale.value is None:  # the run ends before anybody reads the metrics
+    if (
+        parts.nonfinite == "raise" and parts.updates.loss_scale.value is None
+    ):  # the run ends before anybody reads the metrics
         aside |= {variable.ref() for variable in parts.objective.variables}
     # An assignment that does not read is missing from a function's variables.
     model = [variable.tf_variable for variable in selection.tree.variables]
@@ -117,9 +119,11 @@ def _bookkeeping(planner: Planner) -> list[tf.Variable]:
     return [parts.clock.counts, *parts.updates.loss_scale.variables, *check, *parts.means["train"].variables]
 
 
-def all_variables(planner: Planner) -> list[tf.Variable]:
+def movable_variables(planner: Planner) -> list[tf.Variable]:
     """List everything that a training step may move: what it trains, what it is rolled back in, what keeps count."""
     parts, selection = planner.parts, planner.selection
     model = [variable.tf_variable for variable in selection.tree.variables]
     mine = [*parts.updates.moved(selection.trained), *parts.objective.variables, *_bookkeeping(planner)]
-    return list({variable.ref(): variable for variable in (*model, *mine, *parts.attributes.all_variables())}.values())
+    touched = [reference.deref() for reference in planner.touched]
+    found = (*model, *mine, *touched, *parts.attributes.all_variables())
+    return list({variable.ref(): variable for variable in found}.values())

@@ -90,14 +90,6 @@ class StepContext:
             )
         return GroupTape([variable for group in groups or known for variable in known[group]], persistent)
 
-    def gradients(self, tape: GroupTape, loss: tf.Tensor, verb: str) -> Gradients:
-        """Return the gradient of a loss for each variable that the tape watches."""
-        raise outside(verb)
-
-    def update(self, gradients: Gradients, loss: tf.Tensor | None, verb: str) -> None:
-        """Update variables by their gradients."""
-        raise outside(verb)
-
     def follow(self, pairs: Sequence[Pair], decay: tf.Tensor) -> None:
         """Move variables towards others."""
         move(pairs, decay)
@@ -122,6 +114,10 @@ class StepContext:
                 f"`apply` was given gradients for {unknown[:5]}, which do not train. What trains is "
                 f"{[variable.path for variable in trained[:5]]}{' and so on' * (len(trained) > 5)}."
             )
+        named = [by_path[path] for path in gradients]
+        if len(set(named)) < len(named):
+            twice = next(variable for variable in named if named.count(variable) > 1)
+            raise ValueError(f"`apply` was given several gradients for one variable, under {twice.paths}. Add them up.")
         for path, gradient in gradients.items():
             shape = getattr(gradient, "shape", None)
             if shape is None or not by_path[path].variable.shape == tuple(shape):
@@ -142,11 +138,11 @@ class Building(StepContext):
         """Return a tape that watches nothing: what trains is not known yet."""
         return GroupTape((), persistent)
 
-    def gradients(self, tape: GroupTape, loss: tf.Tensor, verb: str) -> Gradients:
+    def gradients(self, tape: GroupTape, loss: tf.Tensor) -> Gradients:
         """Return zeros for all that can train."""
         return [(tf.zeros(v.shape, v.dtype), v) for v in Tree.of(self._model).variables if v.trainable]
 
-    def update(self, gradients: Gradients, loss: tf.Tensor | None, verb: str) -> None:
+    def update(self, gradients: Gradients, loss: tf.Tensor | None = None) -> None:
         """Update nothing."""
 
     def follow(self, pairs: Sequence[Pair], decay: tf.Tensor) -> None:
@@ -205,7 +201,7 @@ class Training(StepContext):
     Attributes:
         deferred: Whether updates are deferred: micro-batches average them first, and a step with one update at its end
             can fail before it.
-        ending: What happens to updates if something is not finite.
+        ending: What happens to updates if something is not finite; the build decides whether a bad step fails.
         updates: The updates so far.
         follows: The deferred `follow`s so far.
         assigned: The variables that the user's part itself assigns to.
@@ -220,7 +216,7 @@ class Training(StepContext):
         self.follows: list[PendingFollow] = []
         self.assigned: set[VariableInfo] = set()
         self.used: set[int] = set()
-        self._make = updates
+        self._updates = updates
         self._checksums: list[tf.Tensor] = []
         self._graph: Any = None
 
@@ -234,19 +230,20 @@ class Training(StepContext):
         """Whether an update stands in a branch or a loop."""
         return any(update.in_control_flow for update in self.updates)
 
-    def gradients(self, tape: GroupTape, loss: tf.Tensor, verb: str) -> Gradients:
+    def gradients(self, tape: GroupTape, loss: tf.Tensor) -> Gradients:
         """Return the gradient of a loss for each variable that the tape watches."""
-        gradients = self._make.gradients(tape, loss)
+        gradients = self._updates.gradients(tape, loss)
         self.used |= handles_behind(loss, tape.start)
         return gradients
 
-    def update(self, gradients: Gradients, loss: tf.Tensor | None, verb: str) -> None:
+    def update(self, gradients: Gradients, loss: tf.Tensor | None = None) -> None:
         """Update variables by their gradients: now, or, if updates are deferred, at the end of the step."""
         in_control_flow = self._is_in_control_flow()
         update = PendingUpdate([variable for _, variable in gradients], in_control_flow)
         self.updates.append(update)
         if not self.deferred:
-            # The optimizer assigns through the same methods as the user.
+            # The optimizer assigns through the same methods as the user. In place, for `Planner.frozen` adds to this
+            # set.
             noted = set(self.assigned)
             self._apply(update, gradients, loss, self._checksums)
             self.assigned &= noted
@@ -279,34 +276,29 @@ class Training(StepContext):
         }
         return Computed(mean, [update.overwrites for update in self.updates], None)
 
-    def make_deferred(self, computed: Computed, ending: Ending) -> tf.Tensor | None:
+    def make_deferred(self, computed: Computed) -> tf.Tensor | None:
         """Make the updates that were deferred, in their order, and move what follows them; return their checksums."""
         checksums: list[tf.Tensor] = []
         self._move_followers(0, computed)
         parts = zip(self.updates, computed.mean["losses"], computed.mean["gradients"], computed.largest)
         for number, (update, loss, gradients, overwrites) in enumerate(parts, 1):
             pairs = update.paired(gradients, overwrites)
-            self._apply(update, pairs, loss[0] if loss else None, checksums, ending)
+            self._apply(update, pairs, loss[0] if loss else None, checksums)
             self._move_followers(number, computed)
         return self._total(checksums)
 
     def _apply(
-        self,
-        update: PendingUpdate,
-        gradients: Gradients,
-        loss: tf.Tensor | None,
-        checksums: list[tf.Tensor],
-        ending: Ending | None = None,
+        self, update: PendingUpdate, gradients: Gradients, loss: tf.Tensor | None, checksums: list[tf.Tensor]
     ) -> None:
         """Make an update, unless something in it, or in an update before it, is not finite."""
-        ending = ending or self.ending
-        if ending.check is not None:
-            found = ending.check.checksums(loss, gradients)
+        check = self.ending.check
+        if check is not None:
+            found = check.checksums(loss, gradients)
             if update.in_control_flow:
-                ending.check.kept.assign_add(found)
+                check.kept.assign_add(found)
             else:
                 checksums.append(found)
-        ending.guard(self._total(checksums), lambda: self._make.make(self.selection, gradients))
+        self.ending.guard(self._total(checksums), lambda: self._updates.make(self.selection, gradients))
 
     def _total(self, checksums: list[tf.Tensor]) -> tf.Tensor | None:
         check = self.ending.check

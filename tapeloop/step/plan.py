@@ -1,7 +1,7 @@
 """Planning a step: the user's part is traced by itself, outside of any other trace, and tells all that it touches.
 
-Whatever the step needs is made between the plan and the build: the sums of its logs, the checksums, the snapshot. Every
-decision about the step is taken from the plan, once.
+What the step needs is made outside of traces: optimizer slots and checksums before the plan, the sums of its logs and
+the list of what it is rolled back in after it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tapeloop.optimization.updates import Updates
 from tapeloop.step.context import Building, Clock, StepContext, Training
 from tapeloop.step.freezing import frozen
 from tapeloop.step.log_means import RunningMeans
-from tapeloop.step.metrics import StepMetrics, layer_metrics
+from tapeloop.step.metrics import StepMetrics, layer_metrics, renamed
 from tapeloop.step.objective import Objective
 from tapeloop.step.remat import Remat
 from tapeloop.step.user_attributes import UserAttributes
@@ -76,8 +76,7 @@ class StepParts:
         compilation: How steps are compiled.
         remat: What is computed twice to save memory.
         is_plain: Tells whether a training step is tapeloop's own from end to end, so that its one update comes last.
-        looks: Whether an Inf or a NaN is looked for.
-        ends_at_bad: Whether the run ends at the first bad step.
+        nonfinite: What an Inf or a NaN does: `"raise"`, `"skip"` or `"ignore"`.
         policy: What trains; the loop resolves it for each phase.
         clock: Where the loop in the graph keeps how far the run has come.
         means: The running means of what the steps of each kind return.
@@ -92,8 +91,7 @@ class StepParts:
     compilation: Compilation
     remat: Remat
     is_plain: Callable[[], bool]
-    looks: bool
-    ends_at_bad: bool
+    nonfinite: str
     policy: Any = None
     clock: Clock = field(default_factory=Clock)
     means: dict[str, RunningMeans] = field(default_factory=lambda: {"train": RunningMeans(), "eval": RunningMeans()})
@@ -149,6 +147,7 @@ class Planner:
         parts: What all steps of the trainer share.
         metrics: What the user's part logs.
         check: The checksums of training steps; None if nobody looks at them.
+        touched: The variables that the user's part was seen to read or assign to.
     """
 
     def __init__(self, kind: str, selection: Selection, parts: StepParts) -> None:
@@ -156,18 +155,19 @@ class Planner:
         self.selection = selection
         self.parts = parts
         self.metrics = StepMetrics()
-        looks = kind == "train" and (parts.looks or parts.updates.loss_scale.value is not None)
+        looks = kind == "train" and (parts.nonfinite != "ignore" or parts.updates.loss_scale.value is not None)
         self.check = FiniteCheck(selection) if looks else None
+        self.touched: set[Any] = set()
         self._context: StepContext | None = None
 
     def may_fail(self) -> bool:
-        """Tell whether a bad step may fail before its one update: the run ends there, and TensorFlow heeds it.
+        """Tell whether a bad step may fail before its one update: the run ends there, and assertions are enabled.
 
         XLA drops what makes a step fail. An optimizer that is not Keras' own may look at tensors of the user's part.
         """
         parts = self.parts
-        # The last update must come last to be deferred, which can be told of the trainer's own step alone.
-        ends = self.check is not None and parts.ends_at_bad and parts.updates.loss_scale.value is None
+        # To defer is safe only if nothing follows on the update, which the trainer's own step alone guarantees.
+        ends = self.check is not None and parts.nonfinite == "raise" and parts.updates.loss_scale.value is None
         return ends and parts.is_plain() and not parts.compilation.uses_xla and (
             parts.updates.optimizers.are_keras and can_stop()
         )  # fmt: skip
@@ -177,7 +177,7 @@ class Planner:
 
         Args:
             spec: The signature.
-            deferred: Whether updates are to wait until it was computed.
+            deferred: Whether updates wait until the user's part has been computed.
         """
         # The context records what the user's part asks for while it is traced; it belongs to this plan from then on.
         context = self.new_context(deferred)
@@ -188,6 +188,7 @@ class Planner:
         with self.frozen(context) as used:
             traced = tf.function(compute, autograph=self.parts.compilation.autograph)
             function = traced.get_concrete_function(spec)
+        self.touched |= {variable.ref() for variable in function.variables}
         self._warn_untracked(function, used())
         self.warn_if_nothing_updates(context)
         self.prepare_logs()
@@ -252,17 +253,36 @@ class Planner:
         if self.kind != "predict":
             self.parts.means[self.kind].prepare(self.metrics.scalar_names)
 
-    def evaluate(self, plan: StepPlan) -> Callable[[Any], Any]:
-        """Build the step that evaluates or predicts by a plan."""
+    def build_evaluation(self, plan: StepPlan) -> Callable[[Any], Any]:
+        """Turn the plan of a step that evaluates or predicts into the step."""
+        return lambda batch: self._logged(plan.compute(batch), batch)
 
-        def step(batch: Any) -> Any:
-            result = plan.compute(batch)
-            if self.kind == "predict":
-                return result
-            self.parts.means[self.kind].update(result, examples_of(batch))
-            return None
+    def evaluate_eagerly(self, batch: Any) -> Any:
+        """Run a step that evaluates or predicts op by op."""
+        context = self.new_context(deferred=False)
+        with self.frozen(context):
+            result = self.compute(context, batch)
+        self.prepare_logs()
+        return self._logged(result, batch)
 
-        return step
+    def _logged(self, result: Any, batch: Any) -> Any:
+        """Return what a step predicts; of one that evaluates, take in the logs."""
+        if self.kind == "predict":
+            return result
+        self.parts.means[self.kind].update(result, examples_of(batch))
+        return None
+
+    def take_logs(self) -> dict[str, Any]:
+        """Return what a step logged on one batch, and reset all that it logs: inside the step."""
+        logged, objective = self.metrics, self.parts.objective
+        logs: dict[str, Any] = dict(self.parts.means[self.kind].take(logged.scalar_names))
+        if logged.uses_compiled:
+            logs |= renamed(objective.results(), logged.returned)
+            objective.reset()
+        logs |= logged.results()
+        for metric in logged.by_name.values():
+            metric.reset_state()
+        return logs
 
     def warn_stale(self) -> None:
         """Warn of numbers that the user's part has read, and that have changed since."""

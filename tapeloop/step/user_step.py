@@ -12,12 +12,13 @@ import tensorflow as tf
 from tapeloop.model.tree import Model, Tree
 from tapeloop.optimization.tape import GroupTape
 from tapeloop.optimization.target_networks import checked_decay, paired
-from tapeloop.step.context import StepContext, outside
+from tapeloop.step.context import Building, StepContext, Training, outside
 from tapeloop.step.forward import call_model
 from tapeloop.step.plan import StepParts
 
 OVERRIDABLE = ("forward", "compute_loss", "train_step", "eval_step")
-VERBS = ("tape", "update", "gradients", "apply", "added_losses")
+# What the trainer's own training step is made of.
+OWN_STEP = ("train_step", "compute_loss", "forward", "tape", "update", "gradients", "apply", "added_losses")
 
 
 class UserStep:
@@ -183,8 +184,8 @@ class UserStep:
             >>> logs[1]["loss"] < logs[0]["loss"]
             True
         """
-        context = self._context("update")
-        context.update(context.gradients(tape, loss, "update"), loss, "update")
+        context = self._training("update")
+        context.update(context.gradients(tape, loss), loss)
 
     @tf.autograph.experimental.do_not_convert
     def gradients(self, tape: GroupTape, loss: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -202,7 +203,7 @@ class UserStep:
 
         Example: see `train_step`.
         """
-        pairs = self._context("gradients").gradients(tape, loss, "gradients")
+        pairs = self._training("gradients").gradients(tape, loss)
         return {variable.path: gradient for gradient, variable in pairs}
 
     @tf.autograph.experimental.do_not_convert
@@ -216,12 +217,12 @@ class UserStep:
             PolicyError: A path is not that of a variable that trains.
             RuntimeError: Called outside `train_step`.
             TypeError: `gradients` is no mapping.
-            ValueError: A gradient has another shape than its variable.
+            ValueError: A gradient has another shape than its variable, or a tied variable has several gradients.
 
         Example: see `train_step`.
         """
-        context = self._context("apply")
-        context.update(context.trainable(gradients), None, "apply")
+        context = self._training("apply")
+        context.update(context.trainable(gradients))
 
     @tf.autograph.experimental.do_not_convert
     def follow(self, target: Model | str, source: Model | str, *, decay: Any) -> None:
@@ -283,13 +284,20 @@ class UserStep:
             raise outside(verb)
         return self._parts.context
 
+    def _training(self, verb: str) -> Training | Building:
+        """Return the step that is being traced, or run eagerly, if it is one that trains."""
+        context = self._context(verb)
+        if not isinstance(context, (Training, Building)):
+            raise outside(verb)
+        return context
+
     def _predict_step(self, batch: Any) -> Any:
         return self.forward(keras.utils.unpack_x_y_sample_weight(batch)[0], training=False)
 
     def _is_plain(self) -> bool:
         """Tell whether a training step is tapeloop's own from end to end, so that its one update comes last."""
         own = vars(UserStep)
-        return all(getattr(getattr(self, name), "__func__", None) is own[name] for name in (*OVERRIDABLE, *VERBS))
+        return all(getattr(getattr(self, name), "__func__", None) is own[name] for name in OWN_STEP)
 
     def _no_loss(self) -> str:
         said, kind = "There is no loss: `loss` is None and no layer adds one. ", type(self)

@@ -237,3 +237,22 @@ def test_verbs_outside_of_a_step_that_trains(verb):
 def test_a_norm_for_a_group_that_is_not_there():
     with pytest.raises(tl.PolicyError, match=r"`clip_norm` is for \['tail'\], but the groups are \['base', 'head'\]"):
         applied(clip_norm={"tail": 1.0})
+
+
+def test_a_tied_variable_has_one_gradient():
+    class Twice(tl.Trainer):
+        def train_step(self, batch):
+            with self.tape() as tape:
+                loss = self.compute_loss(batch, training=True)
+            (gradient, *_) = self.gradients(tape, loss).values()
+            self.apply(dict.fromkeys(self.selection.trained[0].paths, gradient))
+            return {"loss": loss}
+
+    shared = keras.layers.Dense(4, use_bias=False)
+    model = keras.Sequential([keras.Input((4,)), shared])
+    trainer = Twice({"one": model, "other": keras.Sequential([keras.Input((4,)), shared])})
+    trainer.forward = lambda inputs, training: model(inputs)
+    with pytest.raises(
+        ValueError, match=r"several gradients for one variable, under \('one/.*', 'other/.*'\). Add them"
+    ):
+        trainer.train_on_batch(np.ones((2, 4)), np.ones((2, 4)))

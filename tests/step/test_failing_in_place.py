@@ -238,3 +238,13 @@ def test_no_step_fails_where_it_must_not_or_cannot(options):
         fit(trainer, data())
         assert trainer.step == (63 if options["nonfinite"] == "skip" else 64)
     assert "Assert" not in ops_of_the_loop(trainer)
+
+
+def test_an_eval_step_of_its_own_is_none_of_the_training_steps_business():
+    class Evaluating(tl.Trainer):
+        def eval_step(self, batch):
+            return {"ones": tf.ones(())}
+
+    trainer = trainer_of(network(), Evaluating, optimizer="adam")
+    fit(trainer, data(bad=None))
+    assert "Assert" in ops_of_the_loop(trainer)

@@ -211,3 +211,28 @@ def test_prediction_of_an_unbuilt_model_needs_no_targets():
     outputs = trainer.predict(X)
     assert_close(outputs, model(X), rtol=1e-6)
     trainer.fit(BATCHES, progress="none")
+
+
+class Reading(tl.Trainer):
+    """Predicts how far training has come, and a number of its own."""
+
+    factor = 1.0
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.factor = 1.0
+
+    def forward(self, inputs, training):
+        ones = keras.ops.ones_like(super().forward(inputs, training))
+        return ones if training else ones * self.factor * keras.ops.cast(10 * self.epoch + self.step, "float32")
+
+
+def test_a_prediction_reads_the_step_and_the_epoch_of_now_and_warns_of_numbers_that_changed():
+    trainer = Reading(mlp("hidden", "head"), run_eagerly=False)
+    x = BATCHES[0][0]
+    assert (trainer.predict(x) == 0).all()
+    trainer.state.step, trainer.state.epoch = 5, 2
+    assert (trainer.predict(x) == 25).all()
+    trainer.factor = 2.0
+    with pytest.warns(UserWarning, match=r"`self.factor` was 1.0 when the predict step was traced, and is 2.0 now"):
+        trainer.predict(x)

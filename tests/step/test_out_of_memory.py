@@ -112,3 +112,23 @@ def test_what_fits_on_trial_goes_on_in_the_graph_and_is_found_anew_by_the_next_f
 def test_a_number_that_is_known_does_not_change():
     with pytest.raises(tf.errors.ResourceExhaustedError):
         trainer_of(hungry(4), microbatches=2).fit([models.images(16)], progress="none")
+
+
+def test_what_a_layer_keeps_in_a_closure_does_not_move_twice():
+    class Counting(Hungry):
+        """Counts its calls in a variable that nobody tracks."""
+
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.calls = (lambda variable: lambda: variable)(tf.Variable(0, trainable=False))
+
+        def call(self, inputs):
+            self.calls().assign_add(1)
+            return super().call(inputs)
+
+    layer = Counting(4, refused)
+    model = keras.Sequential([keras.Input((6, 6, 1)), layers.Flatten(), layer, layers.Dense(3, name="head")])
+    trainer = trainer_of(model, microbatches="auto")
+    trainer.fit([models.images(16)], progress="none")
+    assert trainer.microbatches == 4
+    assert int(layer.calls()) == 4  # once a piece, and not in the trials that ran out
