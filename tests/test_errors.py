@@ -94,8 +94,8 @@ def test_what_cannot_train_raises_before_anything_has_moved(make, error, text):
 @pytest.mark.parametrize(
     ("data", "text"),
     [
-        (lambda x, y: (x[:, :5], y), r"inputs \(8, 5, 6, 1\) float32: (.|\n)*expected shape=\(None, 6, 6, 1\)"),
-        (lambda x, y: ((x, x), y), r"called on a batch of inputs \[\(8, 6, 6, 1\) float32, \(8, 6, 6, 1\)"),
+        (lambda x, y: (x[:, :5], y), r"do not fit the model `functional.*`: it takes .*, the batch has \(8, 5, 6, 1"),
+        (lambda x, y: ((x, x), y), r"do not fit the model"),
         (lambda x, y: (x, y[:, None, None, None]), r"does not fit the batch: the targets are \(8, 1, 1, 1"),
         (lambda x, y: (x,), r"The loss needs targets, but the batch has none"),
         (lambda x, y: (x, y[:5]), r"The arrays of `data` must have the same number of examples"),
@@ -104,7 +104,7 @@ def test_what_cannot_train_raises_before_anything_has_moved(make, error, text):
         (lambda x, y: tf.data.Dataset.from_tensor_slices((x, y)).batch(4).take(0), r"`data` is empty"),
         (lambda x, y: None, r"`data` must be a `tf.data.Dataset`.*Received: None of type NoneType"),
         (lambda x, y: 3, r"`data` must be a `tf.data.Dataset`.*Received: 3 of type int"),
-        (lambda x, y: [(tf.constant(1.0), tf.constant(1.0))], r"cannot be called|must hold a tensor"),
+        (lambda x, y: [(tf.constant(1.0), tf.constant(1.0))], r"do not fit the model|must hold a tensor"),
     ],
 )  # fmt: skip
 def test_data_that_does_not_fit_raises_before_anything_has_moved(data, text):

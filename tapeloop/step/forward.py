@@ -53,10 +53,9 @@ def call_model(model: Model, inputs: Any, training: bool) -> Any:
 
 
 def _checked(model: Model, x: Any) -> Any:
-    """Return a batch of inputs with checks of the lengths that a functional or sequential model declares.
+    """Return a batch of inputs, checked against what a functional or sequential model declares.
 
-    Keras checks what is known while a step is traced. A length that only the running step knows is checked by it, or it
-    would be found in the middle of the model, in words of TensorFlow's.
+    What is known only when the step runs is checked then.
     """
     declared = getattr(model, "inputs", None)
     if not declared:
@@ -67,6 +66,11 @@ def _checked(model: Model, x: Any) -> Any:
     else:
         flat = tf.nest.flatten(x)
         pairs = list(zip(declared, flat)) if len(flat) == len(declared) else [(declared[0], x)]
+    if not all(_fits(tensor.shape, given) for tensor, given in pairs):
+        raise DataError(
+            f"The inputs do not fit the model `{model.name}`: it takes {shapes(declared)}, the batch has {shapes(x)}. "
+            "Batches are `(inputs, targets)` with the batch as the first dimension."
+        )
     checks = [_require(model, tensor.shape, given) for tensor, given in pairs if _is_open(tensor.shape, given)]
     if not checks:
         return x
@@ -88,3 +92,15 @@ def _require(model: Model, declared: tuple[int | None, ...], value: tf.Tensor) -
     fits = tf.reduce_all((wanted < 0) | (tf.shape(value) == wanted))
     text = f"The inputs do not fit the model `{model.name}`: it takes {declared}, the batch has the shape"
     return require(fits, text, tf.shape(value))
+
+
+def _fits(declared: tuple[int | None, ...], value: Any) -> bool:
+    """Tell whether a tensor fits; Keras lets a last dimension of one be left out, or be there unasked."""
+    if not tf.is_tensor(value):
+        return value is None  # Keras itself knows which inputs may be left out
+    given = tuple(value.shape)
+    if len(given) == len(declared) + 1 and given[-1] == 1:
+        given = given[:-1]
+    elif len(given) == len(declared) - 1 and declared[-1] == 1:
+        given = (*given, 1)
+    return len(given) == len(declared) and all(d is None or g is None or d == g for d, g in zip(declared, given))

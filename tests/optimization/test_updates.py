@@ -250,7 +250,7 @@ def test_a_tied_variable_has_one_gradient():
 
     shared = keras.layers.Dense(4, use_bias=False)
     model = keras.Sequential([keras.Input((4,)), shared])
-    trainer = Twice({"one": model, "other": keras.Sequential([keras.Input((4,)), shared])})
+    trainer = Twice({"one": model, "other": keras.Sequential([keras.Input((4,)), shared])}, loss="mse")
     trainer.forward = lambda inputs, training: model(inputs)
     with pytest.raises(
         ValueError, match=r"several gradients for one variable, under \('one/.*', 'other/.*'\). Add them"
