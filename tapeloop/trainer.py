@@ -125,6 +125,7 @@ class Trainer(UserStep):
             ValueError: An option has a value that it cannot have, the model has a step of its own, or it was made
                 under a distribution strategy.
         """
+        # Told by the class: a method that is replaced later on the object is called all the same, without AutoGraph.
         overridden = {name for name in OVERRIDABLE if getattr(type(self), name) is not vars(UserStep)[name]}
         check_one_device(Tree.of(model))
         if not ignore_model_step:
@@ -135,6 +136,7 @@ class Trainer(UserStep):
         objective = Objective(loss, loss_weights, metrics, weighted_metrics, names)
         handler = NonFiniteHandler(nonfinite, max_skipped)
         self.state = TrainerState(Optimizers(optimizer), MovingAverages(ema), LossScale(), Microbatches(microbatches))
+        # Found now and not in the first step: it is a matter of the options alone.
         if self.state.microbatches.adapts or self.state.microbatches.count > 1:
             objective.check_averages()
         parts = StepParts(
@@ -148,6 +150,7 @@ class Trainer(UserStep):
             is_plain=self._is_plain,
             nonfinite=nonfinite,
         )
+        # From here on the methods of a step find what they act on.
         super().__init__(model, parts)
         steps = StepCache(parts, self.state.microbatches)
         phases = PhaseTracker(model, steps, self.state)
@@ -214,6 +217,7 @@ class Trainer(UserStep):
         self._loop.check_idle()
         whole_number("epochs", epochs, 0)
         self.state.averages.check_may_train()
+        # Drawn once a fit, so that a run that goes on in another process can have the same order.
         self.state.shuffle_seed = Sampler(shuffle, self._seed).seed
         steps = ("steps_per_epoch", steps_per_epoch)
         spec = DataSpec("data", data, batch_size, steps, class_weight, shuffle, self.state.shuffle_seed)
@@ -223,6 +227,7 @@ class Trainer(UserStep):
         cache = FeatureCache(self._features, feature_cache, feature_cache_views)
         fit_data = FitData(*given) if feature_cache is None else CachedData(cache, *given)
         self.state.microbatches.check(fit_data.loader.smallest_batch)
+        # Whatever is wrong with the options is said before the model is built, which costs a trace.
         cache.check([spec, validation_spec], self.state.microbatches, self._parts.compilation.run_eagerly)
         self._loop.steps.build(self.model, fit_data.loader.specs)
         self._loop.phases.check()
@@ -281,6 +286,7 @@ class Trainer(UserStep):
         self._loop.check_idle()
         self.state.averages.check_may_train()
         given = x if y is None and sample_weight is None else (x, y) if sample_weight is None else (x, y, sample_weight)
+        # As `fit` does of arrays: in Keras' float type, so that both share a trace.
         batch = as_tensors(given, "the batch")
         if self.state.microbatches.count > 1:
             self.state.microbatches.check(tf.get_static_value(examples_of(batch)))

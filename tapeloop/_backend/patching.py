@@ -32,6 +32,7 @@ def class_attribute(owner: type, name: str, value: Any) -> Iterator[None]:
 
     Python looks up `__call__` on the class, so that it cannot be replaced on one object.
     """
+    # To set what was inherited would hide it from later changes of the base class.
     inherited = name not in vars(owner)
     before = getattr(owner, name)
     setattr(owner, name, value)
@@ -81,6 +82,7 @@ def read_once(variable: tf.Variable) -> Iterator[None]:
 
     What is computed of it several times in a graph can then be computed once.
     """
+    # Until the first assignment, for after it the old value is wrong.
     shared, read = [variable.read_value()], variable.value
 
     def value() -> tf.Tensor:

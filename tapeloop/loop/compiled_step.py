@@ -98,6 +98,7 @@ class CompiledStep:
         Returns:
             How the step ended, what it logged, and the exception that ended it, if there was one.
         """
+        # One function does it all, so that a step on one batch costs one call: counts in, counts and logs out.
         counts, logs, failure = counts_before(*before), dict[str, Any](), None
         try:
             if self._is_driven:
@@ -162,6 +163,7 @@ class CompiledStep:
 
     def _step(self, spec: Any) -> Callable[[Any], Any]:
         """Return the step for batches of a signature: planned and built if the signature is new."""
+        # A plan is traced once, and built into the loop, the single step and the step that the host calls.
         key = str(spec)
         if key not in self._steps:
             plan = self.plan(spec)
@@ -292,6 +294,7 @@ class CompiledStep:
         """Return all that a step on trial may move, each variable with its value, on the host."""
         if self.planner.parts.compilation.run_eagerly:  # such a step undoes itself
             return []
+        # Planned first, since the plan tells what the user's part touches.
         self._step(spec())
         return [(variable, variable.numpy()) for variable in atomic.movable_variables(self.planner)]
 

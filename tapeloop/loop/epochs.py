@@ -57,6 +57,7 @@ class EpochLoop:
         history, state = History(), self.state
         self.steps.start_fit()
         for number in range(1, epochs + 1):
+            # The model may have changed since the last epoch, and the policy may go by its logs.
             phase = self.phases.due(starting=True)
             self._record(phase, history)
             loader = data.training(phase, state.epoch)
@@ -147,6 +148,7 @@ class EpochLoop:
         with self._shown(loader, display, title):
             for cursor in loader.epoch():
                 while cursor.remaining != 0:
+                    # Not at the end of an epoch: the same moment would be asked about twice.
                     ends = drawn == loader.batches_per_epoch  # the next epoch asks at its start
                     if every_steps and state.step != asked and state.step % every_steps == 0 and not ends:
                         asked = state.step
@@ -169,6 +171,7 @@ class EpochLoop:
 
     def _call(self, step: CompiledStep, cursor: BatchCursor, loader: DataLoader, most: int | None = None) -> int:
         """Call the loop in the graph once, and return the number of batches that it ran on."""
+        # A call ends at what comes first: its time, the end of the data, or the policy's next turn.
         most = min(limit for limit in (step.pace.steps, cursor.remaining, most) if limit is not None)
         # Between the call and the bookkeeping of it, Ctrl-C would leave the two apart.
         with deferred_interrupt():
@@ -216,6 +219,7 @@ class EpochLoop:
 
     def _take_in(self, step: CompiledStep, counts: StepCounts) -> None:
         """Take in how training steps ended."""
+        # Skipped steps have moved nothing, and count for no schedule.
         self.state.step += counts.applied
         self.handler.observe(counts, step.planner.check, self.state)
 
@@ -223,6 +227,7 @@ class EpochLoop:
     def _shown(self, loader: DataLoader, display: ProgressDisplay, title: str) -> Iterator[None]:
         """Show an epoch, and leave the data if it fails."""
         display.start(title, loader.batches_per_epoch)
+        # The bar is closed in any case; the data only if the epoch fails, for otherwise the next one goes on in it.
         try:
             with self._running():
                 yield

@@ -60,6 +60,7 @@ class History:
 
     def add_phase(self, phase: Phase) -> None:
         """Take in what trains from now on, unless it trains already."""
+        # A phase that goes on into the next fit is no new phase of the whole run.
         if not self.phases or self.phases[-1].selection != phase.selection:
             self.phases.append(phase)
 

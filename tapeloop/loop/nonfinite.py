@@ -44,6 +44,7 @@ class NonFiniteHandler:
         state.skipped_steps += counts.skipped
         state.consecutive_skipped = counts.consecutive_skipped
         if check is not None and counts.consecutive_skipped > self.max_consecutive:
+            # So that training can go on, if the user catches the error.
             state.consecutive_skipped = 0
             also = f"{self.max_consecutive} steps in a row were skipped before it, as many as may be. "
             raise check.error(state.step, state.epoch, also if self.mode == "skip" else "")

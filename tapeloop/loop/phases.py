@@ -63,6 +63,7 @@ class PhaseTracker:
 
     def held(self, *, trains: bool = False) -> Selection:
         """Return what trained last, of the model as it is now; unless `trains`, it may leave nothing to train."""
+        # To evaluate is to ask nothing: a policy that keeps state would move on.
         held = self._state.policy
         policy = held[1] if held is not None and held[0] is self.policy else self._chain()[-1]
         return resolve(policy, Tree.of(self._model), trains)

@@ -85,6 +85,7 @@ class StepCache:
         """Reset what the steps of a kind log."""
         self.parts.means[kind].reset()
         self.parts.objective.reset()
+        # A metric that a step returns may be kept nowhere else.
         returned = [m for (k, _), s in self._steps.items() if k == kind for m in s.planner.metrics.by_name.values()]
         for metric in dict.fromkeys([*self.parts.attributes.metrics(), *layer_metrics(tree), *returned]):
             metric.reset_state()

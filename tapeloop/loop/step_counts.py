@@ -64,6 +64,7 @@ def counted(counts: tf.Tensor, outcome: StepOutcome | None) -> tf.Tensor:
     if outcome is None:
         return applied
     after = tf.where(outcome.finite, applied, counts + tf.constant([1, 0, 1, 1, 0, 0], tf.int64))
+    # An overflow is the loss scale's business: it neither counts as a bad step nor ends a row of them.
     if outcome.overflowed is None:
         return after
     return tf.where(outcome.overflowed, row_again + tf.constant([1, 0, 0, 0, 0, 0], tf.int64), after)

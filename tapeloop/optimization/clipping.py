@@ -59,6 +59,7 @@ class Clipping:
             return list(gradients)
         if not isinstance(self._norm, Mapping):
             return clip_by_global_norm(gradients, self._norm)
+        # A group without a norm of its own is not clipped.
         by_group: dict[str, list[tuple[tf.Tensor, VariableInfo]]] = {}
         for gradient, variable in gradients:
             by_group.setdefault(selection.group_of[variable], []).append((gradient, variable))

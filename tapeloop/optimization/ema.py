@@ -108,6 +108,7 @@ class MovingAverages:
             if variable.is_overwritten:
                 continue
             average = self._averages[variable].value
+            # In the average's own type: with a decay near 1, a float16 difference would vanish.
             average.assign_sub(tf.cast(1 - self._decay, average.dtype) * (average - variable.tf_variable))
 
     def held(self, variables: Iterable[VariableInfo]) -> list[tf.Variable]:
@@ -129,6 +130,7 @@ class MovingAverages:
             raise RuntimeError(
                 f"There are no averages to evaluate with: {when}. Pass `ema=0.999`, say, and `fit` first."
             )
+        # Within another such context the averages are in place already.
         outer, self._swapped = self._swapped, True
         own = [(average.variable, average.variable.numpy()) for average in self._averages.values()]
         averaged = [average.at(step, self._decay) for average in self._averages.values()]

@@ -243,6 +243,7 @@ class Optimizers:
             group = selection.group_of[variable]
             cohort = self._home[variable, self._key(group)]
             mine.setdefault((cohort, group), []).append((gradient, variable))
+        # In the order in which cohorts began, whatever order the gradients came in: one trace, one order.
         order = [(cohort, group) for cohort in self.cohorts for group in selection.groups if (cohort, group) in mine]
         for key in dict.fromkeys(cohort.template for cohort, _ in order):
             parts = [part for part in order if part[0].template == key]

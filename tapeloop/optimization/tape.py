@@ -94,6 +94,7 @@ def gradients_of(tape: GroupTape, loss: tf.Tensor, scale: tf.Tensor | None) -> l
     # The scale is the gradient of the loss with respect to itself: nothing in the user's loss changes.
     sources = [variable.tf_variable for variable in tape.variables]
     gradients = tape.gradient(loss, sources, None if scale is None else tf.cast(scale, loss.dtype))
+    # A gradient of None would freeze a variable that is said to train: that is never silent.
     missing = [variable for gradient, variable in zip(gradients, tape.variables) if gradient is None]
     if missing and tape.precedes(loss):
         raise DisconnectedError(

@@ -71,6 +71,7 @@ class Template:
         Raises:
             PolicyError: A clone would not be what the user passed.
         """
+        # The user may hold on to the object, to read or set its rate.
         if self._is_free:
             self._is_taken = True
             return self.optimizer

@@ -210,6 +210,7 @@ def accumulate(plan_piece: Callable[[Any], StepPlan], spec: Any, count: int, *, 
     cuts = cut(examples, count if examples is None or not at_most else min(count, examples))
     # Pieces have static shapes, of two sizes at most, so that XLA compiles them too.
     plans = {pieces.size: plan_piece(piece_spec(spec, pieces.size)) for pieces in cuts}
+    # Both sizes compute the same, so that the zeros to begin with may be those of either.
     functions = tuple(function for plan in plans.values() for function in plan.functions)
 
     def compute(batch: Any) -> Computed:

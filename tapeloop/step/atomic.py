@@ -56,6 +56,7 @@ def run_eagerly(
     before = Snapshot(planner.parts.attributes.all_variables())
     aside = {variable.ref() for variable in _bookkeeping(planner)}
 
+    # Counts and sums of logs go on through a bad step.
     def note(variable: tf.Variable) -> None:
         if variable.ref() not in aside:
             before.add(variable)

@@ -132,6 +132,7 @@ class Building(StepContext):
 
     def __init__(self, model: Model, clock: Clock) -> None:
         self._model = model
+        # Nothing is selected yet: the variables that could be are being made.
         super().__init__("build", Selection(Tree((), ()), {}, (), (), (), {}), clock)
 
     def tape(self, groups: Sequence[str], persistent: bool, policy: Any) -> GroupTape:
@@ -238,6 +239,7 @@ class Training(StepContext):
 
     def update(self, gradients: Gradients, loss: tf.Tensor | None = None) -> None:
         """Update variables by their gradients: now, or, if updates are deferred, at the end of the step."""
+        # Noted whether or not it is deferred: the plan must know what is updated, and in which order.
         in_control_flow = self._is_in_control_flow()
         update = PendingUpdate([variable for _, variable in gradients], in_control_flow)
         self.updates.append(update)
@@ -248,6 +250,7 @@ class Training(StepContext):
             self._apply(update, gradients, loss, self._checksums)
             self.assigned &= noted
             return
+        # A tensor of a branch cannot leave it.
         if in_control_flow:
             raise _cannot_be_deferred("update")
         update.gradients = [gradient for gradient, variable in gradients if not variable.is_overwritten]

@@ -56,6 +56,7 @@ class StepMetrics:
         """
         if not isinstance(returned, Mapping):
             raise TypeError(f'`{kind}_step` must return a mapping `{{"name": scalar}}`. Received: {returned!r}.')
+        # Metrics are told from scalars by their class: a scalar is averaged over the epoch, a metric speaks for itself.
         metrics = {name: value for name, value in returned.items() if isinstance(value, keras.metrics.Metric)}
         scalars = {name: value for name, value in returned.items() if name not in metrics}
         for name, value in scalars.items():

@@ -161,6 +161,7 @@ def _fitting(y: Any, y_pred: Any, sample_weight: Any) -> Iterator[None]:
 
 def added_losses(selection: Selection) -> list[tf.Tensor]:
     """Return what layers added by `add_loss`, and the weight penalties, of all that trains and of nothing else."""
+    # Of the parts that are frozen neither counts: they could change nothing but the logs.
     losses = [
         tf.reduce_sum(tf.cast(loss, keras.config.floatx()))
         for submodel in selection.tree.layers

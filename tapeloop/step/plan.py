@@ -101,6 +101,7 @@ class StepParts:
     @contextlib.contextmanager
     def acting(self, context: StepContext) -> Iterator[None]:
         """Have the trainer's verbs act on a step inside this context."""
+        # A step may be planned while another is: a policy may evaluate with a trainer of its own.
         before, self.context = self.context, context
         try:
             yield

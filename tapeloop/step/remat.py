@@ -71,6 +71,7 @@ class Remat:
                     "`tl.paths(model)` prints what there is."
                 )
             found.update(dict.fromkeys(named))
+        # An inner layer would be computed a third time.
         return [one for one in found if not any(is_inside(one, other) for other in found)]
 
     @contextlib.contextmanager
@@ -108,6 +109,7 @@ def _recomputing(submodel: SubmodelInfo, selection: Selection, call: Callable[..
     held = [v for v in selection.tree.variables_in[submodel] if isinstance(v.variable, keras.Variable)]
     trained = [(v, v.tf_variable) for v in held if v in selection.group_of]
     fixed = [(v.variable, v.tf_variable) for v in held if v not in selection.group_of]
+    # A `StatelessScope` holds Keras variables alone.
     plain = [v.tf_variable for v in selection.tree.variables_in[submodel] if not isinstance(v.variable, keras.Variable)]
     again = False
 
@@ -115,6 +117,7 @@ def _recomputing(submodel: SubmodelInfo, selection: Selection, call: Callable[..
         if again:
             return call(*args, **kwargs)
         flat = tf.nest.flatten((args, kwargs))
+        # `tf.recompute_grad` takes tensors; masks, flags and integers reach the call by closure.
         places = _floating(flat)
         # Trained values enter as arguments, all others as they were found: the second run is the first again, though
         # weights may have moved in between (two tapes, two updates).
@@ -166,6 +169,7 @@ def _settle(
     found: list[tuple[keras.Variable, tf.Tensor]],
 ) -> None:
     """Assign what the first run would have assigned, having noted what it found; refuse what has no second run."""
+    # What the second run does is dropped, so that nothing may hang on it.
     if scope.losses:
         raise _refusal(submodel, "a layer in it adds a loss when it is called, which would have no gradient")
     for variable in trained:

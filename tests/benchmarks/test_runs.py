@@ -73,7 +73,7 @@ def test_a_users_own_model_by_the_command_line(tmp_path):
     assert "step-time.png" in {path.name for path in (tmp_path / "own").iterdir()}
 
 
-@pytest.mark.parametrize("policy", ["TrainAll()", "TrainOnly('head_*')"])
+@pytest.mark.parametrize("policy", [pytest.param("TrainAll()", marks=pytest.mark.slow), "TrainOnly('head_*')"])
 def test_arms_of_a_model_with_several_outputs_and_penalties_compute_the_same(policy):
     group = Group("own", policy, 4, steps=3, model="tests.benchmarks.test_runs:two_headed_model")
     arms = ("selective", "tapeloop", "keras", *["full", "subset"] * (policy == "TrainAll()"))
