@@ -98,6 +98,8 @@ def _fits(declared: tuple[int | None, ...], value: Any) -> bool:
     """Tell whether a tensor fits; Keras lets a last dimension of one be left out, or be there unasked."""
     if not tf.is_tensor(value):
         return value is None  # Keras itself knows which inputs may be left out
+    if value.shape.rank is None:  # only the model can tell
+        return True
     given = tuple(value.shape)
     if len(given) == len(declared) + 1 and given[-1] == 1:
         given = given[:-1]
