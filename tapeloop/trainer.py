@@ -217,7 +217,7 @@ class Trainer(UserStep):
         self._loop.check_idle()
         whole_number("epochs", epochs, 0)
         self.state.averages.check_may_train()
-        # Drawn once a fit, so that a run that goes on in another process can have the same order.
+        # Drawn once a fit and kept: the state tells in which order it trained.
         self.state.shuffle_seed = Sampler(shuffle, self._seed).seed
         steps = ("steps_per_epoch", steps_per_epoch)
         spec = DataSpec("data", data, batch_size, steps, class_weight, shuffle, self.state.shuffle_seed)
@@ -226,11 +226,11 @@ class Trainer(UserStep):
         given = spec, None if validation_data is None else validation_spec, self.state.epoch, epochs
         cache = FeatureCache(self._features, feature_cache, feature_cache_views)
         fit_data = FitData(*given) if feature_cache is None else CachedData(cache, *given)
-        self.state.microbatches.check(fit_data.loader.smallest_batch)
+        self.state.microbatches.require_examples(fit_data.loader.smallest_batch)
         # Whatever is wrong with the options is said before the model is built, which costs a trace.
-        cache.check([spec, validation_spec], self.state.microbatches, self._parts.compilation.run_eagerly)
+        cache.require_compatible([spec, validation_spec], self.state.microbatches, self._parts.compilation.run_eagerly)
         self._loop.steps.build(self.model, fit_data.loader.specs)
-        self._loop.phases.check()
+        self._loop.phases.resolve_to_come()
         return self._loop.fit(fit_data, epochs, ProgressDisplay(progress))
 
     def evaluate(
@@ -289,7 +289,7 @@ class Trainer(UserStep):
         # As `fit` does of arrays: in Keras' float type, so that both share a trace.
         batch = as_tensors(given, "the batch")
         if self.state.microbatches.count > 1:
-            self.state.microbatches.check(tf.get_static_value(examples_of(batch)))
+            self.state.microbatches.require_examples(tf.get_static_value(examples_of(batch)))
         self._loop.steps.build(self.model, lambda: iter([open_spec_of(batch)]))
         return self._loop.train_on_batch(batch)
 

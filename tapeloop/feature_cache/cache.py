@@ -84,7 +84,7 @@ class FeatureCache:
         self._ready: dict[str, _Ready] = {}
         self._train_step: CompiledStep | None = None
 
-    def check(self, data: Sequence[DataSpec], microbatches: Microbatches, run_eagerly: bool) -> None:
+    def require_compatible(self, data: Sequence[DataSpec], microbatches: Microbatches, run_eagerly: bool) -> None:
         """Check that the options of a fit go with a cache, if there is one.
 
         Raises:

@@ -56,7 +56,7 @@ class CompiledStep:
         self._is_tried = False
         self.forget()
 
-    def run(
+    def run_steps(
         self, cursor: BatchCursor, most: int, before: Before, max_consecutive: int
     ) -> tuple[StepCounts, BaseException | None]:
         """Run steps on the next batches of a cursor, until the host has something to do.
@@ -88,7 +88,7 @@ class CompiledStep:
         cursor.advance(counts.batches)
         return counts, failure and cursor.error_behind(failure)
 
-    def run_on(self, batch: Any, before: Before) -> tuple[StepCounts, dict[str, Any], BaseException | None]:
+    def run_on_batch(self, batch: Any, before: Before) -> tuple[StepCounts, dict[str, Any], BaseException | None]:
         """Run one step on a batch in tensors.
 
         Args:
@@ -231,7 +231,7 @@ class CompiledStep:
             with tf.device("CPU:0"):
                 return tf.reduce_all(counts <= limit) & (now < deadline)
 
-        def run(counts: tf.Tensor, now: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        def run_step(counts: tf.Tensor, now: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
             del now
             with tf.device("CPU:0"):
                 noted, number = self._counts.assign(counts), start + counts[0]
@@ -247,7 +247,7 @@ class CompiledStep:
                 with tf.control_dependencies([counts]):
                     return counts, tf.timestamp()
 
-        counts, _ = tf.while_loop(goes_on, run, (counts, began))
+        counts, _ = tf.while_loop(goes_on, run_step, (counts, began))
         self._counts.assign(counts)
 
     def _alone(self, step: Callable[[Any], Any], batch: Any, counts: tf.Tensor) -> tuple[tf.Tensor, dict[str, Any]]:
@@ -257,7 +257,7 @@ class CompiledStep:
         with tf.control_dependencies([noted]):
             outcome = step(batch)
         with tf.device("CPU:0"):
-            return counted(counts, outcome), self.planner.take_logs()
+            return counted(counts, outcome), self.planner.pop_logs()
 
     def _run_from_host(self, spec: Callable[[], Any], batch: Any) -> Any:
         """Run one step, and again without XLA if XLA refuses it, or in smaller pieces if it runs out of memory."""

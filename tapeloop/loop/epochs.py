@@ -84,13 +84,13 @@ class EpochLoop:
 
     def evaluate(self, step: CompiledStep, loader: DataLoader, display: ProgressDisplay, title: str) -> dict[str, Any]:
         """Run a step over one epoch of batches, and return its logs."""
-        look = functools.partial(self.steps.logs, "eval", [step.planner.metrics])
+        read_logs = functools.partial(self.steps.logs, "eval", [step.planner.metrics])
         self._start(step)
         with self._shown(loader, display, title):
             for cursor in loader.epoch():
                 while cursor.remaining != 0:
-                    display.advance(self._call(step, cursor, loader), look)
-            logs, examples = look()
+                    display.advance(self._call(step, cursor, loader), read_logs)
+            logs, examples = read_logs()
             display.end(logs, examples)
         return logs
 
@@ -106,7 +106,7 @@ class EpochLoop:
         self._is_reset = None
         step.planner.warn_stale()
         with self._running(), deferred_interrupt():
-            counts, logs, failure = step.run_on(batch, self._before())
+            counts, logs, failure = step.run_on_batch(batch, self._before())
             self._take_in(step, counts)
         if failure is not None:
             raise refusal(failure) or failure
@@ -141,7 +141,7 @@ class EpochLoop:
         began = asked = state.step
         drawn, state.skipped_steps = 0, 0
 
-        def look() -> tuple[dict[str, Any], int]:
+        def read_logs() -> tuple[dict[str, Any], int]:
             return self.steps.logs("train", used.values())
 
         self._start(step)
@@ -149,10 +149,10 @@ class EpochLoop:
             for cursor in loader.epoch():
                 while cursor.remaining != 0:
                     # Not at the end of an epoch: the same moment would be asked about twice.
-                    ends = drawn == loader.batches_per_epoch  # the next epoch asks at its start
+                    ends = drawn == loader.batches_per_epoch
                     if every_steps and state.step != asked and state.step % every_steps == 0 and not ends:
                         asked = state.step
-                        phase = self.phases.due(LazyLogs(lambda: look()[0]))
+                        phase = self.phases.due(LazyLogs(lambda: read_logs()[0]))
                         self._record(phase, history)
                         step, every_steps = phase.step, phase.every_steps
                         used[step.selection] = step.planner.metrics
@@ -160,8 +160,8 @@ class EpochLoop:
                     most = every_steps - state.step % every_steps if every_steps else None
                     ran = self._call(step, cursor, loader, most)
                     drawn += ran
-                    display.advance(ran, look)
-            logs, examples = look()
+                    display.advance(ran, read_logs)
+            logs, examples = read_logs()
             # Every step was skipped: there is nothing to average.
             if state.step == began:
                 logs = dict.fromkeys(logs, math.nan)
@@ -176,8 +176,8 @@ class EpochLoop:
         # Between the call and the bookkeeping of it, Ctrl-C would leave the two apart.
         with deferred_interrupt():
             began = time.perf_counter()
-            counts, failure = step.run(cursor, most, self._before(), self.handler.max_consecutive)
-            step.pace.took(counts.batches, time.perf_counter() - began)
+            counts, failure = step.run_steps(cursor, most, self._before(), self.handler.max_consecutive)
+            step.pace.adapt(counts.batches, time.perf_counter() - began)
             if step.kind == "train":
                 self._take_in(step, counts)
         if failure is not None:

@@ -47,7 +47,7 @@ class PhaseTracker:
         self._state = state
         self._resolved: dict[VariablePolicy, Selection] = {}
         self._prepared: Selection | None = None
-        self._fresh: Tree | None = None  # as `check` has just read it; reading a large model takes a while
+        self._fresh: Tree | None = None  # as `resolve_to_come` has just read it; reading a large model takes a while
         self._asked: tuple[VariablePolicy, int, int] | None = None  # the policy, and the step and epoch of the answer
         self._answer: list[VariablePolicy] = []
 
@@ -68,7 +68,7 @@ class PhaseTracker:
         policy = held[1] if held is not None and held[0] is self.policy else self._chain()[-1]
         return resolve(policy, Tree.of(self._model), trains)
 
-    def check(self) -> None:
+    def resolve_to_come(self) -> None:
         """Resolve every selection that is known to come.
 
         Raises:
@@ -77,7 +77,7 @@ class PhaseTracker:
         self._fresh = Tree.of(self._model)
         # A typo in the phase of epoch 7 is found in epoch 0.
         to_come = selections_to_come(self.policy, self._fresh)
-        self._state.optimizers.check(to_come, changing=True)
+        self._state.optimizers.require_groups(to_come, changing=True)
 
     def due(self, logs: Mapping[str, Any] | None = None, *, starting: bool = False) -> ActivePhase:
         """Return what trains next, and make everything that it needs.

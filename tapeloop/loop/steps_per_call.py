@@ -31,7 +31,7 @@ class Pace:
         self.steps = 1 if self._adapts else whole_number("steps_per_call", steps_per_call, 1)
         self.seconds = SECONDS if self._adapts else math.inf
 
-    def took(self, steps: int, seconds: float) -> None:
+    def adapt(self, steps: int, seconds: float) -> None:
         """Take in how long a call of so many steps took.
 
         A call that something cut short says too little, unless it was long all the same. The first call of a compiled

@@ -37,7 +37,7 @@ class Clipping:
             if not 0 < value < math.inf:
                 raise ValueError(f"`clip_norm` must be above 0 and finite. Received: {norm!r}.")
 
-    def check(self, selection: Selection, *, changing: bool) -> None:
+    def require_groups(self, selection: Selection, *, changing: bool) -> None:
         """Check that the norms are for groups of the selection, unless the policy is changing.
 
         Raises:

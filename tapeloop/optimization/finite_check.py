@@ -108,7 +108,9 @@ class Ending:
         """Return whether a step of these checksums counts in the logs; None if it does in any case."""
         return None if self.check is None or self.fails else all_finite(total)
 
-    def settle(self, total: tf.Tensor | None, roll_back: Callable[[], tf.Tensor] | None) -> StepOutcome | None:
+    def roll_back_if_bad(
+        self, total: tf.Tensor | None, roll_back: Callable[[], tf.Tensor] | None
+    ) -> StepOutcome | None:
         """Roll back a step that was not finite, if there is anything to, and return how it ended."""
         if self.check is None or self.fails:
             return None

@@ -43,12 +43,12 @@ class Rate:
             self._optimizer.learning_rate = self.setting(multiplier, rate)
 
     def setting(self, multiplier: float, rate: float | None) -> float:
-        """Return what `take` is to be given to the same end: the rate, or what the schedule is multiplied by."""
+        """Return what `assign_in_step` needs for the same rate: the rate, or the multiplier of the schedule."""
         if self._schedule is not None:
             return multiplier
         return self._base() * multiplier if rate is None else rate
 
-    def take(self, setting: tf.Variable) -> None:
+    def assign_in_step(self, setting: tf.Variable) -> None:
         """Set the rate inside a step that is traced; see `setting`."""
         if self._schedule is not None:
             self._schedule.multiplier.assign(setting)

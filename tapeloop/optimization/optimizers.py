@@ -153,7 +153,7 @@ class Optimizers:
         methods = [getattr(kind, name) for kind in kinds for name in ("apply", "update_step")]
         return all(method.__module__.startswith("keras.") for method in methods)
 
-    def check(self, selections: Sequence[Selection], *, changing: bool = False) -> None:
+    def require_groups(self, selections: Sequence[Selection], *, changing: bool = False) -> None:
         """Check that there is an optimizer for each group, and, unless the policy is changing, a group for each.
 
         Args:
@@ -180,7 +180,7 @@ class Optimizers:
                 cohorts[self._templates[self._key(group)]] += bool(joining)
                 known |= joining
         for template, count in cohorts.items():
-            template.check(count)
+            template.require_clones(count)
 
     def prepare(self, selection: Selection, *, changing: bool = False) -> None:
         """Make the state of every variable that trains and has none, and set the groups' learning rates.
@@ -190,9 +190,9 @@ class Optimizers:
             changing: Whether the policy changes as training goes, so that other groups may come later.
 
         Raises:
-            PolicyError: As `check` does.
+            PolicyError: As `require_groups` does.
         """
-        self.check([selection], changing=changing)
+        self.require_groups([selection], changing=changing)
         for group, variables in selection.groups.items():
             self._welcome(group, variables)
         # A cohort that is frozen in this phase keeps the groups that it had.
@@ -323,7 +323,7 @@ class Optimizers:
         # Slots stay where they are; rate and counts are put into the optimizer for this group and taken out after it,
         # so that a phase that returns costs no trace.
         if share is not None:
-            cohort.rate.take(share.rate)
+            cohort.rate.assign_in_step(share.rate)
             for count, own in zip(counts, share.counts):
                 count.assign(own)
         # Keras reads the step count for each variable, and TensorFlow does not compute once what comes of two reads.

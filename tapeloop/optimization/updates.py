@@ -42,7 +42,7 @@ class Updates:
         Raises:
             PolicyError: The optimizers, or the norms to clip to, are not for its groups.
         """
-        self.clipping.check(selection, changing=changing)
+        self.clipping.require_groups(selection, changing=changing)
         self.optimizers.prepare(selection, changing=changing)
         self.averages.prepare(selection, step)
         self.loss_scale.prepare(selection)

@@ -77,7 +77,7 @@ class Template:
             return self.optimizer
         return self._clone()
 
-    def check(self, cohorts: int) -> None:
+    def require_clones(self, cohorts: int) -> None:
         """Check that there can be so many optimizers more.
 
         Raises:

@@ -84,7 +84,11 @@ class VariablePolicy:
         Raises:
             NotImplementedError: A subclass writes neither this nor `at`.
         """
-        raise NotImplementedError(f"{type(self).__name__} must write `group(self, variable)`.")
+        # No abstract method: a policy that only writes `at` never has its own `group` called.
+        raise NotImplementedError(
+            f"{type(self).__name__} must write `group(self, variable)`, or `at(self, progress)` that returns another "
+            "policy."
+        )
 
     def inference(self, submodel: SubmodelInfo, trained: bool) -> bool:
         """Tell whether a submodel runs in inference mode.

@@ -43,7 +43,7 @@ class Microbatches:
         self.adapts = isinstance(count, str) and count == "auto"
         self.count = 1 if self.adapts else whole_number("microbatches", count, 1)
 
-    def check(self, examples: int | None) -> None:
+    def require_examples(self, examples: int | None) -> None:
         """Check that a batch of so many examples, if that is known, can be cut in so many pieces.
 
         Raises:

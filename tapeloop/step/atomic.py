@@ -34,7 +34,7 @@ def build(planner: Planner, plan: StepPlan) -> Step:
         if planner.check is not None and context.has_control_flow:
             planner.check.kept.assign(tf.zeros_like(planner.check.kept))
         computed = plan.compute(batch)
-        return _settled(planner, context, computed, batch, before if restored else None)
+        return _finish(planner, context, computed, batch, before if restored else None)
 
     return step
 
@@ -56,8 +56,8 @@ def run_eagerly(
     before = Snapshot(planner.parts.attributes.all_variables())
     aside = {variable.ref() for variable in _bookkeeping(planner)}
 
-    # Counts and sums of logs go on through a bad step.
     def note(variable: tf.Variable) -> None:
+        # Counts and sums of logs go on through a bad step.
         if variable.ref() not in aside:
             before.add(variable)
 
@@ -68,13 +68,13 @@ def run_eagerly(
                 computed = compute(batch) if in_pieces is None else in_pieces(compute, batch)
             planner.warn_if_nothing_updates(context)
             planner.prepare_logs()
-            return _settled(planner, context, computed, batch, before)
+            return _finish(planner, context, computed, batch, before)
     except Exception:
         before.roll_back()
         raise
 
 
-def _settled(
+def _finish(
     planner: Planner, context: Training, computed: Computed, batch: Any, before: Snapshot | None
 ) -> StepOutcome | None:
     """Make the updates that wait, take in the logs, and roll back a step that was not finite."""
@@ -82,7 +82,7 @@ def _settled(
     total = context.make_deferred(computed) if context.deferred else computed.checksums
     # The logs stand beside the updates and not behind them, so that the graph need not wait for one to do the other.
     planner.parts.means["train"].update(computed.mean["logs"], examples_of(batch), ending.is_counted(total))
-    return ending.settle(total, None if before is None else before.roll_back)
+    return ending.roll_back_if_bad(total, None if before is None else before.roll_back)
 
 
 def variables_to_restore(planner: Planner, plan: StepPlan, context: Training) -> list[tf.Variable]:
@@ -93,8 +93,8 @@ def variables_to_restore(planner: Planner, plan: StepPlan, context: Training) ->
     parts, selection = planner.parts, planner.selection
     if planner.check is None:
         return []
-    # An update in a branch or a loop cannot be told from an earlier one: it may have happened already.
     moved_before = [target.tf_variable for follow in context.follows for target, _ in follow.pairs]
+    # An update in a branch or a loop cannot be told from an earlier one: it may have happened already.
     earlier = context.updates[:-1] + [last for last in context.updates[-1:] if last.in_control_flow]
     moved_before += parts.updates.moved([variable for update in earlier for variable in update.variables])
     # What only the last update moves needs no snapshot, nor does what no layer can move, unless the user assigns to it.
@@ -103,9 +103,8 @@ def variables_to_restore(planner: Planner, plan: StepPlan, context: Training) ->
     aside |= {variable.tf_variable.ref() for variable in immutable_variables(selection)}
     aside -= {variable.tf_variable.ref() for variable in context.assigned}
     aside |= {variable.ref() for variable in _bookkeeping(planner)}
-    if (
-        parts.nonfinite == "raise" and parts.updates.loss_scale.value is None
-    ):  # the run ends before anybody reads the metrics
+    if parts.nonfinite == "raise" and parts.updates.loss_scale.value is None:
+        # The run ends at the bad step, before anybody reads the metrics.
         aside |= {variable.ref() for variable in parts.objective.variables}
     # An assignment that does not read is missing from a function's variables.
     model = [variable.tf_variable for variable in selection.tree.variables]

@@ -98,34 +98,6 @@ class StepContext:
         """Return what layers added by `add_loss`, and the weight penalties, of all that trains."""
         return added_losses(self.selection)
 
-    def trainable(self, gradients: Any) -> Gradients:
-        """Pair gradients by path with the variables that train."""
-        if not isinstance(gradients, Mapping):
-            raise TypeError(
-                "`apply` takes gradients by the paths of variables, as `gradients` returns them: "
-                f'`{{"head/kernel": gradient}}`. Received: {gradients!r}.'
-            )
-        trained = self.selection.trained
-        # A tied variable has several paths, and may be named by any.
-        by_path = {path: variable for variable in trained for path in variable.paths}
-        unknown = [path for path in gradients if path not in by_path]
-        if unknown:
-            raise PolicyError(
-                f"`apply` was given gradients for {unknown[:5]}, which do not train. What trains is "
-                f"{[variable.path for variable in trained[:5]]}{' and so on' * (len(trained) > 5)}."
-            )
-        named = [by_path[path] for path in gradients]
-        if len(set(named)) < len(named):
-            twice = next(variable for variable in named if named.count(variable) > 1)
-            raise ValueError(f"`apply` was given several gradients for one variable, under {twice.paths}. Add them up.")
-        for path, gradient in gradients.items():
-            shape = getattr(gradient, "shape", None)
-            if shape is None or not by_path[path].variable.shape == tuple(shape):
-                raise ValueError(
-                    f"`apply` takes a tensor of the shape {by_path[path].shape} for `{path}`. Received: {gradient!r}."
-                )
-        return [(tf.convert_to_tensor(gradient), by_path[path]) for path, gradient in gradients.items()]
-
 
 class Building(StepContext):
     """The user's step while it is traced only so that the model makes its variables: nothing trains."""
@@ -236,6 +208,34 @@ class Training(StepContext):
         gradients = self._updates.gradients(tape, loss)
         self.used |= handles_behind(loss, tape.start)
         return gradients
+
+    def trainable(self, gradients: Any) -> Gradients:
+        """Pair gradients by path with the variables that train."""
+        if not isinstance(gradients, Mapping):
+            raise TypeError(
+                "`apply` takes gradients by the paths of variables, as `gradients` returns them: "
+                f'`{{"head/kernel": gradient}}`. Received: {gradients!r}.'
+            )
+        trained = self.selection.trained
+        # A tied variable has several paths, and may be named by any.
+        by_path = {path: variable for variable in trained for path in variable.paths}
+        unknown = [path for path in gradients if path not in by_path]
+        if unknown:
+            raise PolicyError(
+                f"`apply` was given gradients for {unknown[:5]}, which do not train. What trains is "
+                f"{[variable.path for variable in trained[:5]]}{' and so on' * (len(trained) > 5)}."
+            )
+        named = [by_path[path] for path in gradients]
+        if len(set(named)) < len(named):
+            twice = next(variable for variable in named if named.count(variable) > 1)
+            raise ValueError(f"`apply` was given several gradients for one variable, under {twice.paths}. Add them up.")
+        for path, gradient in gradients.items():
+            shape = getattr(gradient, "shape", None)
+            if shape is None or not by_path[path].variable.shape == tuple(shape):
+                raise ValueError(
+                    f"`apply` takes a tensor of the shape {by_path[path].shape} for `{path}`. Received: {gradient!r}."
+                )
+        return [(tf.convert_to_tensor(gradient), by_path[path]) for path, gradient in gradients.items()]
 
     def update(self, gradients: Gradients, loss: tf.Tensor | None = None) -> None:
         """Update variables by their gradients: now, or, if updates are deferred, at the end of the step."""

@@ -47,7 +47,7 @@ class RunningMeans:
         means = {name: float(total / count) if count else math.nan for name, (total, count) in totals.items()}
         return means, int(sum(sums[-1] for sums in fetched.values()))
 
-    def take(self, names: tuple[str, ...]) -> dict[str, tf.Tensor]:
+    def pop_results(self, names: tuple[str, ...]) -> dict[str, tf.Tensor]:
         """Return the means of scalars of these names, NaN if nothing was taken in, and reset them: inside a step."""
         sums = self._sums[names].read_value()
         means = sums[:-1] / sums[-1]

@@ -101,7 +101,6 @@ class StepParts:
     @contextlib.contextmanager
     def acting(self, context: StepContext) -> Iterator[None]:
         """Have the trainer's verbs act on a step inside this context."""
-        # A step may be planned while another is: a policy may evaluate with a trainer of its own.
         before, self.context = self.context, context
         try:
             yield
@@ -111,12 +110,12 @@ class StepParts:
     def build_model(self, model: Model, spec: Any, kind: str) -> None:
         """Have a model make its variables in a trace of the user's part for batches of a signature; nothing trains."""
 
-        # The batch has an open first dimension, or Keras' Sequential would keep the size of the first batch for good.
-        def run(batch: Any) -> None:
+        def call(batch: Any) -> None:
             with inlined_functions(), self.acting(Building(model, self.clock)):
                 self.bodies[kind](batch)
 
-        tf.function(run, autograph=self.compilation.autograph).get_concrete_function(spec)
+        # The signature is open in its first dimension: Keras' Sequential keeps the size of its first batch for good.
+        tf.function(call, autograph=self.compilation.autograph).get_concrete_function(spec)
 
 
 @dataclass(frozen=True)
@@ -273,10 +272,10 @@ class Planner:
         self.parts.means[self.kind].update(result, examples_of(batch))
         return None
 
-    def take_logs(self) -> dict[str, Any]:
+    def pop_logs(self) -> dict[str, Any]:
         """Return what a step logged on one batch, and reset all that it logs: inside the step."""
         logged, objective = self.metrics, self.parts.objective
-        logs: dict[str, Any] = dict(self.parts.means[self.kind].take(logged.scalar_names))
+        logs: dict[str, Any] = dict(self.parts.means[self.kind].pop_results(logged.scalar_names))
         if logged.uses_compiled:
             logs |= renamed(objective.results(), logged.returned)
             objective.reset()

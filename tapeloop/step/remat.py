@@ -138,7 +138,7 @@ def _recomputing(submodel: SubmodelInfo, selection: Selection, call: Callable[..
             else:
                 with _Pure(values) as scope, noting_assignments(plain, lambda _: _refuse_raw(submodel)):
                     outputs.append(_refusing_chance(submodel, call)(*inner_args, **inner_kwargs))
-                _settle(submodel, scope, [v for v, _ in trained], found)
+                _assign_held_back(submodel, scope, [v for v, _ in trained], found)
                 results = tf.nest.flatten(outputs[0])
             return [results[place] for place in _floating(tf.nest.flatten(outputs[0]))]
 
@@ -162,7 +162,7 @@ def _recomputing(submodel: SubmodelInfo, selection: Selection, call: Callable[..
     return shadow
 
 
-def _settle(
+def _assign_held_back(
     submodel: SubmodelInfo,
     scope: _Pure,
     trained: Sequence[VariableInfo],

@@ -78,7 +78,7 @@ def test_a_call_ends_by_time_when_steps_turn_slow():
 
     trainer = fit(mlp("head"), steps=3000, optimizer="sgd")  # hundreds a call
     step = train_step(trainer)
-    run = step.run
+    run = step.run_steps
 
     def counting(*args, **options):
         began = time.monotonic()
@@ -86,7 +86,7 @@ def test_a_call_ends_by_time_when_steps_turn_slow():
         calls.append((found[0].batches, time.monotonic() - began))
         return found
 
-    step.run = counting
+    step.run_steps = counting
     trainer.fit(Slow(), progress="none")
     assert sum(batches for batches, _ in calls) == 112
     assert len(calls) >= 4

@@ -133,14 +133,14 @@ def test_how_many_steps_a_call_runs_changes_nothing():
 
 def calls_of(trainer, data, monkeypatch, **options):
     """How many steps each call of the loop may run, and did."""
-    seen, run = [], CompiledStep.run
+    seen, run = [], CompiledStep.run_steps
 
     def noting(self, feed, most, before, *more):
         tally, failure = run(self, feed, most, before, *more)
         seen.append(tally.batches)
         return tally, failure
 
-    monkeypatch.setattr(CompiledStep, "run", noting)
+    monkeypatch.setattr(CompiledStep, "run_steps", noting)
     trainer.fit(data, progress="none", **options)
     return seen
 

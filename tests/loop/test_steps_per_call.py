@@ -7,7 +7,7 @@ def run(pace, seconds_of_step, calls, overhead=0.0, most=None):
     for _ in range(calls):
         steps = pace.steps if most is None else min(pace.steps, most)
         numbers.append(steps)
-        pace.took(steps, overhead + steps * seconds_of_step)
+        pace.adapt(steps, overhead + steps * seconds_of_step)
     return numbers
 
 
@@ -18,7 +18,7 @@ def test_calls_grow_until_they_last_a_fifth_of_a_second():
 
 def test_a_first_call_that_compiles_holds_nothing_up():
     pace = Pace("auto")
-    pace.took(1, 2.0)
+    pace.adapt(1, 2.0)
     assert run(pace, 0.001, 4) == [1, 8, 64, 200]
 
 
@@ -33,14 +33,14 @@ def test_a_call_that_an_event_cut_short_says_nothing():
     run(pace, 0.001, 6)
     assert run(pace, 0.001, 3, overhead=0.1, most=3) == [3, 3, 3]
     assert pace.steps == 200
-    pace.took(3, 0.6)  # but when it was long all the same
+    pace.adapt(3, 0.6)  # but when it was long all the same
     assert pace.steps == 1
 
 
 def test_a_call_without_steps_says_nothing():
     pace = Pace("auto")
     run(pace, 0.001, 6)
-    pace.took(0, 0.5)
+    pace.adapt(0, 0.5)
     assert pace.steps == 200
 
 

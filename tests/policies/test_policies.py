@@ -191,7 +191,9 @@ def test_a_policy_without_group_says_what_to_write(tree):
     class Empty(tl.VariablePolicy):
         pass
 
-    with pytest.raises(NotImplementedError, match=r"Empty must write `group\(self, variable\)`"):
+    with pytest.raises(
+        NotImplementedError, match=r"Empty must write `group\(self, variable\)`, or `at\(self, progress\)`"
+    ):
         resolve(Empty(), tree)
 
 
