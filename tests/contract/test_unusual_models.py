@@ -236,3 +236,38 @@ def test_a_quantized_layer_with_adapters_trains_the_adapters_alone():
     model.layers[0].enable_lora(2)
     found = moved(model, lambda: fit(model, tl.TrainOnly("d/lora_kernel_*"), optimizer="sgd"))
     assert set() < found <= {"d/lora_kernel_a", "d/lora_kernel_b"}
+
+
+class Drifting(layers.Layer):
+    """Trains one weight, and moves another by hand each time that it is called."""
+
+    def build(self, shape):
+        self.scale = self.add_weight(shape=(shape[-1],), initializer="ones", name="scale")
+        self.shift = self.add_weight(shape=(shape[-1],), initializer="zeros", name="shift")
+
+    def call(self, inputs):
+        self.shift.assign_add(tf.ones_like(self.shift))
+        return inputs * self.scale + self.shift
+
+
+@pytest.mark.parametrize("how", [{}, {"run_eagerly": True}, {"microbatches": 2}], ids=str)
+def test_a_frozen_weight_of_a_layer_that_trains_in_part_does_not_move_in_its_call(how):
+    model = keras.Sequential([keras.Input((4,)), Drifting(name="drifting"), layers.Dense(2, name="head")])
+    trainer = tl.Trainer(model, tl.TrainOnly("drifting/scale"), loss="mse", **how)
+    shift, scale = (getattr(model.layers[0], name).numpy() for name in ("shift", "scale"))
+    trainer.fit([(np.ones((4, 4)), np.ones((4, 2)))] * 2, progress="none")
+    np.testing.assert_array_equal(model.layers[0].shift.numpy(), shift)
+    assert (model.layers[0].scale.numpy() != scale).any()
+
+
+def test_what_a_frozen_layers_activities_cost_is_no_part_of_the_loss():
+    dense = layers.Dense(3, activity_regularizer=keras.regularizers.L2(10.0), name="base")
+    model = keras.Sequential([keras.Input((4,)), dense, layers.Dense(2, name="head")])
+    x, y = np.ones((4, 4), "float32"), np.ones((4, 2), "float32")
+    plain = float(np.mean((np.asarray(model(x)) - y) ** 2))
+    losses = [
+        tl.Trainer(model, policy, loss="mse").evaluate([(x, y)], progress="none")["loss"]
+        for policy in (tl.Freeze("base"), tl.TrainAll())
+    ]
+    assert losses[0] == pytest.approx(plain, rel=1e-5)
+    assert losses[1] > plain
