@@ -43,6 +43,7 @@ class EpochLoop:
         self.state = state
         self.handler = handler
         self.runs = False
+        # The trainer's policy, the epoch and the step when `train_on_batch` last asked it, and the answer.
         self._on_batch: tuple[VariablePolicy, int, int, ActivePhase] | None = None
         self._is_reset: CompiledStep | None = None  # the step whose logs the last step on one batch has reset
 

@@ -21,7 +21,7 @@ Step = Callable[[Any], StepOutcome | None]
 
 
 def build(planner: Planner, plan: StepPlan) -> Step:
-    """Turn the plan of a training step into the step: snapshot, compute, update, log, settle."""
+    """Turn the plan of a training step into the step: snapshot, compute, update, log, roll back if bad."""
     context = plan.context
     assert isinstance(context, Training)
     restored = variables_to_restore(planner, plan, context)

@@ -14,10 +14,10 @@ from tapeloop.step.context import StepContext
 
 
 class UserAttributes:
-    """The attributes of a trainer that its subclass or user has set."""
+    """Finds what the user keeps among the attributes of a trainer."""
 
     def __init__(self, attributes: Mapping[str, Any], model: Model) -> None:
-        """Keep the trainer's own attributes, as they change, and its model, which is not among them."""
+        """Keep the attributes of a trainer, which go on changing, and its model, which is left out of the answers."""
         self._attributes = attributes
         self._model = model
 
