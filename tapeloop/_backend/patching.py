@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any
 
 import tensorflow as tf
@@ -26,38 +26,20 @@ def assigning_methods() -> list[tuple[type, str]]:
     return [(kind, name) for kind in classes for name in vars(kind) if name.startswith(ASSIGNING)]
 
 
-@contextlib.contextmanager
-def class_attribute(owner: type, name: str, value: Any) -> Iterator[None]:
-    """Let a class have another attribute inside this context.
-
-    Python looks up `__call__` on the class, so that it cannot be replaced on one object.
-    """
-    # To set what was inherited would hide it from later changes of the base class.
-    inherited = name not in vars(owner)
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        delattr(owner, name) if inherited else setattr(owner, name, before)
-
-
-Note = Callable[[tf.Variable], None]
+Note = Callable[[tf.Variable], bool | None]  # called with a variable; True: it is not assigned to
 _inlining = threading.RLock()
 
 
-@contextlib.contextmanager
-def noting_assignments(variables: Sequence[tf.Variable], note: Note) -> Iterator[None]:
-    """Call `note` with each of the variables that is assigned to inside this context, when it is."""
-    with contextlib.ExitStack() as shadows:
-        for variable in variables:
-            for name in assigning_names(variable.__class__):
-                shadows.enter_context(patched(variable, name, _noting(variable, getattr(variable, name), note)))
-        yield
+def noting_assignments(variables: Iterable[tf.Variable], note: Note) -> contextlib.AbstractContextManager[None]:
+    """Call `note` before any of the variables is assigned to inside this context; if it says True, nothing happens."""
+    return all_patched(
+        (variable, name, _noting(variable, getattr(variable, name), note))
+        for variable in variables
+        for name in assigning_names(variable.__class__)
+    )
 
 
-@contextlib.contextmanager
-def noting_all_assignments(note: Note) -> Iterator[None]:
+def noting_all_assignments(note: Note) -> contextlib.AbstractContextManager[None]:
     """Call `note` with any variable that this thread assigns to inside this context, when it does: for eager steps."""
     thread = threading.get_ident()
 
@@ -70,10 +52,7 @@ def noting_all_assignments(note: Note) -> Iterator[None]:
 
         return shadow
 
-    with contextlib.ExitStack() as shadows:
-        for kind, name in assigning_methods():
-            shadows.enter_context(class_attribute(kind, name, noting(getattr(kind, name))))
-        yield
+    return all_patched((kind, name, noting(getattr(kind, name))) for kind, name in assigning_methods())
 
 
 @contextlib.contextmanager
@@ -94,15 +73,29 @@ def read_once(variable: tf.Variable) -> Iterator[None]:
 
 @contextlib.contextmanager
 def patched(target: Any, name: str, shadow: Any) -> Iterator[None]:
-    """Let `target` find `shadow` under `name`, without the bookkeeping that Keras does when an attribute is set."""
+    """Let an object or a class find `shadow` under `name` inside this context.
+
+    A special method such as `__call__` is replaced on the class, where alone Python looks it up.
+    """
     missing = object()
-    # Keras' `__setattr__` would track the function, and wants `super().__init__` to have run.
+    # Keras' own `__setattr__` would track the function, and wants `super().__init__` to have run.
+    kind = type if isinstance(target, type) else object
+    # What is inherited is deleted afterwards, not set: a copy would hide later changes of the base class.
     own = vars(target).get(name, missing)  # such as a method that the user has replaced on this very object
-    object.__setattr__(target, name, shadow)
+    kind.__setattr__(target, name, shadow)
     try:
         yield
     finally:
-        object.__delattr__(target, name) if own is missing else object.__setattr__(target, name, own)
+        kind.__delattr__(target, name) if own is missing else kind.__setattr__(target, name, own)
+
+
+@contextlib.contextmanager
+def all_patched(patches: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
+    """Apply several patches, each the arguments of `patched`, inside this context."""
+    with contextlib.ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patched(*patch))
+        yield
 
 
 @contextlib.contextmanager
@@ -130,7 +123,6 @@ def assigning_names(kind: Hashable) -> tuple[str, ...]:
 
 def _noting(variable: tf.Variable, assign: Callable[..., Any], note: Note) -> Callable[..., Any]:
     def shadow(*args: Any, **kwargs: Any) -> Any:
-        note(variable)
-        return assign(*args, **kwargs)
+        return variable if note(variable) else assign(*args, **kwargs)
 
     return shadow

@@ -44,6 +44,16 @@ def untraced() -> Iterator[None]:
         yield
 
 
+def ops_since(start: int) -> list[tf.Operation]:
+    """Return the ops that the graph that is being traced got after its first `start`; none where nothing is traced."""
+    return [] if tf.executing_eagerly() else tf.compat.v1.get_default_graph().get_operations()[start:]
+
+
+def op_count() -> int:
+    """Return how many ops the graph that is being traced has; 0 where nothing is traced."""
+    return len(ops_since(0))
+
+
 def handle_id(variable: tf.Variable) -> int:
     """Return what tells a variable apart in a graph: Keras and TensorFlow make several objects for one handle."""
     return id(variable.handle)

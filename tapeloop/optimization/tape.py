@@ -7,10 +7,10 @@ from typing import Any
 
 import tensorflow as tf
 
+from tapeloop._backend.tracing import op_count
 from tapeloop.errors import DisconnectedError
 from tapeloop.model.tree import VariableInfo
 from tapeloop.optimization.diagnosis import disconnected
-from tapeloop.optimization.untracked_variables import op_count
 
 
 class GroupTape(tf.GradientTape):

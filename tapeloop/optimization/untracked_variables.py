@@ -19,17 +19,9 @@ from tapeloop._backend.traced_graph import TracedGraph
 BLOCKING = frozenset({"StopGradient", "PreventGradient"})
 
 
-def op_count() -> int:
-    """Return how many ops the graph that is being traced has; 0 where nothing is traced."""
-    return 0 if tf.executing_eagerly() else len(tf.compat.v1.get_default_graph().get_operations())
-
-
 def handles_read_since(start: int) -> set[int]:
     """Return the identities of the handles of the variables that the ops added to the graph since `start` take."""
-    if tf.executing_eagerly():
-        return set()
-    graph = tf.compat.v1.get_default_graph()
-    return tracing.handles_taken(graph, graph.get_operations()[start:])
+    return tracing.handles_taken(tf.compat.v1.get_default_graph(), tracing.ops_since(start))
 
 
 def handles_behind(loss: tf.Tensor, start: int) -> set[int]:

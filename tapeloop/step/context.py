@@ -64,12 +64,16 @@ class StepContext:
         kind: `"train"`, `"eval"` or `"predict"`; `"build"` while the model's variables are being made.
         selection: What trains.
         numbers: The numbers among the trainer's attributes that the step has read: they become constants.
+        assigned: The variables of the model that the user's part itself assigns to.
+        used: The identities of the handles of the variables that are used as if they trained.
     """
 
     def __init__(self, kind: str, selection: Selection, clock: Clock) -> None:
         self.kind = kind
         self.selection = selection
         self.numbers: dict[str, Any] = {}
+        self.assigned: set[VariableInfo] = set()
+        self.used: set[int] = set()
         self._clock = clock
 
     def step(self) -> tf.Tensor:
@@ -177,8 +181,6 @@ class Training(StepContext):
         ending: What happens to updates if something is not finite; the build decides whether a bad step fails.
         updates: The updates so far.
         follows: The deferred `follow`s so far.
-        assigned: The variables that the user's part itself assigns to.
-        used: The identities of the handles of the variables that would get a gradient if they were watched.
     """
 
     def __init__(self, selection: Selection, clock: Clock, ending: Ending, updates: Updates, deferred: bool) -> None:
@@ -187,8 +189,6 @@ class Training(StepContext):
         self.ending = ending
         self.updates: list[PendingUpdate] = []
         self.follows: list[PendingFollow] = []
-        self.assigned: set[VariableInfo] = set()
-        self.used: set[int] = set()
         self._updates = updates
         self._checksums: list[tf.Tensor] = []
         self._graph: Any = None
@@ -244,8 +244,7 @@ class Training(StepContext):
         update = PendingUpdate([variable for _, variable in gradients], in_control_flow)
         self.updates.append(update)
         if not self.deferred:
-            # The optimizer assigns through the same methods as the user. In place, for `Planner.frozen` adds to this
-            # set.
+            # The optimizer assigns through the same methods as the user. In place, for `frozen` adds to this set.
             noted = set(self.assigned)
             self._apply(update, gradients, loss, self._checksums)
             self.assigned &= noted

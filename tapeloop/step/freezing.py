@@ -13,23 +13,22 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 
-from tapeloop._backend import keras_internals, patching
-from tapeloop._backend.patching import assigning_names, inlined_functions, patched
+from tapeloop._backend import keras_internals
+from tapeloop._backend.patching import all_patched, inlined_functions, noting_assignments
+from tapeloop._backend.tracing import op_count
 from tapeloop.model.selection import Selection
 from tapeloop.model.tree import SubmodelInfo, VariableInfo
-from tapeloop.optimization.untracked_variables import handles_read_since, op_count
-
-Note = Callable[[VariableInfo], Any]  # called with a variable that is about to be assigned to
+from tapeloop.optimization.untracked_variables import handles_read_since
 
 
 @contextlib.contextmanager
-def frozen(selection: Selection, note: Note = lambda variable: None) -> Iterator[Calls]:
+def frozen(selection: Selection, assigned: set[VariableInfo], used: set[int]) -> Iterator[None]:
     """Trace inside this context, and no layer moves what `selection` leaves out.
 
     The submodels of `selection.inference` run in inference mode. What a layer assigns to a frozen variable inside its
@@ -38,43 +37,33 @@ def frozen(selection: Selection, note: Note = lambda variable: None) -> Iterator
 
     Args:
         selection: What trains.
-        note: Called with each variable of the model that is about to be assigned to.
+        assigned: Takes in the variables of the model that are assigned to.
+        used: Takes in the identities of the handles of the variables that are read inside of calls.
     """
     # Inner `tf.function`s keep a trace of another mode, or would keep this one beyond the step: they are traced as part
     # of it. AutoGraph does not convert them then, and an inner `jit_compile` is ignored.
-    with inlined_functions(), inference_mode(selection) as calls, read_only(selection, calls, note):
-        yield calls
+    with inlined_functions(), inference_mode(selection, used) as calls, read_only(selection, calls, assigned):
+        yield
 
 
-@contextlib.contextmanager
-def read_only(selection: Selection, calls: Calls, note: Note) -> Iterator[None]:
+def read_only(
+    selection: Selection, calls: Calls, assigned: set[VariableInfo]
+) -> contextlib.AbstractContextManager[None]:
     """Drop, inside this context, what layers assign to what is frozen; see `frozen`."""
     # Inference mode is not enough: a stateful recurrent layer, a counter or a method beside `call` assigns in any mode.
     # A `keras.StatelessScope` around `call` was tried first: it reaches neither a `tf.Module` nor what is assigned
     # outside of `call`. What writes by a raw op (`tf.raw_ops.AssignVariableOp`) is out of reach.
-    immovable = set(immutable_variables(selection))
-    with contextlib.ExitStack() as patches:
-        for variable in selection.tree.variables:
-            tf_variable = variable.tf_variable
-            for name in assigning_names(tf_variable.__class__):
-                assign = _dropping(variable, getattr(tf_variable, name), calls, variable in immovable, note)
-                patches.enter_context(patched(tf_variable, name, assign))
-        yield
+    infos = {variable.tf_variable.ref(): variable for variable in selection.tree.variables}
+    immutable = {variable.tf_variable.ref() for variable in immutable_variables(selection)}
 
-
-def _dropping(
-    variable: VariableInfo, assign: Callable[..., Any], calls: Calls, is_immutable: bool, note: Note
-) -> Callable[..., Any]:
-    """Wrap a method that assigns to a variable so that it does nothing inside a call that may not move the variable."""
-
-    def assign_or_drop(*args: Any, **kwargs: Any) -> Any:
+    def is_dropped(tf_variable: tf.Variable) -> bool:
         # Outside of all calls it is the user who assigns: a target network, a codebook, a perturbation. That happens.
-        if calls.in_idle or (is_immutable and calls.running):
-            return variable.tf_variable
-        note(variable)
-        return assign(*args, **kwargs)
+        if calls.in_idle or (calls.innermost is not None and tf_variable.ref() in immutable):
+            return True
+        assigned.add(infos[tf_variable.ref()])
+        return False
 
-    return assign_or_drop
+    return noting_assignments([variable.tf_variable for variable in selection.tree.variables], is_dropped)
 
 
 class _Frame(NamedTuple):
@@ -95,57 +84,49 @@ class Calls:
     """The nest of calls of submodels that is running.
 
     Attributes:
-        read: The identities of the handles of the variables that were read inside of calls.
+        innermost: The innermost of them, or None.
     """
 
-    def __init__(self) -> None:
-        self._frames: list[_Frame] = []
-        self.read: set[int] = set()
-
-    @property
-    def running(self) -> bool:
-        """Whether any submodel is being called."""
-        return bool(self._frames)
+    def __init__(self, used: set[int]) -> None:
+        self.innermost: _Frame | None = None
+        self._used = used
 
     @property
     def in_idle(self) -> bool:
         """Whether a submodel of which nothing trains is being called, or something inside it."""
-        return bool(self._frames) and self._frames[-1].idle
-
-    def within(self) -> _Frame | None:
-        """Return the innermost call that is running."""
-        return self._frames[-1] if self._frames else None
+        return self.innermost is not None and self.innermost.idle
 
     @contextlib.contextmanager
     def entered(self, frame: _Frame) -> Iterator[None]:
         """Have this call running inside the context."""
-        start = None if self._frames else op_count()
-        self._frames.append(frame)
+        around, self.innermost = self.innermost, frame
+        # The outermost call sees all that the calls inside it read; to list a graph's ops takes long in a large one.
+        start = None if around else op_count()
         try:
             yield
         finally:
-            self._frames.pop()
+            self.innermost = around
             if start is not None:
-                self.read |= handles_read_since(start)
+                self._used |= handles_read_since(start)
 
 
 @contextlib.contextmanager
-def inference_mode(selection: Selection) -> Iterator[Calls]:
+def inference_mode(selection: Selection, used: set[int]) -> Iterator[Calls]:
     """Run the submodels of `selection.inference` in inference mode inside this context.
 
     The layers around them get back the mode in which they were called themselves, which Keras 3 would otherwise
     overwrite with the mode of the child called last.
     """
     inference, idle = frozenset(selection.inference), selection.idle
-    calls = Calls()
-    with contextlib.ExitStack() as patches:
-        for submodel in selection.tree.layers:
-            layer = submodel.object
-            for name in keras_internals.call_methods(layer):
-                shadow = _moded(layer, getattr(layer, name), calls, submodel in inference, submodel in idle)
-                patches.enter_context(patched(layer, name, shadow))
-            patches.enter_context(patched(layer, "add_loss", _unless_idle(calls, layer.add_loss)))
-        patches.enter_context(_watched_modules(selection, calls))
+    calls = Calls(used)
+    patches = list(_module_patches(selection, calls))
+    for submodel in selection.tree.layers:
+        layer = submodel.object
+        for name in keras_internals.call_methods(layer):
+            shadow = _moded(layer, getattr(layer, name), calls, submodel in inference, submodel in idle)
+            patches.append((layer, name, shadow))
+        patches.append((layer, "add_loss", _unless_idle(calls, layer.add_loss)))
+    with all_patched(patches):
         yield calls
 
 
@@ -153,7 +134,7 @@ def _moded(layer: keras.Layer, call: Callable[..., Any], calls: Calls, inference
     """Wrap `call` so that in inference mode it and all that it calls see `training=False`, and none of it gets out."""
 
     def shadow(*args: Any, **kwargs: Any) -> Any:
-        around = calls.within() or _Frame(keras_internals.inherited_training(layer), False, False)
+        around = calls.innermost or _Frame(keras_internals.inherited_training(layer), False, False)
         forced = around.inference or inference
         if forced:
             args, kwargs = _without_training(call, args, kwargs)
@@ -186,9 +167,8 @@ def _unless_idle(calls: Calls, add_loss: Callable[..., Any]) -> Callable[..., An
     return lambda *args, **kwargs: None if calls.in_idle else add_loss(*args, **kwargs)
 
 
-@contextlib.contextmanager
-def _watched_modules(selection: Selection, calls: Calls) -> Iterator[None]:
-    """Note the calls of `tf.Module`s, which Python looks up on their class and not on the object."""
+def _module_patches(selection: Selection, calls: Calls) -> Iterable[tuple[type, str, Any]]:
+    """Give patches that note the calls of `tf.Module`s: of their classes, where Python looks `__call__` up."""
     modules = {id(s.object): s for s in selection.tree.submodels if _is_plain_module(s) and callable(s.object)}
     inference = frozenset(selection.inference)
 
@@ -198,7 +178,7 @@ def _watched_modules(selection: Selection, calls: Calls) -> Iterator[None]:
             submodel = modules.get(id(self))
             if submodel is None:
                 return call(self, *args, **kwargs)
-            around = calls.within() or _Frame(None, False, False)
+            around = calls.innermost or _Frame(None, False, False)
             frame = _Frame(
                 around.training, around.inference or submodel in inference, around.idle or submodel in selection.idle
             )
@@ -207,10 +187,8 @@ def _watched_modules(selection: Selection, calls: Calls) -> Iterator[None]:
 
         return shadow
 
-    with contextlib.ExitStack() as patches:
-        for kind in {type(submodel.object) for submodel in modules.values()}:
-            patches.enter_context(patching.class_attribute(kind, "__call__", watching(kind.__call__)))
-        yield
+    kinds = {type(submodel.object) for submodel in modules.values()}
+    return [(kind, "__call__", watching(kind.__call__)) for kind in kinds]
 
 
 def _is_plain_module(submodel: SubmodelInfo) -> bool:

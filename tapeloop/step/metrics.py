@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from tapeloop._backend import keras_internals, tracing
-from tapeloop._backend.patching import patched
+from tapeloop._backend.patching import all_patched
 from tapeloop.model.tree import Tree, raw
 
 
@@ -35,11 +35,10 @@ class StepMetrics:
     @contextlib.contextmanager
     def watching(self, held: Iterable[keras.metrics.Metric]) -> Iterator[Watch]:
         """Note inside this context which of some metrics are updated, and what is read of them."""
-        watch = Watch()
-        with contextlib.ExitStack() as shadows:
-            for metric in held:
-                shadows.enter_context(patched(metric, "update_state", watch.updating(metric)))
-                shadows.enter_context(patched(metric, "result", watch.reading(metric)))
+        watch = Watch(held)
+        updating = [(metric, "update_state", watch.updating(metric)) for metric in watch.held]
+        reading = [(metric, "result", watch.reading(metric)) for metric in watch.held]
+        with all_patched([*updating, *reading]):
             yield watch
 
     def scalars(self, kind: str, returned: Any, watch: Watch, compiled: Iterable[str]) -> dict[str, Any]:
@@ -91,15 +90,14 @@ class Watch:
         results: What was read of them, by identity, with what keeps each alive.
     """
 
-    def __init__(self) -> None:
-        self.held: list[keras.metrics.Metric] = []
+    def __init__(self, held: Iterable[keras.metrics.Metric]) -> None:
+        self.held = list(held)
         self.updated: list[keras.metrics.Metric] = []
         self.results: dict[int, Any] = {}
 
     def updating(self, metric: keras.metrics.Metric) -> Any:
         """Return what notes that a metric is updated, and updates it."""
         update = metric.update_state
-        self.held.append(metric)
 
         def shadow(*args: Any, **kwargs: Any) -> Any:
             if metric not in self.updated:

@@ -185,26 +185,22 @@ class Planner:
         def compute(batch: Any) -> Any:
             return self.compute(context, batch)
 
-        with self.frozen(context) as used:
+        with self.frozen(context):
             traced = tf.function(compute, autograph=self.parts.compilation.autograph)
             function = traced.get_concrete_function(spec)
         self.touched |= {variable.ref() for variable in function.variables}
-        self._warn_untracked(function, used())
+        self._warn_untracked(function, context.used)
         self.warn_if_nothing_updates(context)
         self.prepare_logs()
         return StepPlan(function, (function,), context)
 
     @contextlib.contextmanager
-    def frozen(self, context: StepContext) -> Iterator[Callable[[], set[int]]]:
-        """Trace or run the user's part inside this context, and what is frozen does not move.
-
-        What it yields tells which variables, by their handles, were used as if they trained.
-        """
-        training = context if isinstance(context, Training) else None
-        remat = self.parts.remat.applied(self.selection) if training else contextlib.nullcontext()
-        note = training.assigned.add if training else lambda variable: None
-        with remat, frozen(self.selection, note) as calls:
-            yield lambda: calls.read | (training.used if training else set())
+    def frozen(self, context: StepContext) -> Iterator[None]:
+        """Trace or run the user's part inside this context, and what is frozen does not move."""
+        # Only a gradient computes a layer again.
+        remat = self.parts.remat.applied(self.selection) if self.kind == "train" else contextlib.nullcontext()
+        with remat, frozen(self.selection, context.assigned, context.used):
+            yield
 
     def new_context(self, deferred: bool) -> StepContext:
         """Return a context for a step that is about to be traced, or run eagerly."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
 from tapeloop._backend import keras_internals
-from tapeloop._backend.patching import noting_assignments, patched
+from tapeloop._backend.patching import all_patched, noting_assignments
+from tapeloop._backend.tracing import op_count, ops_since
 from tapeloop.errors import PolicyError
 from tapeloop.model.filters import (
     Filter,
@@ -74,16 +75,13 @@ class Remat:
         # An inner layer would be computed a third time.
         return [one for one in found if not any(is_inside(one, other) for other in found)]
 
-    @contextlib.contextmanager
-    def applied(self, selection: Selection) -> Iterator[None]:
+    def applied(self, selection: Selection) -> contextlib.AbstractContextManager[None]:
         """Trace inside this context, and the chosen submodels compute twice."""
-        with contextlib.ExitStack() as shadows:
-            for submodel in self.chosen(selection.tree):
-                layer = submodel.object
-                for name in keras_internals.call_methods(layer):
-                    shadow = _recomputing(submodel, selection, getattr(layer, name))
-                    shadows.enter_context(patched(layer, name, shadow))
-            yield
+        return all_patched(
+            (one.object, name, _recomputing(one, selection, getattr(one.object, name)))
+            for one in self.chosen(selection.tree)
+            for name in keras_internals.call_methods(one.object)
+        )
 
 
 class _Pure(keras.StatelessScope):
@@ -137,7 +135,9 @@ def _recomputing(submodel: SubmodelInfo, selection: Selection, call: Callable[..
                 results = tf.nest.flatten(replay(values, *inner_args, **inner_kwargs))
             else:
                 with _Pure(values) as scope, noting_assignments(plain, lambda _: _refuse_raw(submodel)):
-                    outputs.append(_refusing_chance(submodel, call)(*inner_args, **inner_kwargs))
+                    start = op_count()
+                    outputs.append(call(*inner_args, **inner_kwargs))
+                    _refuse_chance(submodel, ops_since(start))
                 _assign_held_back(submodel, scope, [v for v, _ in trained], found)
                 results = tf.nest.flatten(outputs[0])
             return [results[place] for place in _floating(tf.nest.flatten(outputs[0]))]
@@ -182,22 +182,14 @@ def _assign_held_back(
         variable.assign(scope.get_current_value(variable))
 
 
-def _refusing_chance(submodel: SubmodelInfo, call: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a call so that random ops in its graph, which would draw anew in the second run, are refused."""
-
-    def checked(*args: Any, **kwargs: Any) -> Any:
-        graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
-        before = 0 if graph is None else len(graph.get_operations())
-        outputs = call(*args, **kwargs)
-        for op in [] if graph is None else graph.get_operations()[before:]:
-            if op.type.startswith(RANDOM_OPS):
-                raise _refusal(
-                    submodel,
-                    f"it draws by `{op.type}`, anew each time; `keras.random` with a `SeedGenerator` can be repeated",
-                )
-        return outputs
-
-    return checked
+def _refuse_chance(submodel: SubmodelInfo, ops: Sequence[tf.Operation]) -> None:
+    """Refuse random ops, which would draw anew in the second run."""
+    for op in ops:
+        if op.type.startswith(RANDOM_OPS):
+            raise _refusal(
+                submodel,
+                f"it draws by `{op.type}`, anew each time; `keras.random` with a `SeedGenerator` can be repeated",
+            )
 
 
 def _refuse_raw(submodel: SubmodelInfo) -> None:

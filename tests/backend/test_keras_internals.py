@@ -215,7 +215,7 @@ def test_a_class_has_another_attribute_for_a_while():
         pass
 
     for kind in (Base, Inherits):
-        with patching.class_attribute(kind, "__call__", lambda self: "other"):
+        with patching.patched(kind, "__call__", lambda self: "other"):
             assert kind()() == "other"
         assert kind()() == "base"
     assert "__call__" not in vars(Inherits)

@@ -124,7 +124,7 @@ def test_trained_parts_still_run_in_training_mode_after_a_frozen_one():
     dropped = lambda y: float(tf.reduce_mean(tf.cast(y == 0, tf.float32)))  # noqa: E731
     outside = dropped(model(x, training=False))
     assert dropped(model(x, training=True)) == outside  # what Keras alone does
-    with inference_mode(selection):
+    with inference_mode(selection, set()):
         assert dropped(model(x, training=True)) > outside + 0.1
         assert dropped(model(x, training=False)) == outside
 
@@ -142,7 +142,7 @@ def test_a_layer_inside_a_frozen_one_that_keras_does_not_track_is_in_inference_m
     inputs = keras.Input((4,))
     model = keras.Model(inputs, keras.layers.Dense(2, name="head")(Hidden()(inputs)))
     x = tf.ones((8, 4))
-    with inference_mode(resolve(tl.TrainOnly("head"), Tree.of(model))):
+    with inference_mode(resolve(tl.TrainOnly("head"), Tree.of(model)), set()):
         np.testing.assert_array_equal(model(x, training=True), model(x, training=False))
 
 
@@ -175,7 +175,7 @@ def test_the_users_own_override_of_call_runs_and_stays():
 def test_the_mode_is_lifted_when_the_step_raises():
     model = models.functional()
     own = {id(v.tf_variable): sorted(vars(v.tf_variable)) for v in Tree.of(model).variables}
-    with contextlib.suppress(ZeroDivisionError), frozen(resolve(tl.Freeze("base"), Tree.of(model))):
+    with contextlib.suppress(ZeroDivisionError), frozen(resolve(tl.Freeze("base"), Tree.of(model)), set(), set()):
         assert tf.config.functions_run_eagerly()
         raise ZeroDivisionError
     assert not tf.config.functions_run_eagerly()
