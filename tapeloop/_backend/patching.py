@@ -11,6 +11,8 @@ from typing import Any
 import tensorflow as tf
 from tensorflow.python.ops.resource_variable_ops import BaseResourceVariable
 
+from tapeloop._search import search
+
 # What the names of the methods that assign to a `tf.Variable` begin with; `variable[0].assign(...)` calls the last.
 ASSIGNING = ("assign", "scatter_", "batch_scatter_", "_strided_slice_assign")
 
@@ -20,9 +22,7 @@ def assigning_methods() -> list[tuple[type, str]]:
 
     TensorFlow does not export the classes; variables made in a trace are of another one than those made outside.
     """
-    classes = [BaseResourceVariable]
-    for kind in classes:
-        classes += [below for below in kind.__subclasses__() if below not in classes]
+    classes = search([BaseResourceVariable], type.__subclasses__)
     return [(kind, name) for kind in classes for name in vars(kind) if name.startswith(ASSIGNING)]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import tensorflow as tf
 
 from tapeloop._backend.tracing import effects, is_stateful
+from tapeloop._search import search
 
 # Stateful ops that only read a variable. An op type that is stateful and not listed here counts as writing.
 READING = frozenset({"ReadVariableOp", "ResourceGather", "ResourceGatherNd", "VariableShape"})
@@ -80,22 +81,18 @@ class TracedGraph:
         """
         # Tensors are compared by name, as `==` on them compares their elements.
         sources = {feed.name for feed in feeds} | self.captures.keys()
-        used = {target.name for target in targets} & sources
-        found: set[str] = set()
-        waiting = [*effects, *(target.op for target in targets if target.name not in sources)]
-        while waiting:
-            op = waiting.pop()
-            if op.name in found:
-                continue
-            if any(op is given.op for given in self.inputs):
-                raise ValueError(
-                    f"What is computed of {[feed.name for feed in feeds]} takes the input `{op.name}` too."
-                )
-            found.add(op.name)
-            used |= {taken.name for taken in op.inputs} & sources
-            waiting += [taken.op for taken in op.inputs if taken.name not in sources]
+
+        def behind(op: tf.Operation) -> list[tf.Operation]:
             # TensorFlow orders ops by control edges, often through a NoOp that joins several.
-            waiting += [before for before in op.control_inputs if before.type == "NoOp"]
+            joined = [before for before in op.control_inputs if before.type == "NoOp"]
+            return joined + [taken.op for taken in op.inputs if taken.name not in sources]
+
+        ops = search([*effects, *(target.op for target in targets if target.name not in sources)], behind)
+        found = {op.name for op in ops}
+        missing = [given.op.name for given in self.inputs if given.op.name in found]
+        if missing:
+            raise ValueError(f"What is computed of {[feed.name for feed in feeds]} takes the input `{missing[0]}` too.")
+        used = {taken.name for taken in (*targets, *(taken for op in ops for taken in op.inputs))} & sources
         # `tf.compat.v1.wrap_function(...).prune` would cut a graph too, but traces without automatic control
         # dependencies: seeds, statistics and metrics in what is left of a step would run in no order.
         definition = tf.compat.v1.GraphDef(versions=self.definition.versions, library=self.definition.library)

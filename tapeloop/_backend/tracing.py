@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import tensorflow as tf
@@ -64,18 +64,6 @@ def handles_taken(graph: Any, ops: Iterable[tf.Operation]) -> set[int]:
     outside = {id(inner): id(outer) for outer, inner in captures(graph)}
     given = [tensor for op in ops for tensor in op.inputs if tensor.dtype == tf.resource]
     return {outside[id(tensor)] for tensor in given if id(tensor) in outside}
-
-
-def ops_behind(tensor: tf.Tensor, inputs: Callable[[tf.Operation], Iterable[tf.Tensor]]) -> list[tf.Operation]:
-    """Return the ops of a graph that a tensor is computed by, as far back as `inputs` of each op says."""
-    found: dict[int, tf.Operation] = {}
-    waiting = [tensor.op]
-    while waiting:
-        op = waiting.pop()
-        if id(op) not in found:
-            found[id(op)] = op
-            waiting += [given.op for given in inputs(op)]
-    return list(found.values())
 
 
 def captured_as(graph: Any, variables: Iterable[tf.Variable]) -> list[tf.Tensor]:

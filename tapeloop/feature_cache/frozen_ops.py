@@ -7,6 +7,7 @@ from collections.abc import Collection
 import tensorflow as tf
 
 from tapeloop._backend.traced_graph import TracedGraph
+from tapeloop._search import search
 from tapeloop.feature_cache.op_types import COUNTING, DRAWING, PICKING, SHAPES
 from tapeloop.model.selection import Selection
 from tapeloop.model.tree import Tree, VariableInfo
@@ -77,16 +78,12 @@ class FrozenAnalysis:
 
     def origins(self, op: tf.Operation) -> list[tf.Operation]:
         """Return the first ops on the way to an op that are not frozen."""
-        found, seen, waiting = [], set[str](), [op]
-        while waiting:
-            here = waiting.pop()
-            if here.name not in seen:
-                seen.add(here.name)
-                before = [taken.op for taken in here.inputs if taken.name not in self._frozen]
-                before = [one for one in before if one.type != "Placeholder"]
-                found += [] if before else [here]
-                waiting += before
-        return found
+
+        def behind(here: tf.Operation) -> list[tf.Operation]:
+            before = [taken.op for taken in here.inputs if taken.name not in self._frozen]
+            return [one for one in before if one.type != "Placeholder"]
+
+        return [here for here in search([op], behind) if not behind(here)]
 
     def _analyze(self) -> None:
         """Go through the ops in order, and tell from its inputs what each computes."""

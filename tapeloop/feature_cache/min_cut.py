@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
+
+from tapeloop._search import search, way_to
 
 _Place = tuple[str, str]  # a node is two places: edges end in one and begin in the other
 
@@ -38,11 +41,12 @@ def smallest_cut(
     for one, other, weight in pairs:
         capacity[one][other] += weight
         capacity[other][one] += 0.0  # the way back must exist for flow to be taken back
-    while end in (came_from := _search(capacity, start, end)):
-        way, place = [], end
-        while place != start:
-            way.append((came_from[place], place))
-            place = came_from[place]
+
+    def following(place: _Place) -> list[_Place]:
+        return [other for other, left in capacity[place].items() if left > 0]
+
+    while end in (came_from := search([start], following)):
+        way = list(itertools.pairwise(way_to(end, came_from)))
         flow = min(capacity[one][other] for one, other in way)
         if math.isinf(flow):
             return None
@@ -50,16 +54,3 @@ def smallest_cut(
             capacity[one][other] -= flow
             capacity[other][one] += flow
     return {node for node in weights if (node, "out") in came_from and (node, "in") not in came_from}
-
-
-def _search(capacity: Mapping[_Place, Mapping[_Place, float]], start: _Place, end: _Place) -> dict[_Place, _Place]:
-    """Return the places that are reached from the start until the end is found, each with the place before it."""
-    # Breadth first: along shortest ways the number of searches is bounded whatever the weights are.
-    came_from, waiting = {start: start}, deque([start])
-    while waiting and end not in came_from:
-        place = waiting.popleft()
-        for other, left in capacity[place].items():
-            if left > 0 and other not in came_from:
-                came_from[other] = place
-                waiting.append(other)
-    return came_from

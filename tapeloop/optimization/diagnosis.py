@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections import deque
+import bisect
 from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
 
 from tapeloop._backend import tracing
+from tapeloop._backend.traced_graph import PYTHON
+from tapeloop._search import search, way_to
 from tapeloop.errors import listed
 from tapeloop.model.tree import VariableInfo
+from tapeloop.optimization.untracked_variables import BLOCKING
 
 
 def disconnected(loss: tf.Tensor, missing: Sequence[VariableInfo], total: int) -> str:
@@ -51,22 +54,8 @@ def _cause(loss: tf.Tensor, variable: VariableInfo) -> str:
 
 def _route(start: tf.Tensor, end: tf.Tensor) -> list[Any] | None:
     """Return the ops on a shortest way from one tensor of a graph to another, or None where there is no way."""
-    # Breadth first: of several ways the shortest says most.
-    came_from: dict[Any, Any] = {}
-    waiting = deque((op, None) for op in start.consumers())
-    while waiting:
-        op, before = waiting.popleft()
-        if op in came_from:
-            continue
-        came_from[op] = before
-        if op is end.op:
-            route = []
-            while op is not None:
-                route.append(op)
-                op = came_from[op]
-            return route[::-1]
-        waiting.extend((following, op) for output in op.outputs for following in output.consumers())
-    return None
+    came_from = search(start.consumers(), lambda op: [user for output in op.outputs for user in output.consumers()])
+    return way_to(end.op, came_from) if end.op in came_from else None
 
 
 def _is_differentiable(loss: tf.Tensor, tensor: tf.Tensor) -> bool:
@@ -79,22 +68,19 @@ def _is_differentiable(loss: tf.Tensor, tensor: tf.Tensor) -> bool:
 
 def _block(loss: tf.Tensor, route: Sequence[Any]) -> Any:
     """Return the op of the route that lets no gradient through: those after it have one, those before it none."""
+
+    def is_behind(number: int) -> bool:
+        return any(_is_differentiable(loss, output) for output in route[number].outputs)
+
     # By bisection, for each look at an op asks TensorFlow for the gradients of the whole way behind it.
-    low, high = 0, len(route) - 1
-    while low < high:
-        middle = (low + high) // 2
-        if any(_is_differentiable(loss, output) for output in route[middle].outputs):
-            high = middle
-        else:
-            low = middle + 1
-    return route[low]
+    return route[bisect.bisect_left(range(len(route) - 1), True, key=is_behind)]
 
 
 def _what(op: Any) -> str:
     """Say what an op is."""
-    if op.type in ("StopGradient", "PreventGradient"):
+    if op.type in BLOCKING:
         return "a `stop_gradient`"
-    if op.type in ("PyFunc", "PyFuncStateless", "EagerPyFunc"):
+    if op.type in PYTHON:
         return "a `py_function` or `numpy_function`"
     if op.type == "IdentityN":
         return "a custom gradient (or `remat`, for which a layer's arguments are all that it depends on)"

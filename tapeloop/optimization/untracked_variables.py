@@ -15,6 +15,7 @@ import tensorflow as tf
 
 from tapeloop._backend import tracing
 from tapeloop._backend.traced_graph import TracedGraph
+from tapeloop._search import search
 
 BLOCKING = frozenset({"StopGradient", "PreventGradient"})
 
@@ -38,26 +39,24 @@ def handles_behind(loss: tf.Tensor, start: int) -> set[int]:
     def counts(op: tf.Operation) -> bool:
         return id(op) in recorded and op.type not in BLOCKING
 
-    behind = tracing.ops_behind(loss, lambda op: [i for i in op.inputs if i.dtype.is_floating] if counts(op) else [])
+    behind = search([loss.op], lambda op: [i.op for i in op.inputs if i.dtype.is_floating] if counts(op) else [])
     return tracing.handles_taken(loss.graph, filter(counts, behind))
 
 
-def warn(variables: Iterable[tf.Variable], used: Collection[int], functions: Iterable[Any]) -> None:
+def warn(variables: Iterable[tf.Variable], used: Collection[int], function: Any) -> None:
     """Name the variables that are used as if they would train.
 
     Args:
         variables: Variables that a step reads and the model does not track.
         used: The identities of the handles of the variables that are used so.
-        functions: The concrete functions of the step, which tell what it assigns to.
+        function: The concrete function of the step, which tells what it assigns to.
     """
     # A target network beside the model is read outside of the tape, or assigned to: it is not meant to train.
     suspects = [variable for variable in variables if tracing.handle_id(variable) in used]
     if not suspects:
         return
-    written: set[int] = set()
-    for function in functions:
-        whole = TracedGraph(function, suspects)
-        written |= {id(whole.variables[name]) for name in whole.written() if name in whole.variables}
+    whole = TracedGraph(function, suspects)
+    written = {id(whole.variables[name]) for name in whole.written() if name in whole.variables}
     unknown = sorted({variable.name for variable in suspects if id(variable) not in written})
     if unknown:
         warnings.warn(

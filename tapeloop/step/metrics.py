@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from tapeloop._backend import keras_internals, tracing
 from tapeloop._backend.patching import all_patched
+from tapeloop._search import search
 from tapeloop.model.tree import Tree, raw
 
 
@@ -176,5 +177,5 @@ def _check_not_read(
 def _is_read(value: tf.Tensor, variables: Sequence[tf.Variable]) -> bool:
     """Tell whether a tensor of a graph is computed of one of these variables."""
     inside = set(map(id, tracing.captured_as(value.graph, variables)))
-    ops = tracing.ops_behind(value, lambda op: op.inputs) if inside else []
+    ops = search([value.op], lambda op: [given.op for given in op.inputs]) if inside else {}
     return any(id(given) in inside for op in ops for given in op.inputs)

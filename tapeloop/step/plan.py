@@ -291,4 +291,4 @@ class Planner:
         # What the trainer keeps among its own attributes is the user's business, counters and target networks alike.
         known = {id(v.tf_variable) for v in self.selection.tree.variables} | set(map(id, own))
         unknown = [variable for variable in function.trainable_variables if id(variable) not in known]
-        untracked_variables.warn(unknown, used, [function])
+        untracked_variables.warn(unknown, used, function)
