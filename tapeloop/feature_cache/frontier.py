@@ -61,11 +61,6 @@ class Cut:
     random: frozenset[str]
     sizes: tuple[tf.Tensor, ...]
 
-    @property
-    def function(self) -> Any:
-        """The whole step, as it was traced."""
-        return self.whole.function
-
     @functools.cached_property
     def compute(self) -> Any:
         """The compiled function that computes features from the tensors of a batch."""
@@ -227,18 +222,14 @@ def _size_like(size: tf.Tensor, feature: tf.Tensor) -> tf.Tensor:
     return tf.concat([tf.shape(feature, size.dtype)[:1], rest], 0)
 
 
-def _outermost(tree: Tree, read: set[VariableInfo], elsewhere: set[VariableInfo]) -> Iterator[SubmodelInfo]:
-    """Give the outermost submodels that hold some variables and none of others."""
-    found: set[SubmodelInfo] = set()
-
-    def is_inside(submodel: SubmodelInfo) -> bool:
-        return submodel in found or any(map(is_inside, tree.parents[submodel]))
-
+def _outermost(tree: Tree, read: set[VariableInfo], elsewhere: set[VariableInfo]) -> list[SubmodelInfo]:
+    """Return the outermost submodels that hold some variables and none of others."""
+    found: list[SubmodelInfo] = []
     for submodel in tree.submodels:
         held = set(tree.variables_in[submodel])
-        if held & read and not held & elsewhere and not is_inside(submodel):
-            found.add(submodel)
-            yield submodel
+        if held & read and not held & elsewhere and not any(map(submodel.is_inside, found)):
+            found.append(submodel)
+    return found
 
 
 def _obstacles(whole: TracedGraph, analysis: FrozenAnalysis) -> Iterator[Obstacle]:

@@ -68,6 +68,13 @@ class Filter(abc.ABC):
     def __deepcopy__(self, memo: object) -> Filter:
         return self  # a copy would hold copies of layers, which the model does not have
 
+    def identifies(self, submodel: SubmodelInfo, tree: Tree) -> bool:
+        """Tell whether it names this very submodel of a model, and not only variables in it, as `remat` asks."""
+        raise TypeError(
+            "`remat` takes filters that name layers: a path glob, a class, a layer, `first` or `last`. "
+            f"Received: {self!r}, which speaks of variables."
+        )
+
     def operands(self) -> tuple[Filter, ...]:
         """The filters that it is made of."""
         return ()
@@ -100,6 +107,11 @@ class Glob(Filter):
         # A shared layer or a tied weight is meant by any of its paths.
         return any(_matches(self.pattern.split("/"), path.split("/")) for path in variable.paths)
 
+    def identifies(self, submodel: SubmodelInfo, tree: Tree) -> bool:
+        # To the end: 'blocks/*' means the blocks, and not every layer in them. The root is never one of several.
+        pattern = self.pattern.split("/")
+        return any(path and _matches(pattern, path.split("/"), whole=True) for path in submodel.paths)
+
     def __repr__(self) -> str:
         return f"glob({self.pattern!r})"
 
@@ -114,7 +126,10 @@ class OfType(Filter):
     types: tuple[type, ...]
 
     def __call__(self, variable: VariableInfo) -> bool:
-        return any(isinstance(submodel.object, self.types) for submodel in variable.submodels)
+        return any(self.identifies(submodel, variable.tree) for submodel in variable.submodels)
+
+    def identifies(self, submodel: SubmodelInfo, tree: Tree) -> bool:
+        return isinstance(submodel.object, self.types)
 
     def __repr__(self) -> str:
         return f"of_type({', '.join(kind.__name__ for kind in self.types)})"
@@ -144,8 +159,11 @@ class Under(Filter):
     submodel: Model
 
     def __call__(self, variable: VariableInfo) -> bool:
+        return any(self.identifies(submodel, variable.tree) for submodel in variable.submodels)
+
+    def identifies(self, submodel: SubmodelInfo, tree: Tree) -> bool:
         # The very object: a layer of the same name in another model is not meant.
-        return any(submodel.object is self.submodel for submodel in variable.submodels)
+        return submodel.object is self.submodel
 
     def __repr__(self) -> str:
         name = getattr(self.submodel, "name", None)
@@ -187,18 +205,14 @@ class SubmodelKind:
         # Submodels without weights are left out: a Dropout between two blocks is no block that could train.
         known = _FOUND.setdefault(tree, {})
         if self not in known:
+            kind = to_filter(self.of)
             known[self] = tuple(
                 submodel
                 for submodel in tree.submodels
-                if self._includes(submodel) and any(variable.trainable for variable in tree.variables_in[submodel])
+                if kind.identifies(submodel, tree)
+                and any(variable.trainable for variable in tree.variables_in[submodel])
             )
         return known[self]
-
-    def _includes(self, submodel: SubmodelInfo) -> bool:
-        if isinstance(self.of, str):
-            # To the end: 'blocks/*' means the blocks, and not every layer in them. The root is never one of several.
-            return any(path and matches_whole(self.of, path) for path in submodel.paths)
-        return isinstance(submodel.object, self.of)
 
 
 # A filter is asked about one variable at a time: without this, each would be looked for among all submodels again.
@@ -215,12 +229,11 @@ class Ordinal(Filter):
     kind: SubmodelKind
 
     def __call__(self, variable: VariableInfo) -> bool:
-        return any(submodel in variable.submodels for submodel in self.chosen(variable.tree))
+        return any(self.identifies(submodel, variable.tree) for submodel in variable.submodels)
 
-    def chosen(self, tree: Tree) -> tuple[SubmodelInfo, ...]:
-        """Return the submodels that are counted off."""
+    def identifies(self, submodel: SubmodelInfo, tree: Tree) -> bool:
         found = self.kind.found_in(tree)
-        return found[: self.n] if self.end == "first" else found[-self.n :]
+        return submodel in (found[: self.n] if self.end == "first" else found[-self.n :])
 
     def __repr__(self) -> str:
         return f"{self.end}({self.n}, of={self.kind!r})"
@@ -239,6 +252,10 @@ class Joined(Filter):
     def __call__(self, variable: VariableInfo) -> bool:
         return (all if self.sign == "&" else any)(filter_(variable) for filter_ in self.filters)
 
+    def identifies(self, submodel: SubmodelInfo, tree: Tree) -> bool:
+        # All are asked, for one of them may speak of variables.
+        return (all if self.sign == "&" else any)([each.identifies(submodel, tree) for each in self.filters])
+
     def __repr__(self) -> str:
         return repr(list(self.filters)) if self.sign == "," else f"({f' {self.sign} '.join(map(repr, self.filters))})"
 
@@ -254,6 +271,9 @@ class Not(Filter):
 
     def __call__(self, variable: VariableInfo) -> bool:
         return not self.inner(variable)
+
+    def identifies(self, submodel: SubmodelInfo, tree: Tree) -> bool:
+        return not self.inner.identifies(submodel, tree)
 
     def __repr__(self) -> str:
         return f"~{self.inner!r}"
@@ -460,16 +480,6 @@ def to_filter(value: FilterLike) -> Filter:
 
 def _is_submodel_class(value: object) -> TypeGuard[type]:
     return isinstance(value, type) and issubclass(value, (keras.Layer, tf.Module))
-
-
-def is_inside(inner: SubmodelInfo, outer: SubmodelInfo) -> bool:
-    """Tell whether a submodel stands in another, at any of its paths."""
-    return any(path.startswith(f"{above}/") for path in inner.paths for above in outer.paths)
-
-
-def matches_whole(pattern: str, path: str) -> bool:
-    """Tell whether a glob matches a path to its end, and not only the first segments of it."""
-    return _matches(pattern.split("/"), path.split("/"), whole=True)
 
 
 def _matches(pattern: list[str], path: list[str], whole: bool = False) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from tapeloop._validation import whole_number
-from tapeloop.model.filters import is_inside
 from tapeloop.model.selection import Selection
 from tapeloop.model.tree import Model, SubmodelInfo, Tree, VariableInfo
 
@@ -124,7 +123,7 @@ def _differs(selection: Selection, submodel: SubmodelInfo) -> bool:
     """Tell whether the variables and submodels inside `submodel` are treated in more than one way."""
     variables = [variable for variable in selection.tree.variables_in[submodel] if variable.trainable]
     treatments = {(selection.group_of.get(variable), selection.rules[variable]) for variable in variables}
-    inside = {s for variable in variables for s in variable.submodels if is_inside(s, submodel)}
+    inside = {s for variable in variables for s in variable.submodels if s.is_inside(submodel)}
     return len(treatments) > 1 or len({s in selection.inference for s in inside}) > 1
 
 

@@ -50,6 +50,10 @@ class SubmodelInfo:
         """The first of its paths."""
         return self.paths[0]
 
+    def is_inside(self, other: SubmodelInfo) -> bool:
+        """Tell whether it stands in another submodel, which is not the root, at any of its paths."""
+        return any(path.startswith(f"{above}/") for path in self.paths for above in other.paths)
+
 
 @dataclass(frozen=True, eq=False)
 class VariableInfo:

@@ -13,19 +13,7 @@ from tapeloop._backend import keras_internals
 from tapeloop._backend.patching import all_patched, noting_assignments
 from tapeloop._backend.tracing import op_count, ops_since
 from tapeloop.errors import PolicyError
-from tapeloop.model.filters import (
-    Filter,
-    FilterLike,
-    Glob,
-    Joined,
-    Not,
-    OfType,
-    Ordinal,
-    Under,
-    is_inside,
-    matches_whole,
-    to_filter,
-)
+from tapeloop.model.filters import FilterLike, to_filter
 from tapeloop.model.selection import Selection
 from tapeloop.model.tree import SubmodelInfo, Tree, VariableInfo, raw
 
@@ -64,7 +52,7 @@ class Remat:
         """
         found: dict[SubmodelInfo, None] = {}
         for filter_ in self._filters:
-            named = [submodel for submodel in tree.layers if submodel.path and _names(filter_, submodel, tree)]
+            named = [submodel for submodel in tree.layers if submodel.path and filter_.identifies(submodel, tree)]
             if not named:
                 raise PolicyError(
                     f"`remat` was asked for {filter_!r}, which names no layer of the model. It takes a path glob that "
@@ -73,7 +61,7 @@ class Remat:
                 )
             found.update(dict.fromkeys(named))
         # An inner layer would be computed a third time.
-        return [one for one in found if not any(is_inside(one, other) for other in found)]
+        return [one for one in found if not any(map(one.is_inside, found))]
 
     def applied(self, selection: Selection) -> contextlib.AbstractContextManager[None]:
         """Trace inside this context, and the chosen submodels compute twice."""
@@ -203,24 +191,3 @@ def _refusal(submodel: SubmodelInfo, why: str) -> PolicyError:
 def _floating(values: Sequence[Any]) -> list[int]:
     """Return the places of the tensors through which gradients flow."""
     return [place for place, value in enumerate(values) if tf.is_tensor(value) and value.dtype.is_floating]
-
-
-def _names(filter_: Filter, submodel: SubmodelInfo, tree: Tree) -> bool:
-    """Tell whether a filter names this very submodel, and not only variables in it."""
-    if isinstance(filter_, Glob):
-        return any(matches_whole(filter_.pattern, path) for path in submodel.paths)
-    if isinstance(filter_, OfType):
-        return isinstance(submodel.object, filter_.types)
-    if isinstance(filter_, Under):
-        return submodel.object is filter_.submodel
-    if isinstance(filter_, Ordinal):
-        return submodel in filter_.chosen(tree)
-    if isinstance(filter_, Not):
-        return not _names(filter_.inner, submodel, tree)
-    if isinstance(filter_, Joined):
-        names = [_names(each, submodel, tree) for each in filter_.filters]
-        return all(names) if filter_.sign == "&" else any(names)
-    raise TypeError(
-        "`remat` takes filters that name layers: a path glob, a class, a layer, `first` or `last`. "
-        f"Received: {filter_!r}, which speaks of variables."
-    )
