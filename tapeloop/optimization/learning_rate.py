@@ -30,33 +30,22 @@ class Rate:
             optimizer.learning_rate = self._schedule
 
     def get(self, multiplier: float, rate: float | None) -> float:
-        """Return the rate that `set` would give now."""
-        if self._schedule is not None:
-            return multiplier * self._schedule.unmultiplied(self._optimizer.iterations)
-        return self.setting(multiplier, rate)
-
-    def set(self, multiplier: float, rate: float | None) -> None:
-        """Set the rate to a number, or to the template's times a multiplier."""
-        if self._schedule is not None:
-            self._schedule.multiplier.assign(multiplier)
-        else:
-            self._optimizer.learning_rate = self.setting(multiplier, rate)
+        """Return the rate that is a number, or the template's times a multiplier: of a schedule, its rate now."""
+        setting = self.setting(multiplier, rate)
+        return setting if self._schedule is None else setting * float(self._schedule.at(self._optimizer.iterations))
 
     def setting(self, multiplier: float, rate: float | None) -> float:
-        """Return what `assign_in_step` needs for the same rate: the rate, or the multiplier of the schedule."""
+        """Return what `assign` needs for the same rate: the rate, or the multiplier of the schedule."""
         if self._schedule is not None:
             return multiplier
         return self._base() * multiplier if rate is None else rate
 
-    def assign_in_step(self, setting: tf.Variable) -> None:
-        """Set the rate inside a step that is traced; see `setting`."""
+    def assign(self, setting: Any) -> None:
+        """Set the rate, by the host or inside a step that is traced; see `setting`."""
         if self._schedule is not None:
             self._schedule.multiplier.assign(setting)
         else:
-            # The public setter takes no tensor.
-            variable = keras_internals.learning_rate_variable(self._optimizer)
-            assert variable is not None
-            variable.assign(setting)
+            self._optimizer.learning_rate = setting
 
 
 class Multiplied(keras.optimizers.schedules.LearningRateSchedule):
@@ -68,12 +57,9 @@ class Multiplied(keras.optimizers.schedules.LearningRateSchedule):
 
     def __call__(self, step: Any) -> tf.Tensor:
         """Return the learning rate at a step of the optimizer's own count."""
-        return tf.cast(self._at(step), self.multiplier.dtype) * self.multiplier
+        return tf.cast(self.at(step), self.multiplier.dtype) * self.multiplier
 
-    def unmultiplied(self, step: Any) -> float:
+    def at(self, step: Any) -> Any:
         """Return the schedule's own number at a step."""
-        return float(self._at(step))
-
-    def _at(self, step: Any) -> Any:
         is_schedule = isinstance(self.schedule, keras.optimizers.schedules.LearningRateSchedule)
         return self.schedule(step) if is_schedule else self.schedule()

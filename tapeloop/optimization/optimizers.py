@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -69,7 +70,6 @@ class Cohort:
     """Variables that began to train together, and the optimizer that holds their state and step count.
 
     Attributes:
-        template: The name of the template of its optimizer.
         optimizer: The Keras optimizer, built for these variables alone.
         rate: What sets its learning rate.
         slots: For each variable, the optimizer's variables that belong to it.
@@ -77,7 +77,6 @@ class Cohort:
         shares: What each group has of it that it was ever spread over.
     """
 
-    template: str
     optimizer: keras.optimizers.Optimizer
     rate: Rate
     slots: Mapping[VariableInfo, list[keras.Variable]]
@@ -139,7 +138,7 @@ class Optimizers:
         self._by_group = isinstance(template, Mapping)
         named = template.items() if isinstance(template, Mapping) else [("", template)]
         # One object may serve several groups: it is one template then, and its variables may share a cohort.
-        known: dict[int, Template] = {}  # one object may serve several groups
+        known: dict[int, Template] = {}
         self._templates = {name: known.setdefault(id(one), Template(one)) for name, one in named}
         self._set: dict[str, float] = {}
         self._home: dict[tuple[VariableInfo, str], Cohort] = {}  # of a variable under a template
@@ -238,24 +237,23 @@ class Optimizers:
 
     def apply(self, selection: Selection, gradients: Gradients) -> None:
         """Update the variables by their gradients, each by the optimizer of its group and cohort."""
-        mine: dict[tuple[Cohort, str], list[tuple[tf.Tensor, VariableInfo]]] = {}
+        by_template: dict[str, list[tuple[tf.Tensor, VariableInfo]]] = {}
         for gradient, variable in gradients:
-            group = selection.group_of[variable]
-            cohort = self._home[variable, self._key(group)]
-            mine.setdefault((cohort, group), []).append((gradient, variable))
-        # In the order in which cohorts began, whatever order the gradients came in: one trace, one order.
-        order = [(cohort, group) for cohort in self.cohorts for group in selection.groups if (cohort, group) in mine]
-        for key in dict.fromkeys(cohort.template for cohort, _ in order):
-            parts = [part for part in order if part[0].template == key]
+            by_template.setdefault(self._key(selection.group_of[variable]), []).append((gradient, variable))
+        parts: dict[tuple[Cohort, str], list[tuple[tf.Tensor, VariableInfo]]] = {}
+        for key, pairs in by_template.items():
+            # The optimizer of each cohort would take the norm over its own variables alone.
             norm = self._templates[key].optimizer.global_clipnorm
-            # The optimizer of each part would take the norm over its own variables alone.
-            if norm and len(parts) > 1:  # which the optimizer of each part would take over its own variables alone
-                together = clip_by_global_norm([pair for part in parts for pair in mine[part]], norm)
-                clipped = iter(together)
-                mine |= {part: [next(clipped) for _ in mine[part]] for part in parts}
-            for cohort, group in parts:
-                with patched(cohort.optimizer, "global_clipnorm", None if len(parts) > 1 else norm):
-                    self._apply(cohort, group, mine[cohort, group], spread=len(self._groups(cohort, selection)) > 1)
+            for gradient, variable in clip_by_global_norm(pairs, norm) if norm else pairs:
+                part = self._home[variable, key], selection.group_of[variable]
+                parts.setdefault(part, []).append((gradient, variable))
+        # In the order in which cohorts began, whatever order the gradients came in: one trace, one order.
+        for cohort in self.cohorts:
+            groups = self._groups(cohort, selection)
+            for group in groups:
+                if (cohort, group) in parts:
+                    with patched(cohort.optimizer, "global_clipnorm", None):
+                        self._apply(cohort, group, parts[cohort, group], spread=len(groups) > 1)
 
     @property
     def variables(self) -> list[tf.Variable]:
@@ -299,7 +297,7 @@ class Optimizers:
                 self._latest[variable] = home
         # Variables that come from different cohorts have different step counts, so that they cannot share a new one.
         for latest, together in joining.items():
-            cohort = _new_cohort(key, self._templates[key], together)
+            cohort = _new_cohort(self._templates[key], together)
             _carry_over(latest, cohort, together)
             self.cohorts.append(cohort)
             for variable in together:
@@ -308,13 +306,13 @@ class Optimizers:
     def _set_rates(self, selection: Selection, group: str) -> None:
         multiplier, rate = selection.multipliers.get(group, 1.0), self._set.get(group)
         for cohort in self.cohorts:
-            groups = self._groups(cohort, selection)
+            groups, setting = self._groups(cohort, selection), cohort.rate.setting(multiplier, rate)
             if groups == (group,):
-                cohort.rate.set(multiplier, rate)
+                cohort.rate.assign(setting)
                 if cohort.optimizer is self._templates[self._key(group)].optimizer:
                     self._templates[self._key(group)].saw()
             elif group in groups:
-                cohort.shares[group].rate.assign(cohort.rate.setting(multiplier, rate))
+                cohort.shares[group].rate.assign(setting)
 
     def _apply(self, cohort: Cohort, group: str, gradients: Gradients, *, spread: bool) -> None:
         """Update variables of one cohort and group; if the cohort is spread, with the group's own rate and counts."""
@@ -323,7 +321,8 @@ class Optimizers:
         # Slots stay where they are; rate and counts are put into the optimizer for this group and taken out after it,
         # so that a phase that returns costs no trace.
         if share is not None:
-            cohort.rate.assign_in_step(share.rate)
+            # Its value: Keras would track a variable that is set as an attribute.
+            cohort.rate.assign(share.rate.read_value())
             for count, own in zip(counts, share.counts):
                 count.assign(own)
         # Keras reads the step count for each variable, and TensorFlow does not compute once what comes of two reads.
@@ -334,12 +333,12 @@ class Optimizers:
                 own.assign(count)
 
 
-def _new_cohort(key: str, template: Template, variables: list[VariableInfo]) -> Cohort:
+def _new_cohort(template: Template, variables: list[VariableInfo]) -> Cohort:
     optimizer = template.optimizer_for_a_cohort()
     slots: dict[VariableInfo, list[keras.Variable]] = {variable: [] for variable in variables}
     rate = Rate(optimizer, lambda: template.rate)
     optimizer.build(_NotingSlots(optimizer, slots))
-    return Cohort(key, optimizer, rate, slots)
+    return Cohort(optimizer, rate, slots)
 
 
 def _carry_over(source: Cohort | None, target: Cohort, variables: Sequence[VariableInfo]) -> None:
@@ -378,4 +377,4 @@ class _NotingSlots(list[Any]):
 
 
 def _bytes(variable: keras.Variable) -> int:
-    return int(tf.TensorShape(variable.shape).num_elements()) * tf.as_dtype(variable.dtype).size
+    return math.prod(variable.shape) * tf.as_dtype(variable.dtype).size

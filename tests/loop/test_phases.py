@@ -121,7 +121,7 @@ def test_groups_that_come_later_may_have_their_optimizers_from_the_start():
     policy = tl.Phases({0: tl.Groups({"h": "head"}), 1: tl.Groups({"h": "head", "b": "base"})})
     trainer = trainer_of(policy=policy, optimizer={"h": "sgd", "b": "adam"})
     trainer.fit(models.images(8), epochs=2, progress="none")
-    assert [cohort.template for cohort in inspect.cohorts(trainer)] == ["h", "b"]
+    assert [cohort.groups for cohort in inspect.cohorts(trainer)] == [("h",), ("b",)]
 
 
 def test_a_policy_that_cannot_be_hashed_serves_too():
