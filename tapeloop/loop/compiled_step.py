@@ -8,22 +8,20 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import tensorflow as tf
 
 from tapeloop._backend.assertions import DRAWING, has_stopped, xla_refusal
 from tapeloop.data.batch import Features, after, examples_of, open_spec_of, spec_of
 from tapeloop.data.cursor import BatchCursor, IteratorReader, Reader, layout_of
-from tapeloop.loop.step_counts import StepCounts, counted, counts_before, limits
+from tapeloop.loop.step_counts import StepCounts, counted, limits
 from tapeloop.loop.steps_per_call import Pace
 from tapeloop.step import atomic
 from tapeloop.step.accumulation import Microbatches, accumulate, compute_in_pieces
 from tapeloop.step.plan import Planner, StepPlan
 
 COMPILE_ERRORS = (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError, tf.errors.InternalError)
-
-Before: TypeAlias = tuple[int, int, int]  # consecutive skipped steps, the step and the epoch before a call
 
 
 class CompiledStep:
@@ -50,21 +48,21 @@ class CompiledStep:
         self.trace_count = 0
         self.pace = Pace(planner.parts.compilation.steps_per_call)
         self._microbatches = microbatches if self.kind == "train" else Microbatches(1)
-        self._counts = planner.parts.clock.counts
+        self._counts = planner.parts.counts
         self._uses_xla = planner.parts.compilation.uses_xla
         self._plan_rest: Callable[[Any], StepPlan] | None = None
         self._is_tried = False
         self.forget()
 
     def run_steps(
-        self, cursor: BatchCursor, most: int, before: Before, max_consecutive: int
+        self, cursor: BatchCursor, most: int, before: tf.Tensor, max_consecutive: int
     ) -> tuple[StepCounts, BaseException | None]:
         """Run steps on the next batches of a cursor, until the host has something to do.
 
         Args:
             cursor: Where batches come from.
             most: The highest number of steps.
-            before: How far the run has come.
+            before: How far the run has come; see `counts_before`.
             max_consecutive: The number of consecutive bad steps that are tolerated.
 
         Returns:
@@ -73,7 +71,7 @@ class CompiledStep:
         """
         start, limit = tf.constant(cursor.position, tf.int64), limits(1 if self._is_on_trial else most, max_consecutive)
         seconds = tf.constant(self.pace.seconds, tf.float64)
-        self._counts.assign(counts_before(*before))
+        self._counts.assign(before)
         failure: BaseException | None = None
         try:
             args = cursor.reader, start, self._counts.read_value(), limit, seconds
@@ -88,7 +86,7 @@ class CompiledStep:
         cursor.advance(counts.batches)
         return counts, failure and cursor.error_behind(failure)
 
-    def run_on_batch(self, batch: Any, before: Before) -> tuple[StepCounts, dict[str, Any], BaseException | None]:
+    def run_on_batch(self, batch: Any, before: tf.Tensor) -> tuple[StepCounts, dict[str, Any], BaseException | None]:
         """Run one step on a batch in tensors.
 
         Args:
@@ -99,7 +97,7 @@ class CompiledStep:
             How the step ended, what it logged, and the exception that ended it, if there was one.
         """
         # One function does it all, so that a step on one batch costs one call: counts in, counts and logs out.
-        counts, logs, failure = counts_before(*before), dict[str, Any](), None
+        counts, logs, failure = before, dict[str, Any](), None
         try:
             if self._is_driven:
                 step = functools.partial(self._run_from_host, lambda: spec_of(batch))
@@ -111,9 +109,9 @@ class CompiledStep:
         ended, failure = _with_stop(StepCounts.of(counts), failure)
         return ended, logs, failure
 
-    def predict(self, batch: Any, before: Before) -> Any:
+    def predict(self, batch: Any, before: tf.Tensor) -> Any:
         """Return what a step that predicts gives for a batch."""
-        self._counts.assign(counts_before(*before))
+        self._counts.assign(before)
         return self._run_from_host(lambda: spec_of(batch), batch)
 
     def trace(self, cursor: BatchCursor) -> None:

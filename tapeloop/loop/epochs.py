@@ -9,6 +9,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import tensorflow as tf
+
 from tapeloop._backend.assertions import refusal
 from tapeloop.data.cursor import BatchCursor
 from tapeloop.data.loader import DataLoader
@@ -22,7 +24,7 @@ from tapeloop.loop.phases import ActivePhase, PhaseTracker
 from tapeloop.loop.progress import ProgressDisplay
 from tapeloop.loop.state import TrainerState
 from tapeloop.loop.step_cache import StepCache, on_the_host
-from tapeloop.loop.step_counts import StepCounts
+from tapeloop.loop.step_counts import StepCounts, counts_before
 from tapeloop.policies.base import VariablePolicy
 
 
@@ -55,19 +57,19 @@ class EpochLoop:
             epochs: The number of epochs.
             display: Where progress is shown.
         """
-        history, state = History(), self.state
+        history, state, validates = History(), self.state, data.validation_spec is not None
         self.steps.start_fit()
         for number in range(1, epochs + 1):
             # The model may have changed since the last epoch, and the policy may go by its logs.
             phase = self.phases.due(starting=True)
             self._record(phase, history)
             loader = data.training(phase, state.epoch)
-            if data.validates and number == 1:  # what is wrong with either shows before anything has moved
+            if validates and number == 1:  # what is wrong with either shows before anything has moved
                 phase.step.trace(loader.cursor())
                 evaluation = self.evaluation()
                 evaluation.trace(data.validation(evaluation).cursor())
             logs = self._train(phase, loader, display, f"epoch {number}/{epochs}", history)
-            if data.validates:
+            if validates:
                 evaluation = self.evaluation()
                 loader = data.validation(evaluation)
                 evaluated = self.evaluate(evaluation, loader, display, "  validation")
@@ -215,8 +217,8 @@ class EpochLoop:
         self.steps.reset(step.kind, step.selection.tree)
         step.planner.warn_stale()
 
-    def _before(self) -> tuple[int, int, int]:
-        return self.state.consecutive_skipped, self.state.step, self.state.epoch
+    def _before(self) -> tf.Tensor:
+        return counts_before(self.state.consecutive_skipped, self.state.step, self.state.epoch)
 
     def _take_in(self, step: CompiledStep, counts: StepCounts) -> None:
         """Take in how training steps ended."""

@@ -37,11 +37,6 @@ class FitData:
             self._validation.cursor()  # raises if there is no batch
         self.loader.require_epochs(epochs)
 
-    @property
-    def validates(self) -> bool:
-        """Whether there is validation data."""
-        return self.validation_spec is not None
-
     def training(self, phase: ActivePhase, epoch: int) -> DataLoader:
         """Return what an epoch of a phase trains on."""
         return self.loader

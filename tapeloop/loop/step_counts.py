@@ -40,7 +40,7 @@ class StepCounts:
 
 
 def counts_before(consecutive_skipped: int, step: int, epoch: int) -> tf.Tensor:
-    """Return the counts with which a call begins: see `Clock.counts`."""
+    """Return the counts with which a call begins: see `new_counts`."""
     with tf.device("CPU:0"):
         return tf.constant([0, 0, 0, consecutive_skipped, step, epoch], tf.int64)
 

@@ -116,7 +116,7 @@ def variables_to_restore(planner: Planner, plan: StepPlan, context: Training) ->
 def _bookkeeping(planner: Planner) -> list[tf.Variable]:
     """List the variables that keep count of steps, bad ones among them: a rollback leaves them alone."""
     parts, check = planner.parts, [] if planner.check is None else [planner.check.kept]
-    return [parts.clock.counts, *parts.updates.loss_scale.variables, *check, *parts.means["train"].variables]
+    return [parts.counts, *parts.updates.loss_scale.variables, *check, *parts.means["train"].variables]
 
 
 def movable_variables(planner: Planner) -> list[tf.Variable]:

@@ -20,26 +20,15 @@ from tapeloop.optimization.updates import Updates
 from tapeloop.step.objective import added_losses
 
 
-class Clock:
-    """How far a run has come, in a variable that the loop in the graph keeps.
+def new_counts() -> tf.Variable:
+    """Return a variable in which the loop in the graph keeps how far a run has come.
 
-    Attributes:
-        counts: `[batches, applied, skipped, consecutive_skipped, step, epoch]`: a `StepCounts`, then the step and the
-            epoch before the call of the loop.
+    `[batches, applied, skipped, consecutive_skipped, step, epoch]`: a `StepCounts`, then the step and the epoch before
+    the call of the loop.
     """
-
-    def __init__(self) -> None:
-        with tf.device("CPU:0"):
-            self.counts = tf.Variable(tf.zeros(6, tf.int64), trainable=False, name="counts")
-
-    def step(self, *, trains: bool) -> tf.Tensor:
-        """Return how many steps were trained before the step that runs."""
-        counts = self.counts.read_value()
-        return counts[4] + counts[1] if trains else counts[4]
-
-    def epoch(self) -> tf.Tensor:
-        """Return how many epochs were trained before the step that runs."""
-        return self.counts.read_value()[5]
+    # On the CPU, also if the steps run on a GPU: the host looks at the counts after each call, the loop before each step.
+    with tf.device("CPU:0"):
+        return tf.Variable(tf.zeros(6, tf.int64), trainable=False, name="counts")
 
 
 class Computed(NamedTuple):
@@ -68,21 +57,23 @@ class StepContext:
         used: The identities of the handles of the variables that are used as if they trained.
     """
 
-    def __init__(self, kind: str, selection: Selection, clock: Clock) -> None:
+    def __init__(self, kind: str, selection: Selection, counts: tf.Variable) -> None:
         self.kind = kind
         self.selection = selection
         self.numbers: dict[str, Any] = {}
         self.assigned: set[VariableInfo] = set()
         self.used: set[int] = set()
-        self._clock = clock
+        self._counts = counts
 
     def step(self) -> tf.Tensor:
         """Return how many steps were trained before this one."""
-        return self._clock.step(trains=self.kind == "train")
+        counts = self._counts.read_value()
+        # An evaluation counts batches too, and trains on none of them.
+        return counts[4] + counts[1] if self.kind == "train" else counts[4]
 
     def epoch(self) -> tf.Tensor:
         """Return how many epochs were trained before this step."""
-        return self._clock.epoch()
+        return self._counts.read_value()[5]
 
     def tape(self, groups: Sequence[str], persistent: bool, policy: Any) -> GroupTape:
         """Return a tape that watches the variables of these groups; of all of them, if none is named."""
@@ -106,10 +97,10 @@ class StepContext:
 class Building(StepContext):
     """The user's step while it is traced only so that the model makes its variables: nothing trains."""
 
-    def __init__(self, model: Model, clock: Clock) -> None:
+    def __init__(self, model: Model, counts: tf.Variable) -> None:
         self._model = model
         # Nothing is selected yet: the variables that could be are being made.
-        super().__init__("build", Selection(Tree((), ()), {}, (), (), (), {}), clock)
+        super().__init__("build", Selection(Tree((), ()), {}, (), (), (), {}), counts)
 
     def tape(self, groups: Sequence[str], persistent: bool, policy: Any) -> GroupTape:
         """Return a tape that watches nothing: what trains is not known yet."""
@@ -121,9 +112,6 @@ class Building(StepContext):
 
     def update(self, gradients: Gradients, loss: tf.Tensor | None = None) -> None:
         """Update nothing."""
-
-    def follow(self, pairs: Sequence[Pair], decay: tf.Tensor) -> None:
-        """Move nothing."""
 
     def added_losses(self) -> list[tf.Tensor]:
         """Return nothing: the loss is not looked at."""
@@ -183,8 +171,10 @@ class Training(StepContext):
         follows: The deferred `follow`s so far.
     """
 
-    def __init__(self, selection: Selection, clock: Clock, ending: Ending, updates: Updates, deferred: bool) -> None:
-        super().__init__("train", selection, clock)
+    def __init__(
+        self, selection: Selection, counts: tf.Variable, ending: Ending, updates: Updates, deferred: bool
+    ) -> None:
+        super().__init__("train", selection, counts)
         self.deferred = deferred
         self.ending = ending
         self.updates: list[PendingUpdate] = []

@@ -23,7 +23,7 @@ from tapeloop.model.tree import Model
 from tapeloop.optimization import untracked_variables
 from tapeloop.optimization.finite_check import Ending, FiniteCheck
 from tapeloop.optimization.updates import Updates
-from tapeloop.step.context import Building, Clock, StepContext, Training
+from tapeloop.step.context import Building, StepContext, Training, new_counts
 from tapeloop.step.freezing import frozen
 from tapeloop.step.log_means import RunningMeans
 from tapeloop.step.metrics import StepMetrics, layer_metrics, renamed
@@ -78,7 +78,7 @@ class StepParts:
         is_plain: Tells whether a training step is tapeloop's own from end to end, so that its one update comes last.
         nonfinite: What an Inf or a NaN does: `"raise"`, `"skip"` or `"ignore"`.
         policy: What trains; the loop resolves it for each phase.
-        clock: Where the loop in the graph keeps how far the run has come.
+        counts: Where the loop in the graph keeps how far the run has come; see `new_counts`.
         means: The running means of what the steps of each kind return.
         context: The step that is being traced, or run eagerly, while one is.
         has_warned: Whether it was said that a step updates nothing.
@@ -93,7 +93,7 @@ class StepParts:
     is_plain: Callable[[], bool]
     nonfinite: str
     policy: Any = None
-    clock: Clock = field(default_factory=Clock)
+    counts: tf.Variable = field(default_factory=new_counts)
     means: dict[str, RunningMeans] = field(default_factory=lambda: {"train": RunningMeans(), "eval": RunningMeans()})
     context: StepContext | None = None
     has_warned: bool = False
@@ -111,7 +111,7 @@ class StepParts:
         """Have a model make its variables in a trace of the user's part for batches of a signature; nothing trains."""
 
         def call(batch: Any) -> None:
-            with inlined_functions(), self.acting(Building(model, self.clock)):
+            with inlined_functions(), self.acting(Building(model, self.counts)):
                 self.bodies[kind](batch)
 
         # The signature is open in its first dimension: Keras' Sequential keeps the size of its first batch for good.
@@ -205,10 +205,10 @@ class Planner:
     def new_context(self, deferred: bool) -> StepContext:
         """Return a context for a step that is about to be traced, or run eagerly."""
         if self.kind == "train":
-            clock, updates = self.parts.clock, self.parts.updates
-            self._context = Training(self.selection, clock, Ending(self.check, updates.loss_scale), updates, deferred)
+            counts, updates = self.parts.counts, self.parts.updates
+            self._context = Training(self.selection, counts, Ending(self.check, updates.loss_scale), updates, deferred)
         else:
-            self._context = StepContext(self.kind, self.selection, self.parts.clock)
+            self._context = StepContext(self.kind, self.selection, self.parts.counts)
         return self._context
 
     def compute(self, context: StepContext, batch: Any) -> Any:

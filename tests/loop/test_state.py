@@ -13,7 +13,7 @@ X, Y = models.images(16)
 
 # What the next fit makes anew, by the end of its path.
 MADE_ANEW = {
-    "parts.clock.counts": "set before each call of the loop",
+    "parts.counts": "set before each call of the loop",
     "planner.check.kept": "checksums of the last step",
     "_parts.means": "sums of logs, reset at the start of an epoch",
     "parts.objective": "metrics, reset at the start of an epoch",

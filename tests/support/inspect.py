@@ -7,6 +7,7 @@ import tensorflow as tf
 
 from tapeloop.data.batch import spec_of
 from tapeloop.loop.compiled_step import CompiledStep
+from tapeloop.loop.step_counts import counts_before
 from tapeloop.step.accumulation import Microbatches
 from tapeloop.step.plan import Planner
 from tests.support import models
@@ -62,7 +63,7 @@ def step_of(body, compilation):
     """A compiled step that runs `body` on a batch."""
     parts = dataclasses.replace(models.trainer_of()._parts, bodies={"predict": body}, compilation=compilation)
     step = CompiledStep(Planner("predict", models.trainer_of().selection, parts), Microbatches(1))
-    return lambda batch: step.predict(batch, (0, 0, 0))
+    return lambda batch: step.predict(batch, counts_before(0, 0, 0))
 
 
 def everything(trainer):
