@@ -14,8 +14,7 @@ from tapeloop._validation import whole_number
 from tapeloop.data.batch import as_tensors, examples_of, open_spec_of
 from tapeloop.data.loader import DataSpec
 from tapeloop.data.sampler import Sampler
-from tapeloop.feature_cache.cache import FeatureCache
-from tapeloop.feature_cache.cached_data import CachedData
+from tapeloop.feature_cache.cache import CachedData, FeatureCache
 from tapeloop.feature_cache.report import Frontier, frontier_of
 from tapeloop.feature_cache.storage import Memory
 from tapeloop.loop.epochs import EpochLoop

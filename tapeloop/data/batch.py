@@ -13,9 +13,14 @@ import tensorflow as tf
 from tapeloop.errors import DataError
 
 
-def tensors_in(structure: Any) -> list[Any]:
-    """List the tensors of a structure, without its missing members."""
-    return [value for value in tf.nest.flatten(structure) if value is not None]
+def tensors_in(structure: Any, *, apart: bool = False) -> list[Any]:
+    """List the tensors of a structure, without its missing members.
+
+    Args:
+        structure: The structure.
+        apart: Whether ragged and sparse tensors are taken apart, as in the arguments of a traced function.
+    """
+    return [value for value in tf.nest.flatten(structure, expand_composites=apart) if value is not None]
 
 
 def map_tensors(function: Callable[[Any], Any], structure: Any) -> Any:
@@ -43,21 +48,49 @@ def spec_of(batch: Any) -> Any:
 
 
 def open_spec_of(batch: Any) -> Any:
-    """Return the signature of batches like this one with any number of examples.
+    """Return the signature of batches like this one with any number of examples; see `sized_spec_of`."""
+    # A smaller last batch then costs no trace.
+    return sized_spec_of(batch, None)
+
+
+def sized_spec_of(batch: Any, examples: int | None) -> Any:
+    """Return the signature of batches like this one with so many examples.
 
     Args:
         batch: A structure of tensors, or of their signatures.
+        examples: The number of examples; None leaves it open.
     """
 
-    def opened(value: Any) -> tf.TypeSpec:
+    def sized(value: Any) -> tf.TypeSpec:
         spec = value if isinstance(value, tf.TypeSpec) else tf.type_spec_from_value(value)
-        # A smaller last batch then costs no trace. A scalar has no number of examples to leave open.
-        shape = [None, *spec.shape[1:]] if spec.shape.rank else spec.shape
+        # A scalar has no examples, whose number could be set.
+        shape = [examples, *spec.shape[1:]] if spec.shape.rank else spec.shape
+        # Without its ragged rank, the signature would be that of a tensor with another number of ragged dimensions.
         if isinstance(spec, tf.RaggedTensorSpec):
             return tf.RaggedTensorSpec(shape, spec.dtype, spec.ragged_rank, spec.row_splits_dtype)
         return type(spec)(shape, spec.dtype)
 
-    return map_tensors(opened, batch)
+    return map_tensors(sized, batch)
+
+
+def rows_of(value: Any, start: Any, size: Any) -> Any:
+    """Return some examples of a tensor that follow on one another.
+
+    Args:
+        value: A tensor, ragged or sparse ones too, with the examples first.
+        start: The first of them: a number, or a tensor.
+        size: How many, likewise.
+    """
+    # `tf.sparse` has no indexing, and wants its places in int64.
+    if isinstance(value, tf.SparseTensor):
+        rest = tf.shape(value, out_type=tf.int64)[1:]
+        first = tf.concat([[tf.cast(start, tf.int64)], tf.zeros_like(rest)], 0)
+        return tf.sparse.slice(value, first, tf.concat([[tf.cast(size, tf.int64)], rest], 0))
+    if isinstance(value, tf.RaggedTensor):
+        return value[start : start + size]
+    # By size and not from start to stop: XLA slices from anywhere, but no other number than one that is known.
+    rest = [tf.shape(value)[axis] if length is None else length for axis, length in enumerate(value.shape)][1:]
+    return tf.slice(value, [start, *[0] * len(rest)], [size, *rest])
 
 
 def examples_of(batch: Any) -> Any:
@@ -79,10 +112,9 @@ def after(batch: Any) -> contextlib.AbstractContextManager[None]:
     When an iterator comes to its end, no batch comes, but an op that takes nothing of the batch, such as
     `counter.assign_add(1)`, would still run: once too often.
     """
-    tensors = [value for value in tf.nest.flatten(batch, expand_composites=True) if value is not None]
     # TensorFlow drops a control edge from a tensor that the op takes anyway, and functions that the op calls would then
     # not wait: an op between them keeps the edge.
-    return tf.control_dependencies([tf.group(*tensors)])
+    return tf.control_dependencies([tf.group(*tensors_in(batch, apart=True))])
 
 
 def as_tensors(batch: Any, name: str) -> Any:

@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from tapeloop._backend.traced_graph import TracedGraph
-from tapeloop.data.batch import examples_of
+from tapeloop.data.batch import examples_of, map_tensors, rows_of, tensors_in
 
 # How far a number may be off beside other examples, relative to the largest number of its column.
 TOLERANCE = {tf.float64: 1e-6, tf.float32: 1e-4, tf.float16: 1e-2, tf.bfloat16: 5e-2}
@@ -74,17 +74,12 @@ class IndependenceProbe:
         computed: list[list[np.ndarray]] = []
         for batch in batches:
             try:
-                computed.append([value.numpy() for value in compute(*flat(batch))])
+                computed.append([value.numpy() for value in compute(*tensors_in(batch, apart=True))])
             except tf.errors.OpError:  # a number that is drawn may be out of the range of a lookup
                 if not computed:
                     raise
                 computed.append([])
         return computed
-
-
-def flat(batch: Any) -> list[tf.Tensor]:
-    """Return the tensors of a batch as a traced function takes them."""
-    return [value for value in tf.nest.flatten(batch, expand_composites=True) if value is not None]
 
 
 def _is_alike(expected: np.ndarray, found: np.ndarray) -> bool:
@@ -115,7 +110,7 @@ def _scales(values: np.ndarray) -> np.ndarray:
 
 def _by_tensor(change: Callable[..., Any], batch: Any, *args: Any) -> Any:
     """Return a batch in which each tensor that has examples is changed."""
-    return tf.nest.map_structure(lambda v: v if v is None or not v.shape.rank else change(v, *args), batch)
+    return map_tensors(lambda value: change(value, *args) if value.shape.rank else value, batch)
 
 
 def _doubled(value: Any) -> Any:
@@ -123,11 +118,8 @@ def _doubled(value: Any) -> Any:
 
 
 def _rows(value: Any, part: slice) -> Any:
-    if isinstance(value, tf.SparseTensor):
-        length, *rest = map(int, value.dense_shape)
-        start, stop, _ = part.indices(length)
-        return tf.sparse.slice(value, [start, *[0] * len(rest)], [stop - start, *rest])
-    return value[part]
+    start, stop, _ = part.indices(int(value.shape[0]))
+    return rows_of(value, start, stop - start)
 
 
 def _among_strangers(value: tf.Tensor, part: slice) -> tf.Tensor:

@@ -7,6 +7,7 @@ import os
 import pathlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import keras
 import numpy as np
@@ -19,12 +20,14 @@ from tapeloop.data.loader import DataLoader, DataSpec
 from tapeloop.data.sampler import Sampler
 from tapeloop.errors import CacheError
 from tapeloop.feature_cache import fingerprint
-from tapeloop.feature_cache.fill import are_even, check_same, check_sample, computed, open_spec, seen_in
+from tapeloop.feature_cache.fill import are_even, check_same, check_sample, computed, seen_in
 from tapeloop.feature_cache.fingerprint import CacheKey
 from tapeloop.feature_cache.frontier import Cut, Obstacle
 from tapeloop.feature_cache.splitting import split
 from tapeloop.feature_cache.storage import CachedFeatures, Files, Memory, Writer
 from tapeloop.loop.compiled_step import CompiledStep
+from tapeloop.loop.fit_data import FitData
+from tapeloop.loop.phases import ActivePhase
 from tapeloop.step.accumulation import Microbatches
 
 _LOG = logging.getLogger("tapeloop")
@@ -142,7 +145,7 @@ class FeatureCache:
         """Find or compute the features of some data for a step, if it has a frontier."""
         batches = given.loader()
         # The signature leaves the number of examples open, so that the graph shows what mixes them.
-        spec, batch = open_spec(batches), next(iter(batches))
+        spec, batch = next(batches.specs()), next(iter(batches))
         batches.rewind()
         trains = step.kind == "train"
         views = self._views if trains else 1
@@ -210,6 +213,24 @@ class FeatureCache:
                 f"The features of {examples:,} examples of `{given.name}`, {cut.bytes:,} bytes each{times}, come to "
                 f"{features:,} bytes, and {said}"
             )
+
+
+class CachedData(FitData):
+    """The data of a fit as features; the data itself while a phase has no frozen part that comes first."""
+
+    def __init__(self, cache: FeatureCache, *data: Any) -> None:
+        """Keep the cache, and what `FitData` takes."""
+        super().__init__(*data)
+        self._cache = cache
+
+    def training(self, phase: ActivePhase, epoch: int) -> DataLoader:
+        """Return what an epoch of a phase trains on."""
+        return self._cache.batches(phase.step, self.spec, epoch, phase.every_steps)
+
+    def validation(self, step: CompiledStep) -> DataLoader:
+        """Return what an epoch is validated on."""
+        assert self.validation_spec is not None
+        return self._cache.batches(step, self.validation_spec)
 
 
 def _loader(kept: CachedFeatures, given: DataSpec, orders: Sampler, epoch: int) -> DataLoader:

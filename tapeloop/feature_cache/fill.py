@@ -11,12 +11,11 @@ import numpy as np
 import tensorflow as tf
 
 from tapeloop.data.array_source import ArrayReader
-from tapeloop.data.batch import as_tensors, examples_of, open_spec_of
+from tapeloop.data.batch import as_tensors, examples_of, tensors_in
 from tapeloop.data.class_weight import with_class_weights
 from tapeloop.data.loader import DataLoader, DataSpec
 from tapeloop.errors import CacheError
 from tapeloop.feature_cache import fingerprint
-from tapeloop.feature_cache.batch_independence import flat
 from tapeloop.feature_cache.frontier import Cut
 from tapeloop.feature_cache.storage import CachedFeatures
 
@@ -29,7 +28,8 @@ def computed(cut: Cut, batches: DataLoader) -> Iterator[tuple[Any, int, list[np.
     source = batches.cursor().reader
     if not isinstance(source, ArrayReader):
         for batch in batches:
-            yield batch, int(examples_of(batch)), [value.numpy() for value in cut.compute(*flat(batch))]
+            features = cut.compute(*tensors_in(batch, apart=True))
+            yield batch, int(examples_of(batch)), [value.numpy() for value in features]
         return
     number, count = tf.TensorSpec((), tf.int64), tf.TensorSpec((), tf.int32)
     several = cut.compute_several.get_concrete_function(source.signature(), number, count)
@@ -101,11 +101,6 @@ def seen_in(batches: DataLoader) -> tuple[list[str], list[int]]:
         sizes.append(int(examples_of(batch)))
     batches.rewind()
     return examples, sizes
-
-
-def open_spec(batches: DataLoader) -> Any:
-    """Return the signature of batches with any number of examples: what has no open dimension mixes examples."""
-    return open_spec_of(batches.cursor().spec())
 
 
 def are_even(sizes: Sequence[int]) -> bool:

@@ -13,8 +13,8 @@ import numpy as np
 import tensorflow as tf
 
 from tapeloop._backend.traced_graph import Subgraph, TracedGraph
-from tapeloop.data.batch import Features, examples_of
-from tapeloop.feature_cache.batch_independence import IndependenceProbe, flat
+from tapeloop.data.batch import Features, examples_of, tensors_in
+from tapeloop.feature_cache.batch_independence import IndependenceProbe
 from tapeloop.feature_cache.frozen_ops import FrozenAnalysis
 from tapeloop.feature_cache.min_cut import smallest_cut
 from tapeloop.model.selection import Selection
@@ -80,7 +80,7 @@ class Cut:
 
             def add(number: tf.Tensor, kept: list[tf.TensorArray], examples: tf.Tensor) -> Any:
                 batch = source.read(first + tf.cast(number, tf.int64))
-                rows = self.before(flat(batch))
+                rows = self.before(tensors_in(batch, apart=True))
                 return number + 1, [one.write(number, r) for one, r in zip(kept, rows)], examples + examples_of(batch)
 
             _, kept, examples = tf.while_loop(lambda n, *_: n < count, add, (0, kept, 0), parallel_iterations=2)

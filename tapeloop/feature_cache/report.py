@@ -10,11 +10,9 @@ from typing import Any
 
 import tensorflow as tf
 
-from tapeloop.data.batch import Features, examples_of
+from tapeloop.data.batch import Features, examples_of, tensors_in
 from tapeloop.data.loader import DataLoader
 from tapeloop.errors import listed
-from tapeloop.feature_cache.batch_independence import flat
-from tapeloop.feature_cache.fill import open_spec
 from tapeloop.feature_cache.frontier import Cut
 from tapeloop.feature_cache.splitting import split
 from tapeloop.loop.compiled_step import CompiledStep
@@ -77,7 +75,7 @@ class Frontier:
 
 def frontier_of(step: CompiledStep, loader: DataLoader) -> Frontier:
     """Report the frontier of a training step on data; what the step leaves behind is put back."""
-    spec, batch = open_spec(loader), next(iter(loader))
+    spec, batch = next(loader.specs()), next(iter(loader))
     size = int(examples_of(batch))
     last = size if loader.smallest_batch is None else loader.smallest_batch
     examples = None if loader.batches_per_epoch is None else (loader.batches_per_epoch - 1) * size + last
@@ -92,7 +90,7 @@ def _share(cut: Cut, batch: Any) -> float:
     after = tf.function(cut.rest, autograph=False)
     # The rest of the step updates weights, statistics and metrics.
     kept = Snapshot([cut.whole.variables[name] for name in cut.whole.written() if name in cut.whole.variables])
-    tensors = flat(batch)
+    tensors = tensors_in(batch, apart=True)
     features = Features(tuple(cut.compute(*tensors)))
     try:
         shares = []

@@ -13,7 +13,7 @@ from typing import Any
 import tensorflow as tf
 
 from tapeloop._backend.assertions import DRAWING, has_stopped, xla_refusal
-from tapeloop.data.batch import Features, after, examples_of, open_spec_of, spec_of
+from tapeloop.data.batch import Features, after, examples_of, open_spec_of, spec_of, tensors_in
 from tapeloop.data.cursor import BatchCursor, IteratorReader, Reader, layout_of
 from tapeloop.loop.step_counts import StepCounts, counted, limits
 from tapeloop.loop.steps_per_call import Pace
@@ -195,7 +195,7 @@ class CompiledStep:
     def _single(self, batch: Any) -> Any:
         """Return the step that is traced for batches like this batch, of any size."""
         # Shapes without the batch; of a scalar there is nothing to leave out.
-        leaves = [value for value in tf.nest.flatten(batch) if value is not None]
+        leaves = tensors_in(batch)
         kinds = [(type(leaf), leaf.dtype, leaf.shape[1:] if leaf.shape.rank else "scalar") for leaf in leaves]
         key = f"{kinds} {layout_of(batch)}"
         if key not in self._singles:

@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from tapeloop._backend.assertions import require
 from tapeloop._validation import whole_number
-from tapeloop.data.batch import after, examples_of, shapes
+from tapeloop.data.batch import after, examples_of, map_tensors, rows_of, shapes, sized_spec_of, tensors_in
 from tapeloop.errors import DataError
 from tapeloop.step.context import Computed
 from tapeloop.step.plan import StepPlan
@@ -103,11 +103,11 @@ def checked(batch: Any, count: int) -> Any:
     checks = [require(tf.equal(size, sizes[0]), SEVERAL[0], sizes[0], "and", size, SEVERAL[1]) for size in sizes[1:]]
     checks.append(require(sizes[0] >= count, "A batch of", sizes[0], _too_few(count)))
     with tf.control_dependencies(checks):
-        return tf.nest.map_structure(lambda value: None if value is None else tf.identity(value), batch)
+        return map_tensors(tf.identity, batch)
 
 
 def _cuttable(batch: Any) -> list[Any]:
-    return [value for value in tf.nest.flatten(batch) if value is not None and value.shape.rank]
+    return [value for value in tensors_in(batch) if value.shape.rank]
 
 
 def _too_few(count: int) -> str:
@@ -154,34 +154,13 @@ def piece(batch: Any, pieces: Pieces, index: Any, examples: tf.Tensor) -> Any:
         start, size = pieces.start + index * pieces.size, pieces.size
 
     def part_of(value: Any) -> Any:
-        if isinstance(value, tf.SparseTensor):
-            rest = tf.shape(value, out_type=tf.int64)[1:]
-            first = tf.concat([[tf.cast(start, tf.int64)], tf.zeros_like(rest)], 0)
-            return tf.sparse.slice(value, first, tf.concat([[tf.cast(size, tf.int64)], rest], 0))
-        if value is None or not value.shape.rank:
+        if not isinstance(value, tf.SparseTensor) and not value.shape.rank:
             return value
-        if isinstance(value, tf.RaggedTensor):
-            return value[start : start + size]
-        # XLA slices from anywhere, but no other number of examples than one that is known.
-        rest = [tf.shape(value)[axis] if length is None else length for axis, length in enumerate(value.shape)][1:]
-        part = tf.slice(value, [start, *[0] * len(rest)], [size, *rest])
-        return tf.ensure_shape(part, [pieces.size, *value.shape[1:]])
+        part = rows_of(value, start, size)
+        # The plan of a piece was made for its signature, with static lengths.
+        return tf.ensure_shape(part, [pieces.size, *value.shape[1:]]) if isinstance(part, tf.Tensor) else part
 
-    return tf.nest.map_structure(part_of, batch)
-
-
-def piece_spec(spec: Any, size: int | None) -> Any:
-    """Return the signature of a piece of a batch, of so many examples."""
-
-    def sized(spec: Any) -> Any:
-        if spec is None or not spec.shape.rank:
-            return spec
-        shape = [size, *spec.shape[1:]]
-        if isinstance(spec, tf.RaggedTensorSpec):
-            return tf.RaggedTensorSpec(shape, spec.dtype, spec.ragged_rank, spec.row_splits_dtype)
-        return type(spec)(shape, spec.dtype)
-
-    return tf.nest.map_structure(sized, spec)
+    return map_tensors(part_of, batch)
 
 
 def zeros_of(shape: tf.TensorShape, dtype: tf.DType) -> tf.Tensor:
@@ -209,7 +188,7 @@ def accumulate(plan_piece: Callable[[Any], StepPlan], spec: Any, count: int, *, 
     examples = next(value.shape[0] for value in _cuttable(spec))
     cuts = cut(examples, count if examples is None or not at_most else min(count, examples))
     # Pieces have static shapes, of two sizes at most, so that XLA compiles them too.
-    plans = {pieces.size: plan_piece(piece_spec(spec, pieces.size)) for pieces in cuts}
+    plans = {pieces.size: plan_piece(sized_spec_of(spec, pieces.size)) for pieces in cuts}
     # Both sizes compute the same, so that the zeros to begin with may be those of either.
     functions = tuple(function for plan in plans.values() for function in plan.functions)
 

@@ -10,7 +10,7 @@ import keras
 import tensorflow as tf
 
 from tapeloop._backend.assertions import require
-from tapeloop.data.batch import shapes
+from tapeloop.data.batch import map_tensors, shapes
 from tapeloop.errors import DataError, TapeloopError
 from tapeloop.model.tree import Model
 
@@ -76,7 +76,7 @@ def _checked(model: Model, x: Any) -> Any:
         return x
     # Tied to the inputs, so that nothing is computed of a batch that does not fit.
     with tf.control_dependencies(checks):
-        return tf.nest.map_structure(lambda value: None if value is None else tf.identity(value), x)
+        return map_tensors(tf.identity, x)
 
 
 def _is_open(declared: tuple[int | None, ...], value: Any) -> bool:

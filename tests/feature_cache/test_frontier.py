@@ -6,8 +6,7 @@ import pytest
 import tensorflow as tf
 
 import tapeloop as tl
-from tapeloop.data.batch import Features
-from tapeloop.feature_cache.batch_independence import flat
+from tapeloop.data.batch import Features, tensors_in
 from tapeloop.feature_cache.frontier import Cut
 from tapeloop.feature_cache.frozen_ops import model_variables
 from tapeloop.feature_cache.splitting import split
@@ -37,7 +36,7 @@ def shapes(cut):
 def same(cut, batch):
     """Whether the rest behind a cut gives what the whole gives, where neither is random nor leaves anything behind."""
     whole = cut.whole.function(*[batch])
-    features = tf.function(lambda *values: cut.before(values))(*flat(batch))
+    features = tf.function(lambda *values: cut.before(values))(*tensors_in(batch, apart=True))
     rest = tf.function(cut.rest)(Features(tuple(features)))
     pairs = list(zip(tf.nest.flatten(whole), tf.nest.flatten(rest)))
     assert pairs
@@ -172,7 +171,9 @@ def test_what_is_random_may_come_before_frozen_weights_where_it_is_asked_for():
     seeds = {variable for variable in Tree.of(model).variables if variable.seed and variable.path.startswith("flip")}
     assert {read[name] for name in cut.before.captures if name in read and read[name].seed} == seeds
     compute = tf.function(lambda *values: cut.before(values))
-    one, other = (np.concatenate([v.numpy().ravel() for v in compute(*flat(images()))]) for _ in range(2))
+    one, other = (
+        np.concatenate([v.numpy().ravel() for v in compute(*tensors_in(images(), apart=True))]) for _ in range(2)
+    )
     assert not np.array_equal(one, other)
 
 
