@@ -43,8 +43,11 @@ class Progress:
 class VariablePolicy:
     """Gives every trainable variable a group, or freezes it. Subclass it and write `group`.
 
-    A policy that changes as training goes writes `at` instead. It is asked at the start of every epoch and, if `every`
-    is set, every so many steps.
+    A policy that changes as training goes writes `at` instead.
+
+    Attributes:
+        every: After how many steps `at` is asked within an epoch; None if it is asked at the start of epochs alone.
+        freezes_filters: Whether `filters` name frozen variables, which Keras may hold non-trainable already.
 
     Example:
         >>> class Vectors(tl.VariablePolicy):
@@ -56,10 +59,8 @@ class VariablePolicy:
         ['base/bias', 'head/bias']
     """
 
-    @property
-    def every(self) -> int | None:
-        """After how many steps `at` is asked within an epoch; None if it is asked at the start of epochs alone."""
-        return None
+    every: int | None = None
+    freezes_filters = False
 
     def at(self, progress: Progress) -> VariablePolicy:
         """Return the policy that holds at a moment.
@@ -120,11 +121,6 @@ class VariablePolicy:
     def filters(self) -> tuple[Filter, ...]:
         """Return the filters of this policy: each must match a variable that can train, unless `freezes_filters`."""
         return ()
-
-    @property
-    def freezes_filters(self) -> bool:
-        """Whether the filters name frozen variables, which Keras may hold non-trainable already."""
-        return False
 
 
 def is_value(policy: VariablePolicy) -> bool:

@@ -27,12 +27,9 @@ class _Scheduled:
         """Set the fields of the frozen policy, in its constructor."""
         if unit not in ("epoch", "step"):
             raise ValueError(f"`unit` must be 'epoch' or 'step'. Received: {unit!r}.")
-        for name, value in {"_unit": unit, "_period": period, **fields}.items():
+        every = period or None if unit == "step" else None
+        for name, value in {"every": every, "_unit": unit, "_period": period, **fields}.items():
             object.__setattr__(self, name, value)
-
-    @property
-    def every(self) -> int | None:
-        return self._period or None if self._unit == "step" else None
 
     def _periods_before(self, progress: Progress) -> int:
         return progress.count(self._unit) // self._period

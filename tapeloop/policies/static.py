@@ -85,9 +85,7 @@ class Freeze(_OfFilters, VariablePolicy):
         ['head/kernel', 'head/bias']
     """
 
-    @property
-    def freezes_filters(self) -> bool:
-        return True
+    freezes_filters = True
 
     def group(self, variable: VariableInfo) -> str | None:
         return None if any(filter_(variable) for filter_ in self._filters) else DEFAULT_GROUP

@@ -6,8 +6,6 @@ import tapeloop as tl
 class Asked(tl.VariablePolicy):
     """Answers with a function of the progress, and notes what it was asked with."""
 
-    every = None
-
     def __init__(self, answer=lambda progress: tl.TrainAll(), every=None):
         self.answer, self.every, self.seen = answer, every, []
 
