@@ -31,6 +31,12 @@ def whole_number(name: str, value: Any, least: int) -> int:
     return number
 
 
+def is_number(value: Any) -> bool:
+    """Tell whether a value is a real number, which may be NumPy's."""
+    # Python counts a bool as a number; where a rate or a norm is asked for, it is a mistake.
+    return isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_))
+
+
 def not_negative(name: str, value: Any) -> float:
     """Check a user's learning rate or factor, which may be NumPy's.
 
@@ -41,8 +47,7 @@ def not_negative(name: str, value: Any) -> float:
     Raises:
         ValueError: It is no number, below 0, or not finite.
     """
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_))
     # NaN fails this comparison, too.
-    if not is_number or not 0 <= value < math.inf:
+    if not is_number(value) or not 0 <= value < math.inf:
         raise ValueError(f"`{name}` must be a finite number, 0 or more. Received: {value!r}.")
     return float(value)

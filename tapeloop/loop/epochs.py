@@ -192,16 +192,15 @@ class EpochLoop:
     def _phase_on_batch(self) -> ActivePhase:
         """Return what trains on single batches now."""
         known, state = self._on_batch, self.state
-        if known is None or known[0] is not self.phases.policy or known[1] != state.epoch:
-            return self._ask_on_batch(starting=True)
-        every = known[3].every_steps
-        return self._ask_on_batch(starting=False) if every and state.step - known[2] >= every else known[3]
-
-    def _ask_on_batch(self, *, starting: bool) -> ActivePhase:
+        starting = known is None or known[0] is not self.phases.policy or known[1] != state.epoch
+        if known is not None and not starting:
+            every_steps = known[3].every_steps
+            if not every_steps or state.step - known[2] < every_steps:
+                return known[3]
         phase = self.phases.due(starting=starting)
         # Counted from a multiple of the period, as within `fit`, so that both ask at the same steps.
         every = phase.every_steps or 1
-        self._on_batch = self.phases.policy, self.state.epoch, self.state.step // every * every, phase
+        self._on_batch = self.phases.policy, state.epoch, state.step // every * every, phase
         self._record(phase)
         return phase
 

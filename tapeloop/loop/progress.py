@@ -12,20 +12,20 @@ from typing import Any, TextIO
 from tqdm.auto import tqdm
 
 STYLES = ("auto", "bar", "lines", "none")
+EVERY_SECONDS = 0.1  # at least between two looks at the logs, which the host fetches
 COLUMNS = 80  # of a bar in a terminal that does not say how wide it is
 
 
 class ProgressDisplay:
     """The progress of one pass over the data after the other.
 
-    What it shows is asked for only when it is shown, at most every `every_seconds`.
+    What it shows is asked for only when it is shown, at most every `EVERY_SECONDS`.
     """
 
     def __init__(
         self,
         style: str = "auto",
         *,
-        every_seconds: float = 0.1,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -34,7 +34,6 @@ class ProgressDisplay:
         Args:
             style: `"bar"` (tqdm), `"lines"` (one an epoch), `"none"`, or `"auto"`: a bar in a terminal or notebook,
                 else lines.
-            every_seconds: The shortest time between two updates of a bar.
             stream: Where to write; standard error by default.
             clock: Seconds, from any origin.
 
@@ -49,7 +48,6 @@ class ProgressDisplay:
             style = "bar" if _is_terminal(self._stream) or "ipykernel" in sys.modules else "lines"
         # Some services close standard error, or replace it by None.
         self._style = style if _is_open(self._stream) else "none"
-        self._every_seconds = every_seconds
         self._clock = clock
         self._bar: Any = None
 
@@ -71,7 +69,7 @@ class ProgressDisplay:
         if self._bar is None:
             return
         said = None
-        if self._clock() - self._shown >= self._every_seconds:
+        if self._clock() - self._shown >= EVERY_SECONDS:
             said, self._shown = self._said(*look()), self._clock()
         with self._unbroken():
             self._bar.update(batches)
@@ -84,8 +82,7 @@ class ProgressDisplay:
         with self._unbroken():
             if self._bar is not None:
                 self._bar.set_postfix_str(said, refresh=True)
-                self._bar.close()
-                self._bar = None
+                self.close()
             elif self._style == "lines":
                 seconds = self._clock() - self._began
                 print(f"{self._title}: {said}, {seconds:.1f} s", file=self._stream, flush=True)

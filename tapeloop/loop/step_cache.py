@@ -68,17 +68,14 @@ class StepCache:
         # Nobody can say whether a `tf.Module` is built; Keras layers say it themselves.
         modules = len(tree.submodels) - len(tree.layers) - isinstance(model, Mapping)
         if modules or not all(submodel.object.built for submodel in tree.layers):
-            remaining = specs()
-            spec = next(remaining)
-            while True:
+            for spec in specs():
                 try:
                     self.parts.build_model(model, spec, kind)
                     break
-                except (ValueError, TypeError):
-                    following = next(remaining, None)
-                    if following is None:
-                        raise
-                    spec = following
+                except (ValueError, TypeError) as error:
+                    failure = error
+            else:
+                raise failure
         self._built.add(kind)
 
     def reset(self, kind: str, tree: Tree) -> None:

@@ -8,6 +8,7 @@ name is left out. What is shared stands once in the tree and keeps all its paths
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -111,8 +112,7 @@ class VariableInfo:
     @property
     def size(self) -> int:
         """How many numbers it holds."""
-        # `np.prod` of the empty shape of a scalar would be a float.
-        return int(tf.TensorShape(self.shape).num_elements())
+        return math.prod(self.shape)
 
     @property
     def is_overwritten(self) -> bool:
@@ -172,11 +172,6 @@ class Tree:
     def variables_in(self) -> Mapping[SubmodelInfo, tuple[VariableInfo, ...]]:
         """The variables in each submodel, at any depth."""
         return _grouped(self.submodels, ((submodel, v) for v in self.variables for submodel in v.submodels))
-
-    @functools.cached_property
-    def enclosing(self) -> Mapping[VariableInfo, tuple[frozenset[SubmodelInfo], ...]]:
-        """For each variable and each of its paths, the submodels that enclose it along that path."""
-        return {v: tuple(frozenset(self.above(path)) for path in v.paths) for v in self.variables}
 
     @functools.cached_property
     def parents(self) -> Mapping[SubmodelInfo, tuple[SubmodelInfo, ...]]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
 
+from tapeloop._validation import is_number
 from tapeloop.errors import PolicyError
 from tapeloop.model.selection import Selection
 from tapeloop.model.tree import VariableInfo
@@ -32,7 +32,7 @@ class Clipping:
         """
         self._norm = norm
         for value in norm.values() if isinstance(norm, Mapping) else [] if norm is None else [norm]:
-            if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            if not is_number(value):
                 raise TypeError(f"`clip_norm` must be a number, or one for each of some groups. Received: {norm!r}.")
             if not 0 < value < math.inf:
                 raise ValueError(f"`clip_norm` must be above 0 and finite. Received: {norm!r}.")

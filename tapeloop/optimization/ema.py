@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import numbers
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import tensorflow as tf
 
+from tapeloop._validation import is_number
 from tapeloop.model.selection import Selection
 from tapeloop.model.tree import VariableInfo
 
@@ -54,7 +54,7 @@ class MovingAverages:
         Raises:
             ValueError: `decay` is not between 0 and 1.
         """
-        if decay is not None and (isinstance(decay, bool) or not isinstance(decay, numbers.Real) or not 0 < decay < 1):
+        if decay is not None and (not is_number(decay) or not 0 < decay < 1):
             raise ValueError(f"`ema` must be above 0 and below 1, such as 0.999. Received: {decay!r}.")
         self._swapped = False
         self._decay = None if decay is None else float(decay)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
+from tapeloop._validation import is_number
 from tapeloop.errors import listed
 from tapeloop.model.tree import Model, Tree, VariableInfo
 
@@ -58,9 +58,8 @@ def checked_decay(decay: Any) -> tf.Tensor:
     Raises:
         ValueError: It is a number outside of 0 to 1, or no scalar.
     """
-    is_number = isinstance(decay, numbers.Real) and not isinstance(decay, bool)
     is_tensor = tf.is_tensor(decay) or isinstance(decay, (tf.Variable, keras.Variable))
-    if (is_number and not 0 <= decay <= 1) or not (is_number or (is_tensor and not decay.shape.rank)):
+    if not (0 <= decay <= 1 if is_number(decay) else is_tensor and not decay.shape.rank):
         raise ValueError(f"`decay` must be a number from 0 to 1, or a scalar tensor. Received: {decay!r}.")
     return tf.cast(tf.convert_to_tensor(decay), tf.float64)
 

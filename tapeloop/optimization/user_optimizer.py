@@ -120,8 +120,7 @@ def _settings(optimizer: keras.optimizers.Optimizer) -> dict[str, Any]:
     """Return the attributes of an optimizer that say how it updates, and not what it has come to."""
     found = {}
     for name, value in vars(optimizer).items():
-        parts = tf.nest.flatten(value) if isinstance(value, (list, tuple, dict)) else [value]
-        is_state = any(isinstance(part, (keras.Variable, tf.Variable)) for part in parts)
+        is_state = any(isinstance(part, (keras.Variable, tf.Variable)) for part in tf.nest.flatten(value))
         if name not in keras_internals.optimizer_bookkeeping() and not is_state:
             found[name] = value
     return found

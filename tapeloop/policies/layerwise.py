@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tapeloop._validation import is_number
 from tapeloop.errors import PolicyError
 from tapeloop.model.filters import SubmodelKind
 from tapeloop.model.tree import VariableInfo
@@ -41,7 +42,7 @@ class LayerwiseDecay(VariablePolicy):
             TypeError: `of` is no class of layers and no path glob.
             ValueError: `rate` is out of range.
         """
-        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate <= 1:
+        if not is_number(rate) or not 0 < rate <= 1:
             raise ValueError(f"`rate` must be above 0 and at most 1. Received: {rate!r}.")
         object.__setattr__(self, "_rate", float(rate))
         object.__setattr__(self, "_blocks", SubmodelKind(of))

@@ -201,6 +201,6 @@ def immutable_variables(selection: Selection) -> list[VariableInfo]:
     State that a frozen and a trained part share belongs to the trained one too, and moves with it.
     """
     # A layer that is shared by a frozen and a trained part goes on moving its state in the trained one.
-    places, idle = selection.tree.enclosing, selection.idle
-    state = [v for v in selection.non_trainable if all(not idle.isdisjoint(place) for place in places[v])]
+    above, idle = selection.tree.above, selection.idle
+    state = [v for v in selection.non_trainable if not any(idle.isdisjoint(above(path)) for path in v.paths)]
     return [*selection.frozen, *state]
