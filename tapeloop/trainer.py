@@ -154,6 +154,7 @@ class Trainer(UserStep):
         steps = StepCache(parts, self.state.microbatches)
         phases = PhaseTracker(model, steps, self.state)
         self._loop = EpochLoop(steps, phases, self.state, handler)
+        # Kept from one fit to the next, which finds the features of the first.
         self._features = Memory()
         self.policy = TrainAll() if policy is None else policy
 
@@ -229,6 +230,7 @@ class Trainer(UserStep):
         # Whatever is wrong with the options is said before the model is built, which costs a trace.
         cache.require_compatible([spec, validation_spec], self.state.microbatches, self._parts.compilation.run_eagerly)
         self._loop.steps.build(self.model, fit_data.loader.specs)
+        # A policy is asked about variables, which a model that was not called before has only now.
         self._loop.phases.resolve_to_come()
         return self._loop.fit(fit_data, epochs, ProgressDisplay(progress))
 
@@ -342,6 +344,7 @@ class Trainer(UserStep):
             >>> [variable.path for variable in tl.Trainer(model, tl.Freeze("base")).selection.trained]
             ['head/kernel', 'head/bias']
         """
+        # Within an epoch the policy is not asked: one that keeps state would move on.
         return self._loop.phases.held(trains=True) if self._loop.runs else self._loop.phases.now()
 
     @property

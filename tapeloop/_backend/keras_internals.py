@@ -15,6 +15,8 @@ import tensorflow as tf
 from keras.src.backend.common import global_state
 from keras.src.layers.layer import CallContext
 
+from tapeloop._backend.patching import patched
+
 
 def sublayers(layer: keras.Layer) -> list[keras.Layer]:
     """Return the layers that `layer` tracks directly, in the order in which it tracked them.
@@ -78,6 +80,7 @@ def within_call(training: bool | None) -> Iterator[None]:
 
     Keras makes the context of a nest of calls by itself, for the outermost; a call that is repeated is not that.
     """
+    # Without a context, the next layer would take itself for the outermost, and clear the losses of all layers in it.
     before = global_state.get_global_attribute("current_call_ctx")
     context = CallContext(entry_layer=None)
     context.training = training
@@ -118,12 +121,10 @@ def optimizer_config(optimizer: keras.optimizers.Optimizer, schedule: Any) -> di
     """
     if schedule is None:
         return dict(optimizer.get_config())
-    own = optimizer._learning_rate
-    object.__setattr__(optimizer, "_learning_rate", tf.constant(0.0))
-    try:
+    # Of a tensor `get_config` makes a number. It is set past the public setter, which refuses to put a number in the
+    # place of a schedule.
+    with patched(optimizer, "_learning_rate", tf.constant(0.0)):
         return optimizer.get_config() | {"learning_rate": schedule}
-    finally:
-        object.__setattr__(optimizer, "_learning_rate", own)
 
 
 def clone_optimizer(optimizer: keras.optimizers.Optimizer, config: dict[str, Any]) -> keras.optimizers.Optimizer:
@@ -142,6 +143,7 @@ def clone_optimizer(optimizer: keras.optimizers.Optimizer, config: dict[str, Any
 @functools.cache
 def optimizer_bookkeeping() -> frozenset[str]:
     """Return the names of the attributes that an optimizer has for what it has come to, and not for its settings."""
+    # Of the optimizer with the fewest settings: whatever else it has, every optimizer has.
     plain = keras.optimizers.SGD(0.0)
     plain.build([])
     settings = {"weight_decay", "clipnorm", "clipvalue", "global_clipnorm", "momentum", "nesterov"}

@@ -41,6 +41,8 @@ def noting_assignments(variables: Iterable[tf.Variable], note: Note) -> contextl
 
 def noting_all_assignments(note: Note) -> contextlib.AbstractContextManager[None]:
     """Call `note` with any variable that this thread assigns to inside this context, when it does: for eager steps."""
+    # On the classes and not on variables: what a step moves may be kept anywhere, as in a closure. Other threads, such
+    # as those of `tf.data`, find the same classes.
     thread = threading.get_ident()
 
     def noting(assign: Callable[..., Any]) -> Callable[..., Any]:

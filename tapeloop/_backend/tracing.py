@@ -40,6 +40,7 @@ def untraced() -> Iterator[None]:
     `tf.init_scope` lifts variables out of the graph, but `tf.function` still sees them being made, by the creators that
     stand on the graph, and traces a second time for it. Another graph has no creators.
     """
+    # A thread of its own was tried first: it has no creators either, but not the dtype policy of the user's thread.
     with tf.init_scope(), tf.Graph().as_default(), context.eager_mode():
         yield
 
@@ -61,6 +62,7 @@ def handle_id(variable: tf.Variable) -> int:
 
 def handles_taken(graph: Any, ops: Iterable[tf.Operation]) -> set[int]:
     """Return the `handle_id`s of the variables that some ops of a graph take."""
+    # A variable enters a graph as its handle, a tensor of the type `resource`, under a name that says nothing of it.
     outside = {id(inner): id(outer) for outer, inner in captures(graph)}
     given = [tensor for op in ops for tensor in op.inputs if tensor.dtype == tf.resource]
     return {outside[id(tensor)] for tensor in given if id(tensor) in outside}
@@ -77,4 +79,5 @@ def captures(graph: Any) -> list[tuple[Any, tf.Tensor]]:
 
     `ConcreteFunction.captured_inputs` says it of a function once its trace has ended, and names no inner tensors.
     """
+    # A plain `tf.Graph`, which belongs to no function, takes nothing from outside.
     return list(getattr(graph, "captures", ()))

@@ -46,6 +46,7 @@ class IteratorReader(NamedTuple):
             isinstance(spec, tf.TensorSpec) and (spec.dtype.is_floating or spec.dtype.is_integer or spec.dtype.is_bool)
             for spec in tf.nest.flatten(dataset.element_spec)
         )
+        # The last of the pipeline, as `tf.data` wants it: nothing can follow on batches that lie on a device.
         if devices and fits:
             dataset = dataset.apply(tf.data.experimental.prefetch_to_device(devices[0].name))
         return cls(iter(dataset), layout, class_weights)

@@ -36,6 +36,7 @@ class IterableSource:
     class_weights: ClassWeights | None
 
     def __post_init__(self) -> None:
+        # A length of 0 may mean that it is not known, as `PyDatasetBatches` says it of data without end.
         self.size = (len(self.iterable) or None) if isinstance(self.iterable, Sized) else None
         self._layout: Any = None
         self._specs: tuple[Any, ...] = ()

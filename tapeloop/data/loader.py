@@ -76,6 +76,7 @@ class DataLoader:
             self._batches_read += cursor.position - before
             if remaining is not None:
                 remaining -= cursor.position - before
+            # An iterable whose batches change their shape goes on in another cursor.
             elif cursor.exhausted and self._cursors is not None:
                 self._cursor = next(self._cursors, None)
                 if self._cursor is None:

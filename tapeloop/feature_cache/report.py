@@ -94,6 +94,7 @@ def _share(cut: Cut, batch: Any) -> float:
     features = Features(tuple(cut.compute(*tensors)))
     try:
         shares = []
+        # In turns, so that a machine that becomes slower on the way slows both sides.
         for _ in range(ROUNDS + 1):  # the first traces, and does not count
             early, late = _seconds(lambda: cut.compute(*tensors)), _seconds(lambda: after(features))
             shares.append(early / (early + late))

@@ -176,6 +176,7 @@ def seal(file: BinaryIO, description: dict[str, Any]) -> None:
     # Over the features too: a flipped bit in them would go into training unseen.
     file.write(fingerprint.of_arrays(np.memmap(file.name, np.uint8, "r")).encode())
     file.flush()
+    # On the disk before the file gets its name, or a crash could leave a name for half a file.
     os.fsync(file.fileno())
 
 
@@ -189,6 +190,7 @@ def _read(path: pathlib.Path) -> CachedFeatures:
     body, digest = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:].tobytes()
     if fingerprint.of_arrays(body).encode() != digest:
         raise ValueError("it is not as it was written")
+    # What follows trusts the file: the digest is that of all before it.
     length = int.from_bytes(body[-_LENGTH_BYTES:].tobytes(), "little")
     description = json.loads(body[-_LENGTH_BYTES - length : -_LENGTH_BYTES].tobytes())
     record, rows = _record(description["tensors"]), sum(description["sizes"]) * description["key"]["views"]

@@ -47,6 +47,7 @@ class CompiledStep:
         self.selection = planner.selection
         self.trace_count = 0
         self.pace = Pace(planner.parts.compilation.steps_per_call)
+        # An evaluation keeps no activations for a gradient, which are what pieces save.
         self._microbatches = microbatches if self.kind == "train" else Microbatches(1)
         self._counts = planner.parts.counts
         self._uses_xla = planner.parts.compilation.uses_xla

@@ -104,6 +104,7 @@ class EpochLoop:
         `every`.
         """
         step = self._phase_on_batch().step
+        # A step on one batch resets what it logs itself, in the graph, unless another step has logged since.
         if self._is_reset is not step:
             self.steps.reset(step.kind, step.selection.tree)
         self._is_reset = None

@@ -34,7 +34,8 @@ class FitData:
         self._validation = None if validation_spec is None else validation_spec.loader()
         if self._validation is not None:
             self._validation.require_epochs(epochs)
-            self._validation.cursor()  # raises if there is no batch
+            # Raises if there is no batch, which would otherwise be found after the first epoch.
+            self._validation.cursor()
         self.loader.require_epochs(epochs)
 
     def training(self, phase: ActivePhase, epoch: int) -> DataLoader:

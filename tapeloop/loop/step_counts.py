@@ -47,6 +47,7 @@ def counts_before(consecutive_skipped: int, step: int, epoch: int) -> tf.Tensor:
 
 def limits(batches: int, max_consecutive: int) -> tf.Tensor:
     """Return the highest counts after which a call still begins another step."""
+    # One less than the number: another step begins as long as no count is above its limit.
     with tf.device("CPU:0"):
         return tf.constant([batches - 1, UNLIMITED, UNLIMITED, max_consecutive, UNLIMITED, UNLIMITED], tf.int64)
 

@@ -53,6 +53,7 @@ class Filter(abc.ABC):
     def __or__(self, other: FilterLike) -> Filter:
         return Joined("|", (self, to_filter(other)))
 
+    # So that a filter may stand on the right, as in `"head" & tl.named("bias")`.
     def __rand__(self, other: FilterLike) -> Filter:
         return Joined("&", (to_filter(other), self))
 
@@ -63,6 +64,7 @@ class Filter(abc.ABC):
         return Not(self)
 
     def __bool__(self) -> bool:
+        # Every object is true by default, so that `a and b` would be `b`, and `not a` False, without a word.
         raise TypeError(f"A filter has no truth value: combine filters with `&`, `|` and `~`. Received: {self!r}.")
 
     def __deepcopy__(self, memo: object) -> Filter:

@@ -36,6 +36,7 @@ class FiniteCheck:
         places = [self._places[variable] for _, variable in gradients]
         found = [tf.reduce_sum(tf.cast(gradient, tf.float32)) for gradient, _ in gradients]
         loss = tf.zeros(()) if loss is None else tf.cast(loss, tf.float32)
+        # One update of all that trains is what most steps make: then each sum is at its place already.
         if places == list(self._places.values()):
             return tf.stack([loss, *found])
         return tf.scatter_nd([[place] for place in (0, *places)], tf.stack([loss, *found]), self.kept.shape)

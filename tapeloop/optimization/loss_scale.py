@@ -48,6 +48,7 @@ class LossScale:
         overflowed = ~finite & tf.math.is_finite(checksums[0]) & (self.value > 1)
         grows = finite & (finite_steps + 1 >= GROWS_AFTER)
         finite_steps.assign(tf.where(finite & ~grows, finite_steps + 1, 0))
+        # Not below 1, where the scale would lose gradients that float16 holds without one.
         halved = tf.maximum(self.value / 2, 1.0)
         self.value.assign(tf.where(finite, tf.where(grows, self.value * 2, self.value), halved))
         return overflowed

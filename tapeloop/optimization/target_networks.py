@@ -46,6 +46,7 @@ def paired(tree: Tree, target: Model | str, source: Model | str) -> list[Pair]:
             f"{len(sources)} to move towards{f', of which {unlike[0]} do not fit' if unlike else ''}. Make the target "
             "as a copy, such as by `keras.models.clone_model`, and build it."
         )
+    # What the two share, such as an embedding, follows itself.
     pairs = [(t, s) for t, s in zip(targets, sources) if t.variable is not s.variable]
     if not pairs:
         raise ValueError(f"`follow` was given one submodel as target and as source: {target!r}. Pass two.")

@@ -36,6 +36,7 @@ def handles_behind(loss: tf.Tensor, start: int) -> set[int]:
         return set()
     recorded = {id(op) for op in loss.graph.get_operations()[start:]}
 
+    # No gradient goes through whole numbers, a `stop_gradient`, or what was computed before the tape began.
     def counts(op: tf.Operation) -> bool:
         return id(op) in recorded and op.type not in BLOCKING
 

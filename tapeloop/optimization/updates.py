@@ -42,6 +42,7 @@ class Updates:
         Raises:
             PolicyError: The optimizers, or the norms to clip to, are not for its groups.
         """
+        # First what may be refused; what follows makes state.
         self.clipping.require_groups(selection, changing=changing)
         self.optimizers.prepare(selection, changing=changing)
         self.averages.prepare(selection, step)
@@ -56,7 +57,7 @@ class Updates:
         # The averages follow the new values, and the norm is that of the gradients of the whole update.
         self.optimizers.apply(selection, self.clipping.clip(selection, gradients))
         self.averages.update([variable for _, variable in gradients])
-        return tf.constant(True)
+        return tf.constant(True)  # a branch of `tf.cond` has to return something, as the other does
 
     def moved(self, variables: list[VariableInfo] | tuple[VariableInfo, ...]) -> list[tf.Variable]:
         """List what an update of these variables moves: them, their optimizers' state, their averages."""

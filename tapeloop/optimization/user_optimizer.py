@@ -134,6 +134,7 @@ def _same(one: Any, other: Any) -> bool:
         return type(one) is type(other) and np.array_equal(one, other)
     if type(one) is not type(other):
         return isinstance(one, (int, float)) and isinstance(other, (int, float)) and one == other
+    # Objects that are equal to themselves alone, such as an initializer in a setting, are what they hold.
     if getattr(type(one), "__eq__", None) is getattr(object, "__eq__", None) and hasattr(one, "__dict__"):
         return vars(one).keys() == vars(other).keys() and all(_same(v, vars(other)[k]) for k, v in vars(one).items())
     return bool(one == other)

@@ -27,7 +27,9 @@ class _Scheduled:
         """Set the fields of the frozen policy, in its constructor."""
         if unit not in ("epoch", "step"):
             raise ValueError(f"`unit` must be 'epoch' or 'step'. Received: {unit!r}.")
+        # Phases with one start, at 0, have the period 0: there is nothing to ask within an epoch.
         every = period or None if unit == "step" else None
+        # Past the dataclass, which is frozen: a policy is a value, by which its selection is looked up.
         for name, value in {"every": every, "_unit": unit, "_period": period, **fields}.items():
             object.__setattr__(self, name, value)
 
@@ -133,6 +135,7 @@ class GradualUnfreeze(_Scheduled, VariablePolicy):
         return tuple(TrainOnly(*self._stages[:count]) for count in range(1, 1 + len(self._stages)))
 
     def at(self, progress: Progress) -> VariablePolicy:
+        # Once all stages train, the slice stays the same.
         return TrainOnly(*self._stages[: 1 + self._periods_before(progress)])
 
 

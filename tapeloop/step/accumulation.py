@@ -63,6 +63,7 @@ class Microbatches:
                 f"The step ran out of memory with one example at a time, {self.count} micro-batches of a batch of "
                 f"{examples}. Make the model or its inputs smaller, freeze more of it, or use `remat`."
             ) from error
+        # A piece holds one example at least.
         before, self.count = self.count, min(2 * self.count, examples)
         _LOG.warning("Out of memory with microbatches=%d: going on with microbatches=%d.", before, self.count)
 
@@ -88,6 +89,7 @@ def check_alike(batch: Any) -> None:
     Raises:
         DataError: Their numbers differ, and it cannot be said how they are cut.
     """
+    # Lengths that are open are compared when the step runs; see `checked`.
     tensors = _cuttable(batch)
     if len({value.shape[0] for value in tensors} - {None}) > 1:
         raise DataError(f"{SEVERAL[0]} {shapes(tensors)}{SEVERAL[1]}")
@@ -147,6 +149,7 @@ def piece(batch: Any, pieces: Pieces, index: Any, examples: tf.Tensor) -> Any:
         examples: How many examples the batch has.
     """
     if pieces.size is None:
+        # The sizes that `cut` gives, in tensors; of fewer examples than pieces, each is a piece.
         count = tf.minimum(pieces.count, examples)
         each, larger = examples // count, examples % count
         start, size = index * each + tf.minimum(index, larger), each + tf.cast(index < larger, examples.dtype)
@@ -230,6 +233,7 @@ def _averaged(
             mean = tf.nest.map_structure(lambda value: _weighted(value, share), mean)
             if total is not None:
                 mean = tf.nest.map_structure(tf.add, total[0], mean)
+                # A float8 scale must cover the largest number of all pieces, which a mean of scales would not.
                 largest = tf.nest.map_structure(tf.maximum, total[1], largest)
             return index + 1, (mean, largest)
 
@@ -237,6 +241,7 @@ def _averaged(
             for index in range(pieces.count):
                 _, total = add(tf.constant(index), total)
         else:
+            # One piece at a time: with two under way, a batch would take the memory that pieces are to save.
             _, total = tf.while_loop(
                 lambda index, _, pieces=pieces: index < tf.minimum(pieces.count, examples),
                 add,

@@ -26,7 +26,7 @@ def new_counts() -> tf.Variable:
     `[batches, applied, skipped, consecutive_skipped, step, epoch]`: a `StepCounts`, then the step and the epoch before
     the call of the loop.
     """
-    # On the CPU, also if the steps run on a GPU: the host looks at the counts after each call, the loop before each step.
+    # On the CPU, also if steps run on a GPU: the loop looks at the counts before each step, the host after each call.
     with tf.device("CPU:0"):
         return tf.Variable(tf.zeros(6, tf.int64), trainable=False, name="counts")
 
@@ -108,6 +108,7 @@ class Building(StepContext):
 
     def gradients(self, tape: GroupTape, loss: tf.Tensor) -> Gradients:
         """Return zeros for all that can train."""
+        # For all, since a step may look up the gradient of any path, to change it before it applies it.
         return [(tf.zeros(v.shape, v.dtype), v) for v in Tree.of(self._model).variables if v.trainable]
 
     def update(self, gradients: Gradients, loss: tf.Tensor | None = None) -> None:
@@ -244,6 +245,7 @@ class Training(StepContext):
             raise _cannot_be_deferred("update")
         update.gradients = [gradient for gradient, variable in gradients if not variable.is_overwritten]
         update.overwrites = [gradient for gradient, variable in gradients if variable.is_overwritten]
+        # A list, for the sums over pieces have a place for each tensor, and none for what is missing.
         update.loss = [] if loss is None else [tf.cast(loss, tf.float32)]
 
     def follow(self, pairs: Sequence[Pair], decay: tf.Tensor) -> None:
@@ -260,6 +262,8 @@ class Training(StepContext):
         """Return what the user's part computes: with what the deferred updates need, or how the others ended."""
         if not self.deferred:
             return Computed({"logs": dict(logs)}, [], self._total(self._checksums))
+        # A decay is the same for each piece, but may be a tensor of the graph of the user's part, which it can leave
+        # only among the outputs.
         mean = {
             "logs": dict(logs),
             "losses": [update.loss for update in self.updates],
@@ -286,6 +290,7 @@ class Training(StepContext):
         check = self.ending.check
         if check is not None:
             found = check.checksums(loss, gradients)
+            # A tensor of a branch cannot leave it, but a variable can be added to inside it.
             if update.in_control_flow:
                 check.kept.assign_add(found)
             else:

@@ -154,6 +154,7 @@ def _moded(layer: keras.Layer, call: Callable[..., Any], calls: Calls, inference
 def _without_training(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Return the arguments of a call, with `training=False` where it takes that."""
     signature = inspect.signature(call)
+    # A `call(self, inputs, **kwargs)` has it there, and not among its parameters.
     if "training" in kwargs:
         kwargs["training"] = False
     bound = signature.bind(*args, **kwargs)

@@ -38,6 +38,7 @@ class RunningMeans:
     def results(self) -> tuple[dict[str, float], int]:
         """Return the means since the last reset, NaN if nothing was taken in, and the number of examples."""
         fetched = {names: sums.numpy() for names, sums in self._sums.items()}
+        # Names that no step of this epoch returned are left out; but if no step counted, all are there, as NaN.
         counted = {names: sums for names, sums in fetched.items() if sums[-1]} or fetched
         totals: dict[str, tuple[float, float]] = {}
         for names, sums in counted.items():
@@ -51,8 +52,8 @@ class RunningMeans:
         """Return the means of scalars of these names, NaN if nothing was taken in, and reset them: inside a step."""
         sums = self._sums[names].read_value()
         means = sums[:-1] / sums[-1]
-        with tf.control_dependencies([means]):
-            self._sums[names].assign(tf.zeros_like(sums))
+        # A traced function keeps the order of what reads and writes one variable.
+        self._sums[names].assign(tf.zeros_like(sums))
         return dict(zip(names, tf.unstack(means, len(names)))) if names else {}
 
     def reset(self) -> None:

@@ -36,6 +36,7 @@ class StepMetrics:
     @contextlib.contextmanager
     def watching(self, held: Iterable[keras.metrics.Metric]) -> Iterator[Watch]:
         """Note inside this context which of some metrics are updated, and what is read of them."""
+        # On each metric itself: a layer may update its own metric deep inside of its `call`.
         watch = Watch(held)
         updating = [(metric, "update_state", watch.updating(metric)) for metric in watch.held]
         reading = [(metric, "result", watch.reading(metric)) for metric in watch.held]
@@ -145,6 +146,7 @@ def _check_scalar(kind: str, name: Any, value: Any) -> None:
     is_number = isinstance(value, numbers.Number) or (
         is_tensor and tf.as_dtype(value.dtype).is_numpy_compatible and tf.as_dtype(value.dtype) != tf.string
     )
+    # Whether a tensor of unknown rank is a scalar is known only when the step runs: the mean of it is logged.
     if not is_number or (is_tensor and getattr(value.shape, "rank", len(value.shape)) not in (0, None)):
         hint = "Flatten it: one entry for each scalar." if isinstance(value, (Mapping, list, tuple)) else (
             "Reduce it, such as by `tf.reduce_mean`." if is_number else "Leave it out, or give its number."

@@ -41,6 +41,7 @@ class Objective:
         # Keras' own `compute_loss` and `compute_metrics` on an empty model do what `fit` does (names, weights, several
         # outputs), and the user's model is not written to.
         self._stand_in = keras.Model()
+        # By these names Keras finds the losses and metrics of an output that are given in a dict.
         if output_names is not None:
             self._stand_in.output_names = output_names
         self._stand_in.compile(

@@ -77,7 +77,7 @@ class _Pure(keras.StatelessScope):
 
     def __init__(self, values: Sequence[tuple[keras.Variable, tf.Tensor]]) -> None:
         super().__init__(state_mapping=values, collect_losses=True)
-        self.assigned: dict[int, keras.Variable] = {}
+        self.assigned: dict[int, keras.Variable] = {}  # by identity: Keras' variables have no hash
 
     def add_update(self, update: tuple[keras.Variable, tf.Tensor]) -> None:
         """Note a variable that is assigned to, and its new value."""
@@ -139,6 +139,7 @@ def _recomputing(submodel: SubmodelInfo, selection: Selection, call: Callable[..
             finally:
                 again = False
 
+        # TensorFlow names the function in the error of a second-order gradient, and says nothing else of the cause.
         run.__name__ = f"`{submodel.path}`, which `remat` computes twice: it has no second-order gradient"
         computed = tf.nest.flatten(tf.recompute_grad(run)(*(flat[place] for place in places), *weights))
         results = tf.nest.flatten(outputs[0])

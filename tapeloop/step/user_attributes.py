@@ -47,6 +47,7 @@ class UserAttributes:
         now = self._attributes
         changed = [name for name, value in context.numbers.items() if name in now and not _is_same(now[name], value)]
         for name in changed:
+            # Taken out as it is said: once is enough, and only a new trace reads the number again.
             warnings.warn(
                 f"`self.{name}` was {context.numbers.pop(name)!r} when the {context.kind} step was traced, and is "
                 f"{now[name]!r} now: the compiled step goes on with the former. Make it a variable, `self.{name} = "
@@ -68,4 +69,5 @@ def _inside(value: Any, kinds: tuple[type, ...]) -> list[Any]:
 
 
 def _is_same(one: Any, other: Any) -> bool:
+    # NaN is not equal to itself, and has not changed.
     return one is other or bool(one == other) or (one != one and other != other)
