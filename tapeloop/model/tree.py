@@ -294,11 +294,13 @@ def _children(parent: Any) -> Iterator[tuple[str, Any]]:
 def _layer_children(layer: keras.Layer) -> Iterator[tuple[str, Any]]:
     """Yield the children that Keras tracks, by name in a graph of layers and else by attribute, and untracked state."""
     sublayers = [child for child in keras_internals.sublayers(layer) if not isinstance(child, keras.layers.InputLayer)]
-    # Paths come from names and attributes, since Keras' `Variable.path` does not say where a layer is nested.
-    tracked = set(map(_info, (*sublayers, *layer.variables)))
-    # Of a graph of layers users know the names, as `summary()` shows them, and not the attributes.
+    # By `id`, and not by infos: a MobileNetV2 would need thousands of them, more than half of the walk. What the layer
+    # holds keeps its `id` as long as this takes.
+    tracked = set(map(id, (*sublayers, *layer.variables)))
+    # Paths come from names and attributes, since Keras' `Variable.path` does not say where a layer is nested. Of a
+    # graph of layers users know the names, as `summary()` shows them, and not the attributes.
     operations = layer.layers if isinstance(layer, keras.Sequential) else getattr(layer, "operations", ())
-    graph = {_info(child): child for child in operations if _info(child) in tracked}
+    graph = {id(child): child for child in operations if id(child) in tracked}
     yield from ((child.name, child) for child in graph.values())
     yielded = set(graph)
     for segment, child in _attributes(layer):
@@ -307,12 +309,12 @@ def _layer_children(layer: keras.Layer) -> Iterator[tuple[str, Any]]:
         is_untracked = not (
             child.trainable if _is_variable(child) else isinstance(child, (keras.Layer, keras.random.SeedGenerator))
         )
-        if _info(child) not in graph and (_info(state) in tracked or is_untracked):
-            yielded.add(_info(state))
+        if id(child) not in graph and (id(state) in tracked or is_untracked):
+            yielded.add(id(state))
             yield segment, child
-    yielded.update(map(_info, (variable for child in sublayers for variable in child.variables)))
+    yielded.update(map(id, (variable for child in sublayers for variable in child.variables)))
     for child in (*sublayers, *layer.variables):
-        if _info(child) not in yielded:  # its attribute is gone, or it was made by `add_weight` and never had one
+        if id(child) not in yielded:  # its attribute is gone, or it was made by `add_weight` and never had one
             yield child.name, child
 
 
