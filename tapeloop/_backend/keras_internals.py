@@ -109,7 +109,7 @@ def schedule_of(optimizer: keras.optimizers.Optimizer) -> Any:
 def learning_rate_variable(optimizer: keras.optimizers.Optimizer) -> keras.Variable | None:
     """Return the variable that holds the learning rate of `optimizer`, or None where it follows a schedule.
 
-    The public setter refuses what is not a number, and so a variable's value in a traced step.
+    The public `learning_rate` computes the number of the moment where there is a schedule, which in a trace adds ops.
     """
     return optimizer._learning_rate if isinstance(optimizer._learning_rate, keras.Variable) else None
 
