@@ -8,12 +8,8 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def _seeded():
+def _begins_anew():
     keras.utils.set_random_seed(0)
     keras.backend.clear_session(free_memory=False)  # collecting garbage takes seconds, once many graphs were traced
-
-
-@pytest.fixture(autouse=True)
-def _garbage():
     yield
     gc.freeze()  # what is left of traces is not looked through again: each collection would take seconds

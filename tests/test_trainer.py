@@ -7,7 +7,6 @@ import tapeloop as tl
 from tests.support import models
 from tests.support.fitting import moved
 from tests.support.models import trainer_of
-from tests.support.steps import InTurn
 
 
 def test_fit_returns_the_logs_of_each_epoch_and_counts_on():
@@ -36,24 +35,12 @@ def test_one_trace_for_one_selection_and_signature_and_one_more_for_a_ragged_bat
     assert trainer.trace_count == 3
 
 
-def lazy():
-    return keras.Sequential([keras.layers.Flatten(), keras.layers.Dense(3)])
-
-
-@pytest.mark.parametrize("make", [models.Subclassed, lazy])
-def test_an_unbuilt_model_is_built_from_the_first_batch(make):
-    trainer = trainer_of(make(), metrics=["accuracy"])
-    trainer.fit(models.images(32), batch_size=16, progress="none")
-    assert trainer.trace_count == 1
-    assert trainer.step == 2
-
-
-def test_building_moves_nothing():
-    model = models.Subclassed()
-    trainer = trainer_of(model, tl.Freeze("base"))
-    trainer.evaluate(models.images(8), progress="none")
-    assert moved(model, lambda: trainer.evaluate(models.images(8), progress="none")) == set()
-    assert trainer.step == 0
+@pytest.mark.parametrize(("verb", "steps", "traces"), [("fit", 2, 1), ("evaluate", 0, 0)])
+def test_an_unbuilt_model_is_built_from_the_first_batch(verb, steps, traces):
+    trainer = trainer_of(models.Subclassed(), metrics=["accuracy"])
+    getattr(trainer, verb)(models.images(32), batch_size=16, progress="none")
+    assert (trainer.step, trainer.trace_count) == (steps, traces)
+    assert "base/conv/kernel" in models.values(trainer.model)
 
 
 def test_evaluation_and_prediction_move_nothing_and_drop_nothing():
@@ -64,38 +51,6 @@ def test_evaluation_and_prediction_move_nothing_and_drop_nothing():
     assert trainer.predict(models.images(40)[0]).shape == (40, 3)
     assert trainer.predict(models.images(40)).shape == (40, 3)
     assert models.values(trainer.model) == before
-
-
-def test_a_module_trains():
-    model = models.Module()
-    trainer = trainer_of(model, tl.Freeze("base"), optimizer=keras.optimizers.SGD(0.1))
-    assert moved(model, lambda: trainer.fit(models.images(40), epochs=3, progress="none")) == {"w", "b/0"}
-    losses = trainer.history.history["loss"]
-    assert losses[-1] < losses[0]
-
-
-class Adversaries(InTurn):
-    """Two networks that are built by the first batch, and have an optimizer each."""
-
-    order = ("discriminator", "generator")
-
-    def loss_of(self, group, real):
-        fake = self.model["generator"](tf.ones((tf.shape(real)[0], 2)), training=True)
-        score = tf.reduce_mean(self.model["discriminator"](fake, training=True))
-        return -score if group == "generator" else score - tf.reduce_mean(self.model["discriminator"](real))
-
-
-def test_a_step_written_with_the_tape_trains_two_models_in_turn():
-    networks = {
-        "generator": keras.Sequential([keras.layers.Dense(3), keras.layers.BatchNormalization()]),
-        "discriminator": keras.Sequential([keras.layers.Dense(1)]),
-    }
-    optimizers = {"generator": "adam", "discriminator": keras.optimizers.SGD(0.1)}
-    trainer = Adversaries(networks, tl.Groups({name: name for name in networks}), optimizer=optimizers)
-    history = trainer.fit(tf.data.Dataset.from_tensors(tf.ones((4, 3))).repeat(5), progress="none")
-    assert list(history.history) == ["discriminator", "generator"]
-    assert trainer.trace_count == 1
-    assert trainer.step == 5
 
 
 def test_an_overridden_loss_may_log_more():

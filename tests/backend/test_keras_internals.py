@@ -9,6 +9,31 @@ from tapeloop._backend import keras_internals, patching, tracing
 layers = keras.layers
 
 
+class Adds(layers.Layer):
+    """Adds a loss, and calls the layer inside."""
+
+    def __init__(self, amount=1.0, inner=None):
+        super().__init__()
+        self.amount, self.inner = amount, inner
+
+    def call(self, x):
+        self.add_loss(tf.constant(self.amount))
+        return self.inner(x) if self.inner else x
+
+
+class Notes(layers.Layer):
+    """Notes the mode that it is called in, and adds a loss."""
+
+    def __init__(self, modes):
+        super().__init__()
+        self.note = modes.append
+
+    def call(self, x, training=None):
+        self.add_loss(tf.constant(1.0))
+        self.note(training)
+        return x
+
+
 def test_sublayers_are_the_direct_ones_in_the_order_of_tracking():
     class Holder(layers.Layer):
         def __init__(self):
@@ -23,15 +48,10 @@ def test_sublayers_are_the_direct_ones_in_the_order_of_tracking():
 def test_the_mode_that_nested_layers_inherit_can_be_read_and_set():
     seen = []
 
-    class Inner(layers.Layer):
-        def call(self, x, training=None):
-            seen.append(training)
-            return x
-
     class Outer(layers.Layer):
         def __init__(self):
             super().__init__()
-            self.inner = Inner()
+            self.inner = Notes(seen)
 
         def call(self, x, training=None):
             seen.append(keras_internals.inherited_training(self))
@@ -44,14 +64,7 @@ def test_the_mode_that_nested_layers_inherit_can_be_read_and_set():
 
 def test_a_call_that_is_repeated_inherits_a_mode_and_leaves_no_trace():
     seen = []
-
-    class Inner(layers.Layer):
-        def call(self, x, training=None):
-            self.add_loss(tf.constant(1.0))
-            seen.append(training)
-            return x
-
-    inner = Inner()
+    inner = Notes(seen)
     for training in (True, False):
         with keras_internals.within_call(training):
             inner(tf.zeros((1, 1)))
@@ -62,11 +75,6 @@ def test_a_call_that_is_repeated_inherits_a_mode_and_leaves_no_trace():
 
 
 def test_a_repeated_call_in_a_stateless_scope_adds_no_losses():
-    class Adds(layers.Layer):
-        def call(self, x):
-            self.add_loss(tf.constant(1.0))
-            return x
-
     layer = Adds()
     layer(tf.zeros((1, 1)))
     with keras_internals.within_call(True), keras.StatelessScope():
@@ -107,15 +115,6 @@ def test_a_quantized_layer_is_run_by_another_method():
 
 
 def test_added_losses_are_a_layers_own():
-    class Adds(layers.Layer):
-        def __init__(self, amount, inner=None):
-            super().__init__()
-            self.amount, self.inner = amount, inner
-
-        def call(self, x):
-            self.add_loss(tf.constant(self.amount))
-            return self.inner(x) if self.inner else x
-
     inner = Adds(2.0)
     outer = Adds(1.0, inner)
     outer(tf.zeros((1, 1)))

@@ -96,9 +96,7 @@ def compare(make, data, options_of, optimizer=None, **fit):
     x, y, weight = (*data, None, None)[:3] if isinstance(data, tuple) else (data, None, None)
     mine = trainer.fit(data, progress="none", **fit).history
     its = twin.fit(x, y, verbose=0, sample_weight=weight, **fit).history
-    assert mine.keys() == its.keys()
-    for name, values in its.items():
-        np.testing.assert_allclose(mine[name], values, rtol=1e-6, atol=1e-6, err_msg=name)
+    assert_close(mine, its, rtol=1e-6, atol=1e-6)
     assert_close(model, twin, rtol=1e-4, atol=1e-5)
     assert trainer.trace_count == 1
     return trainer, twin

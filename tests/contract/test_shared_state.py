@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import tapeloop as tl
 from tapeloop.step.freezing import immutable_variables
 from tests.support import recipes
-from tests.support.fitting import X, Y, fit, history_of, moved
+from tests.support.fitting import CountingModule, X, Y, fit, history_of, moved
 
 layers = keras.layers
 SGD = keras.optimizers.SGD
@@ -112,22 +112,12 @@ def test_a_penalty_counts_where_its_layer_is_called_in_a_trained_part_alone():
     assert history_of(model, tl.Freeze("base"), optimizer=SGD(0.0))["loss"] == [pytest.approx(expected, rel=1e-5)]
 
 
-class Counting(tf.Module):
-    def __init__(self):
-        self.scale = tf.Variable(tf.ones(4), name="scale")
-        self.calls = tf.Variable(0.0, trainable=False, name="calls")
-
-    def __call__(self, x):
-        self.calls.assign_add(1.0)
-        return x * self.scale
-
-
 class Holds(layers.Layer):
     """A Keras layer that holds a module, which Keras does not track."""
 
     def __init__(self, name):
         super().__init__(name=name)
-        self.module, self.dense = Counting(), layers.Dense(4)
+        self.module, self.dense = CountingModule(), layers.Dense(4)
 
     def build(self, shape):
         self.dense.build(shape)

@@ -118,9 +118,10 @@ def test_two_fits_see_the_orders_of_one():
     assert seen(1, 1) == seen(2)
 
 
-def test_two_fits_of_sparse_arrays_see_the_orders_of_one():
+@pytest.mark.parametrize("make", [tf.constant, tf.sparse.from_dense])
+def test_each_epoch_has_another_order_and_two_loaders_those_of_one(make):
     def orders(epoch, count):
-        loader = loader_of((tf.sparse.from_dense(X), Y), Sampler(True, 3, epoch))
+        loader = loader_of((make(X), Y), Sampler(True, 3, epoch))
         return [as_list(y) for _ in range(count) for _, y in loader]
 
     assert orders(0, 2) == orders(0, 1) + orders(1, 1)

@@ -63,20 +63,6 @@ def test_data_that_runs_out_says_after_how_many_batches():
         trainer_of(network()).fit(iter([(X, Y)] * 5), steps_per_epoch=3, epochs=2, progress="none")
 
 
-def test_a_pydataset_without_end_needs_a_number_of_steps():
-    class Endless(keras.utils.PyDataset):
-        num_batches = None
-
-        def __getitem__(self, index):
-            return X, Y
-
-    with pytest.raises(tl.DataError, match=r"`data` never ends. Pass `steps_per_epoch`"):
-        trainer_on(Endless())
-    trainer = trainer_of(network())
-    trainer.fit(Endless(), steps_per_epoch=3, progress="none")
-    assert trainer.step == 3
-
-
 def test_a_dataset_over_what_lasts_once_loses_nothing():
     specs = (tf.TensorSpec([None, 5]), tf.TensorSpec([None], tf.int64))
     once = iter([(X, Y)] * 5)

@@ -148,6 +148,11 @@ def test_an_iterator_gives_as_many_batches_as_are_asked_for_and_keeps_the_rest()
 
 
 class Numbered(keras.utils.PyDataset):
+    ended = 0
+
+    def on_epoch_end(self):
+        self.ended += 1
+
     def __len__(self):
         return 6
 
@@ -160,8 +165,12 @@ def two_epochs(loader):
 
 
 @pytest.mark.parametrize("options", [{}, {"workers": 2}, {"workers": 2, "use_multiprocessing": True}], ids=str)
-def test_workers_give_the_batches_in_order(options):
-    assert two_epochs(loader_of(Numbered(**options))) == [list(range(6))] * 2
+def test_a_pydataset_gives_its_batches_in_order_and_is_told_of_each_end(options):
+    data = Numbered(**options)
+    loader = loader_of(data)
+    assert loader.batches_per_epoch == 6
+    assert two_epochs(loader) == [list(range(6))] * 2
+    assert data.ended == 2
 
 
 def test_a_pydataset_is_shuffled_by_the_seed():

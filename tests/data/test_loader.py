@@ -1,6 +1,5 @@
 """Epochs of batches: where they begin and end, and what they hold."""
 
-import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -28,18 +27,6 @@ def test_arrays_are_cut_in_batches_with_a_ragged_last():
     loader = loader_of((X, Y), batch_size=4)
     assert (loader.batches_per_epoch, loader.smallest_batch) == (3, 2)
     assert firsts(loader) == firsts(loader) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
-
-
-def test_arrays_are_shuffled_anew_each_epoch_by_the_seed():
-    def epochs(seed):
-        loader = loader_of((X, Y), Sampler(True, seed), batch_size=10)
-        return [firsts(loader)[0] for _ in range(2)]
-
-    one, two = epochs(7)
-    assert sorted(one) == sorted(two) == X[:, 0].tolist()
-    assert one != two
-    assert epochs(7) == [one, two]
-    assert epochs(8) != [one, two]
 
 
 def test_targets_and_weights_stay_with_their_examples():
@@ -74,19 +61,6 @@ def test_a_generator_lasts_one_epoch():
         loader.cursor()
 
 
-def test_data_without_end_is_cut_in_epochs_that_go_on_where_the_last_one_ended():
-    endless = tf.data.Dataset.from_tensor_slices((X, Y)).batch(5).repeat()
-    loader = loader_of(endless, steps=("steps_per_epoch", 3))
-    assert loader.batches_per_epoch == 3
-    assert firsts(loader) == [FIVES[0], FIVES[1], FIVES[0]]
-    assert firsts(loader) == [FIVES[1], FIVES[0], FIVES[1]]
-
-
-def test_data_that_ends_within_an_epoch_goes_on_from_its_start():
-    loader = loader_of(singles(3), steps=("steps_per_epoch", 2))
-    assert [firsts(loader) for _ in range(3)] == [[[0], [1]], [[2], [0]], [[1], [2]]]
-
-
 def test_an_iterator_that_cannot_last_is_refused_at_once():
     loader = loader_of(((X, Y) for _ in range(3)), name="train")
     loader.require_epochs(1)
@@ -108,23 +82,3 @@ def test_datasets_know_their_length():
     assert loader_of(data).batches_per_epoch == 2
     assert loader_of(data.filter(lambda x, y: True)).batches_per_epoch is None
     assert firsts(loader_of(data)) == FIVES
-
-
-def test_a_pydataset_is_gone_through_by_its_own_rules():
-    class Fives(keras.utils.PyDataset):
-        ended = 0
-
-        def __len__(self):
-            return 2
-
-        def __getitem__(self, index):
-            return X[5 * index : 5 * index + 5], Y[5 * index : 5 * index + 5]
-
-        def on_epoch_end(self):
-            self.ended += 1
-
-    data = Fives()
-    loader = loader_of(data)
-    assert loader.batches_per_epoch == 2
-    assert firsts(loader) == FIVES
-    assert data.ended == 1

@@ -5,14 +5,9 @@ import re
 
 import pytest
 
-import tapeloop as tl
 from tests.support.examples import ROOT, run
 
 README = (ROOT / "README.md").read_text()
-
-
-def test_every_public_name_is_there():
-    assert all(hasattr(tl, name) for name in tl.__all__)
 
 
 def test_the_snippets_run_one_after_the_other():

@@ -14,25 +14,14 @@ from tests.support.cached import (
     frozen_base,
     images,
     in_batches,
-    in_threads,
     of_kind,
     trainer_of,
 )
-from tests.support.classifiers import classifier
+from tests.support.classifiers import Counting, classifier
+from tests.support.fitting import in_threads
+from tests.support.policies import Asked
 
 layers = keras.layers
-
-
-class Counting(layers.Layer):
-    """A layer that the training step moves, and an evaluation does not."""
-
-    def build(self, shape):
-        self.count = self.add_weight(shape=(), trainable=False, initializer="zeros", name="count")
-
-    def call(self, inputs, training=False):
-        if training:
-            self.count.assign_add(1.0)
-        return inputs * (1.0 + self.count)
 
 
 @pytest.mark.parametrize(
@@ -81,24 +70,15 @@ def test_masks_that_leave_examples_out():
         frozen_base(Early, metrics=None).fit(masked(), feature_cache="memory", progress="none", **options)
 
 
-class Moving(tl.VariablePolicy):
-    """Frozen weights are set by hand while training goes on."""
-
-    def __init__(self, model):
-        self.kernel = model.get_layer("base").get_layer("conv").kernel
-
-    def group(self, variable):
-        return "default" if variable.path.startswith("head") else None
-
-    def at(self, progress):
-        self.kernel.assign(self.kernel * 1.5)
-        return self
-
-
 def test_a_frozen_weight_that_changes_within_a_fit_is_noticed():
     def make():
+        def moving(progress):
+            kernel.assign(kernel * 1.5)  # by hand, while training goes on
+            return tl.TrainOnly("head")
+
         model = classifier()
-        return trainer_of(lambda: model, Moving(model))
+        kernel = model.get_layer("base").get_layer("conv").kernel
+        return trainer_of(lambda: model, Asked(moving))
 
     options = {"validation_data": images(), "batch_size": BATCH, "epochs": 3}
     check_cached_run(make, images, computed=["data", "validation_data"] * 3, **options)
@@ -109,12 +89,18 @@ def test_validation_in_batches_of_any_size():
     check_cached_run(frozen_base, images, validation_data=uneven, batch_size=BATCH, epochs=2)
 
 
-def test_trainers_in_threads(watched):
+@pytest.mark.parametrize("where", ["memory", "path"])
+def test_trainers_in_threads_train_alike_and_share_a_folder(where, tmp_path, watched):
+    def fit_twice(trainer):
+        for _ in range(2):
+            trainer.fit(images(), batch_size=BATCH, feature_cache=folder or "memory", progress="none")
+
+    folder = tmp_path if where == "path" else None
     trainers = [frozen_base() for _ in range(3)]
-    options = {"batch_size": BATCH, "epochs": 2, "feature_cache": "memory", "progress": "none"}
-    in_threads([functools.partial(trainer.fit, images(), **options) for trainer in trainers])
+    in_threads([functools.partial(fit_twice, trainer) for trainer in trainers])
     assert len({trainer.model.get_layer("head").kernel.numpy().tobytes() for trainer in trainers}) == 1
     assert watched.served == ["data"] * 6
+    assert len(list(tmp_path.iterdir())) == (where == "path")
 
 
 class Drifting(keras.utils.PyDataset):
@@ -156,14 +142,13 @@ def test_a_pydataset_that_changes_after_its_features_were_computed_is_noticed(wh
 def test_a_list_that_changes_after_its_features_were_computed_is_noticed():
     batches = in_batches(images(16))
 
-    class Changes(tl.VariablePolicy):
-        def at(self, progress):
-            if progress.epoch == 2:
-                for _, targets in batches:
-                    targets += 1.0
-            return tl.Freeze("base")
+    def changing(progress):
+        if progress.epoch == 2:
+            for _, targets in batches:
+                targets += 1.0
+        return tl.Freeze("base")
 
-    trainer = trainer_of(classifier, Changes())
+    trainer = trainer_of(classifier, Asked(changing))
     with pytest.raises(tl.CacheError, match="has changed since its features were computed"):
         trainer.fit(batches, epochs=5, feature_cache="memory", progress="none")
     assert trainer.epoch == 2

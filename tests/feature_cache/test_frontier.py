@@ -9,10 +9,9 @@ import tapeloop as tl
 from tapeloop.data.batch import Features, tensors_in
 from tapeloop.feature_cache.frontier import Cut
 from tapeloop.feature_cache.frozen_ops import model_variables
-from tapeloop.feature_cache.splitting import split
 from tapeloop.model.tree import Tree
-from tests.support.classifiers import N, Wrapped, backbone, classifier, cut_of, images
-from tests.support.inspect import start_phase
+from tests.support.cached import networks, sequence
+from tests.support.classifiers import Counting, N, Wrapped, backbone, classifier, cut_of, images
 
 layers = keras.layers
 
@@ -49,7 +48,7 @@ def test_a_frozen_backbone_comes_before_the_cut(make, kind):
     model = make()
     model(images()[0])
     cut = cut_of(model, tl.Freeze("base"), images(), kind)
-    assert shapes(cut) == [(2,), (4,)]
+    assert shapes(cut) == [(2,), (4,)]  # the targets, and four means over a map instead of the map
     assert cut.bytes == 4 * (2 + 4)
     assert [submodel.path for submodel in cut.submodels] == ["base"]
     if kind == "train":
@@ -78,14 +77,13 @@ def test_two_inputs_and_a_connection_around_the_frontier():
     model = keras.Model([first, second], outputs)
     batch = ((tf.random.normal((N, 4)), tf.random.normal((N, 5))), tf.random.normal((N, 2)))
     cut = cut_of(model, tl.TrainOnly("head", "trained"), batch)
+    # The two frozen layers' outputs, the second input, which is also read behind the cut, and the targets.
     assert sum(cut.features[n].shape[1] for n in range(len(cut.features))) == 3 + 2 + 5 + 2
     assert same(cut, batch)
 
 
 def test_recurrent_layers_and_embeddings():
-    tokens = keras.Input((7,), dtype="int32")
-    x = layers.Embedding(50, 8, mask_zero=True, name="embedding")(tokens)
-    model = keras.Model(tokens, layers.Dense(2, name="head")(layers.LSTM(5, name="lstm")(x)))
+    model = sequence(layers.LSTM(5, name="lstm"), mask_zero=True)
     batch = tf.random.stateless_uniform((N, 7), (0, 1), 0, 50, tf.int32), tf.random.normal((N, 2))
     assert shapes(cut_of(model, tl.TrainOnly("head"), batch)) == [(2,), (5,)]
     frozen = cut_of(model, tl.Freeze("embedding"), batch)
@@ -101,10 +99,6 @@ def if_one_is_large(x):
     return tf.cond(tf.reduce_max(x) > 1e9, lambda: -x, lambda: x)
 
 
-def by_their_number(x):
-    return x / tf.cast(tf.shape(x)[0], tf.float32)
-
-
 def test_what_folds_examples_into_another_dimension_and_back_comes_before_the_cut():
     folding = [Wrapped(lambda x: tf.reshape(x, (-1, 2)), 2), layers.Lambda(lambda x: tf.reshape(x, (-1, 4)))]
     assert shapes(cut_of(classifier(behind=folding), tl.TrainOnly("head"), images())) == [(2,), (4,)]
@@ -117,27 +111,11 @@ def test_what_makes_one_thing_of_a_batch_is_behind_the_cut(mix):
     assert same(cut, images())
 
 
-@pytest.mark.parametrize("mix", [lambda x: tf.cumsum(x, 0), by_their_number])
-def test_rows_that_depend_on_other_examples_are_an_obstacle(mix):
-    (obstacle,) = cut_of(classifier(behind=[Wrapped(mix, name="mixing")]), tl.TrainOnly("head"), images())
-    assert "mixing" in str(obstacle)
-    assert "the other examples of a batch" in str(obstacle)
-
-
 def test_what_makes_one_thing_of_a_batch_and_comes_first_is_an_obstacle():
     before = [keras.Input((16, 16, 3)), Wrapped(less_the_mean)]
     model = keras.Sequential([*before, backbone(), layers.Dense(2, name="head")])
     (obstacle,) = cut_of(model, tl.TrainOnly("head"), images())
     assert "makes one thing of the examples of a batch, and comes first" in str(obstacle)
-
-
-class Counting(layers.Layer):
-    def build(self, shape):
-        self.count = self.add_weight(shape=(), trainable=False, initializer="zeros", name="count")
-
-    def call(self, inputs):
-        self.count.assign_add(1.0)
-        return inputs * (1.0 + 0.0 * self.count)
 
 
 def adding(function):
@@ -163,6 +141,17 @@ def test_what_stands_in_the_way_is_named(before, policy, said):
     assert said in str(found[0])
 
 
+def test_a_frozen_weight_that_the_step_assigns_to_is_not_before_the_cut():
+    class Perturbs(tl.Trainer):
+        def train_step(self, batch):
+            self.model.get_layer("middle").bias.assign_add(tf.ones(3))
+            return super().train_step(batch)
+
+    model = classifier(behind=[layers.Dense(3, name="middle")])
+    cut = cut_of(model, tl.TrainOnly("head"), images(), trainer_type=Perturbs)
+    assert [submodel.path for submodel in cut.submodels] == ["base"]
+
+
 def test_what_is_random_may_come_before_frozen_weights_where_it_is_asked_for():
     model = classifier([layers.RandomFlip(name="flip")], [layers.Dropout(0.5, name="late")])
     cut = cut_of(model, tl.TrainOnly("head"), images(), random=True)
@@ -185,11 +174,7 @@ def test_penalties_teachers_and_sample_weights_stay_with_the_rest():
             student = self.model["student"](x, training=training)
             return tf.reduce_mean(weight[:, None] * (student - target) ** 2) + tf.reduce_mean((student - y) ** 2)
 
-    networks = {"teacher": classifier(), "student": classifier()}
-    trainer = Distilling(networks, tl.TrainOnly("student/head"), optimizer="sgd")
     batch = (*images(), tf.random.uniform((N,)))
-    trainer.fit(batch, batch_size=N, progress="none")
-    spec = tf.nest.map_structure(lambda value: tf.TensorSpec([None, *value.shape[1:]], value.dtype), batch)
-    cut = split(start_phase(trainer), spec, batch, random=False)
+    cut = cut_of(networks(), tl.TrainOnly("student/head"), batch, trainer_type=Distilling)
     assert [submodel.path for submodel in cut.submodels] == ["teacher", "student/base"]
     assert sum(int(np.prod(feature.shape[1:])) for feature in cut.features) == 4 + 2 + 2 + 1

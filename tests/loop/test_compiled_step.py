@@ -1,7 +1,6 @@
 """How steps are run: compiled by XLA where it can, op by op on demand."""
 
 import functools
-import threading
 
 import keras
 import pytest
@@ -11,7 +10,7 @@ import tapeloop as tl
 from tapeloop.step.plan import Compilation
 from tests.support import models
 from tests.support.compare import assert_close
-from tests.support.fitting import X, Y, fit, mlp, moved
+from tests.support.fitting import X, Y, fit, in_threads, mlp, moved
 from tests.support.inspect import step_of
 from tests.support.models import trainer_of
 
@@ -109,9 +108,5 @@ def test_the_optimizers_own_variables_are_not_taken_for_the_models():
 def test_trainers_in_threads_leave_the_setting_of_the_process_as_it_was():
     # Arrays, for TensorFlow warns of what threads do with `tf.data` while another traces.
     for _ in range(3):
-        threads = [threading.Thread(target=lambda: fit(mlp("hidden", "head"), data=(X, Y))) for _ in range(3)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        in_threads([lambda: fit(mlp("hidden", "head"), data=(X, Y))] * 3)
         assert not tf.config.functions_run_eagerly()

@@ -11,7 +11,7 @@ import pytest
 
 from tapeloop.loop.interrupts import deferred_interrupt
 from tests.support.fitting import X, Y, fit, mlp
-from tests.support.inspect import train_step
+from tests.support.inspect import calls_of_the_loop
 
 SCRIPT = """
 import os, signal, threading, time
@@ -65,8 +65,6 @@ def test_ctrl_c_while_data_is_slow_after_it_was_fast_ends_at_once():
 
 
 def test_a_call_ends_by_time_when_steps_turn_slow():
-    calls = []
-
     class Slow:
         """A hundred quick batches, then some that take a tenth of a second."""
 
@@ -77,17 +75,7 @@ def test_a_call_ends_by_time_when_steps_turn_slow():
                 yield X, Y
 
     trainer = fit(mlp("head"), steps=3000, optimizer="sgd")  # hundreds a call
-    step = train_step(trainer)
-    run = step.run_steps
-
-    def counting(*args, **options):
-        began = time.monotonic()
-        found = run(*args, **options)
-        calls.append((found[0].batches, time.monotonic() - began))
-        return found
-
-    step.run_steps = counting
-    trainer.fit(Slow(), progress="none")
+    calls = calls_of_the_loop(trainer, Slow())
     assert sum(batches for batches, _ in calls) == 112
     assert len(calls) >= 4
     assert max(seconds for _, seconds in calls) < 1.0

@@ -8,12 +8,14 @@ import pytest
 import tensorflow as tf
 
 import tapeloop as tl
-from tapeloop.loop.compiled_step import CompiledStep
 from tests.support import models
 from tests.support.compare import assert_close
+from tests.support.fitting import refused
+from tests.support.inspect import calls_of_the_loop
 from tests.support.models import trainer_of
+from tests.support.policies import Asked
+from tests.support.steps import Counting
 
-layers = keras.layers
 X, Y = models.images(20)
 
 
@@ -38,6 +40,10 @@ class Pairs(keras.utils.PyDataset):
         return batches()[index]
 
 
+class Endless(Pairs):
+    num_batches = None
+
+
 KINDS = {
     "arrays": lambda: (X, Y),
     "dataset": dataset,
@@ -46,23 +52,6 @@ KINDS = {
     "generator": lambda: (batch for batch in batches()),
     "PyDataset": Pairs,
 }
-
-
-class Counting(tl.Trainer):
-    """Counts its steps in the graph, in ways that depend on nothing in the batch."""
-
-    def __init__(self, *args, **options):
-        super().__init__(*args, **options)
-        self.trained = tf.Variable(0)
-        self.evaluated = tf.Variable(0)
-
-    def train_step(self, batch):
-        self.trained.assign_add(1)
-        return super().train_step(batch)
-
-    def eval_step(self, batch):
-        self.evaluated.assign_add(1, read_value=False)
-        return super().eval_step(batch)
 
 
 def counting(**options):
@@ -131,31 +120,21 @@ def test_how_many_steps_a_call_runs_changes_nothing():
     assert found == found[:1] * 5
 
 
-def calls_of(trainer, data, monkeypatch, **options):
-    """How many steps each call of the loop may run, and did."""
-    seen, run = [], CompiledStep.run_steps
-
-    def noting(self, feed, most, before, *more):
-        tally, failure = run(self, feed, most, before, *more)
-        seen.append(tally.batches)
-        return tally, failure
-
-    monkeypatch.setattr(CompiledStep, "run_steps", noting)
-    trainer.fit(data, progress="none", **options)
-    return seen
+def calls_of(trainer, data, **options):
+    return [batches for batches, _ in calls_of_the_loop(trainer, data, **options)]
 
 
-def test_no_call_goes_past_the_end_of_an_epoch_or_a_change_of_policy(monkeypatch):
+def test_no_call_goes_past_the_end_of_an_epoch_or_a_change_of_policy():
     trainer = trainer_of(policy=tl.TrainAll(), steps_per_call=4)
-    assert calls_of(trainer, (X, Y), monkeypatch, batch_size=2, epochs=2) == [4, 4, 2, 4, 4, 2]
+    assert calls_of(trainer, (X, Y), batch_size=2, epochs=2) == [4, 4, 2, 4, 4, 2]
     trainer = trainer_of(policy=tl.Cycle([tl.Freeze("base"), tl.TrainAll()], every=3), steps_per_call=100)
-    assert calls_of(trainer, (X, Y), monkeypatch, batch_size=2, epochs=2) == [3, 3, 3, 1, 2, 3, 3, 2]
+    assert calls_of(trainer, (X, Y), batch_size=2, epochs=2) == [3, 3, 3, 1, 2, 3, 3, 2]
 
 
-def test_bad_batches_count_as_no_step_where_a_policy_counts_them(monkeypatch):
+def test_bad_batches_count_as_no_step_where_a_policy_counts_them():
     policy = tl.Cycle([tl.Freeze("base"), tl.TrainAll()], every=2)
     trainer = trainer_of(policy=policy, nonfinite="skip", steps_per_call=100)
-    assert calls_of(trainer, weighted([1, 2]), monkeypatch) == [2, 1, 1, 1]
+    assert calls_of(trainer, weighted([1, 2])) == [2, 1, 1, 1]
     assert trainer.step == 3
 
 
@@ -174,18 +153,18 @@ def test_all_data_that_is_skipped_or_ends_early_is_said():
     trainer = trainer_of()
     none_left = dataset().filter(lambda x, y: False)
     for empty in ([], iter([]), dataset().take(0), none_left):
-        with pytest.raises(tl.DataError, match="`data` is empty"):
+        with refused(trainer, tl.DataError, "`data` is empty"):
             trainer.fit(empty, progress="none")
         if empty is none_left:  # of which nobody can know without reading it
             continue
-        with pytest.raises(tl.DataError, match="`validation_data` is empty"):
+        with refused(trainer, tl.DataError, "`validation_data` is empty"):
             trainer.fit((X, Y), validation_data=empty, progress="none")
-    assert trainer.step == 0
 
 
+@pytest.mark.parametrize("endless", [lambda: dataset().repeat(), Endless], ids=["dataset", "PyDataset"])
 @pytest.mark.parametrize(("verb", "steps"), [("fit", "steps_per_epoch"), ("evaluate", "steps"), ("predict", "steps")])
-def test_data_without_end_needs_a_number_of_steps(verb, steps):
-    run = functools.partial(getattr(trainer_of(), verb), dataset().repeat())
+def test_data_without_end_needs_a_number_of_steps(verb, steps, endless):
+    run = functools.partial(getattr(trainer_of(), verb), endless())
     with pytest.raises(tl.DataError, match=rf"`data` never ends. Pass `{steps}`, or a dataset with an end"):
         run()
     run(**{steps: 2})
@@ -199,32 +178,20 @@ def test_validation_without_end_needs_a_number_of_steps():
 
 
 @pytest.mark.parametrize(
-    ("weights", "error", "text"),
+    ("weights", "data", "error", "text"),
     [
-        ([1.0, 2.0], TypeError, r"`class_weight` must be a mapping from classes to weights. Received: \[1.0, 2.0\]"),
-        ({"cat": 1.0}, TypeError, r"`class_weight` must be a mapping"),
-        ({}, ValueError, r"`class_weight` is empty"),
+        ([1.0], (X, Y), TypeError, r"`class_weight` must be a mapping from classes to weights. Received: \[1.0\]"),
+        ({"cat": 1.0}, (X, Y), TypeError, r"`class_weight` must be a mapping"),
+        ({}, (X, Y), ValueError, r"`class_weight` is empty"),
+        ({0: 2.0}, (X, Y, np.ones(20)), tl.DataError, "`class_weight` was given, and the data has sample weights"),
+        ({0: 2.0}, X, tl.DataError, r"`class_weight` needs one target for each example.*The targets are missing"),
+        ({0: 2.0}, (X, {"a": Y}), tl.DataError, r"`class_weight` needs one target for each example"),
+        ({0: 2.0}, (X, np.zeros((20, 2, 2))), tl.DataError, r"`class_weight` needs one target .* \(20, 2, 2\) float32"),
     ],
 )
-def test_wrong_class_weights(weights, error, text):
-    with pytest.raises(error, match=text):
-        trainer_of().fit((X, Y), class_weight=weights, progress="none")
-
-
-@pytest.mark.parametrize(
-    ("data", "text"),
-    [
-        ((X, Y, np.ones(20)), "`class_weight` was given, and the data has sample weights already"),
-        (X, r"`class_weight` needs one target for each example.*The targets are missing"),
-        ((X, {"a": Y}), r"`class_weight` needs one target for each example"),
-        ((X, np.zeros((20, 2, 2))), r"`class_weight` needs one target .* \(20, 2, 2\) float32"),
-    ],
-)
-def test_class_weights_for_other_data(data, text):
-    trainer = trainer_of()
-    with pytest.raises(tl.DataError, match=text):
-        trainer.fit(data, class_weight={0: 2.0}, progress="none")
-    assert trainer.step == 0
+def test_class_weights_that_are_none_or_do_not_fit_the_data(weights, data, error, text):
+    with refused(trainer := trainer_of(), error, text):
+        trainer.fit(data, class_weight=weights, progress="none")
 
 
 def test_a_step_that_fails_says_at_which_batch_and_counts_those_before():
@@ -244,18 +211,12 @@ def test_a_step_that_fails_says_at_which_batch_and_counts_those_before():
 
 
 def test_an_evaluation_within_an_epoch_is_refused():
-    class Curious(tl.VariablePolicy):
-        every = 2
+    def evaluating(progress):
+        if progress.step:
+            trainer.evaluate((X, Y), progress="none")
+        return tl.TrainAll()
 
-        def group(self, variable):
-            return "default"
-
-        def at(self, progress):
-            if progress.step:
-                trainer.evaluate((X, Y), progress="none")
-            return self
-
-    trainer = trainer_of(policy=Curious())
+    trainer = trainer_of(policy=Asked(evaluating, every=2))
     with pytest.raises(RuntimeError, match="`evaluate` was called within an epoch of the same trainer"):
         trainer.fit((X, Y), batch_size=4, progress="none")
     trainer.policy = tl.TrainAll()

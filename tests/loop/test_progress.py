@@ -31,10 +31,14 @@ def run(style, stream, **options):
     return asked
 
 
-def test_lines_are_one_a_pass():
+LINE = "epoch 1/2: loss 0.125, accuracy 1, 267 examples/s, 0.3 s\n"
+
+
+@pytest.mark.parametrize(("style", "written"), [("lines", LINE), ("none", "")])
+def test_lines_are_one_a_pass_and_none_is_silent(style, written):
     stream = io.StringIO()
-    assert run("lines", stream) == []
-    assert stream.getvalue() == "epoch 1/2: loss 0.125, accuracy 1, 267 examples/s, 0.3 s\n"
+    assert run(style, stream) == []
+    assert stream.getvalue() == written
 
 
 def test_a_bar_asks_for_what_it_shows_at_most_every_tenth_of_a_second(monkeypatch):
@@ -46,27 +50,17 @@ def test_a_bar_asks_for_what_it_shows_at_most_every_tenth_of_a_second(monkeypatc
     assert "loss 0.125, accuracy 1, 267 examples/s" in stream.getvalue()
 
 
-def test_a_log_file_gets_lines_by_itself():
-    stream = io.StringIO()
-    run("auto", stream)
-    assert stream.getvalue().count("\n") == 1
-
-
 class Terminal(io.StringIO):
     def isatty(self):
         return True
 
 
-def test_a_terminal_gets_a_bar_by_itself():
-    stream = Terminal()
+@pytest.mark.parametrize("make", [Terminal, io.StringIO], ids=["a terminal", "a log file"])
+def test_by_itself_a_terminal_gets_a_bar_and_a_log_file_lines(make):
+    stream = make()
     run("auto", stream)
-    assert "100%" in stream.getvalue()
-
-
-def test_none_is_silent():
-    stream = io.StringIO()
-    assert run("none", stream) == []
-    assert stream.getvalue() == ""
+    assert (stream.getvalue() == LINE) == (make is io.StringIO)
+    assert ("100%" in stream.getvalue()) == (make is Terminal)
 
 
 def test_a_pass_that_raises_leaves_a_closed_bar():

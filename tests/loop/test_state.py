@@ -7,8 +7,8 @@ import tensorflow as tf
 import tapeloop as tl
 from tapeloop.model.tree import Tree, VariableInfo, raw
 from tests.support import models
+from tests.support.steps import Counting
 
-layers = keras.layers
 X, Y = models.images(16)
 
 # What the next fit makes anew, by the end of its path.
@@ -28,18 +28,6 @@ MADE_ANEW = {
     "phases._resolved": "selections, resolved at the start of an epoch",
     "phases._prepared": "what was prepared last",
 }
-
-
-class Counting(tl.Trainer):
-    """Keeps a variable of its own."""
-
-    def __init__(self, *args, **options):
-        super().__init__(*args, **options)
-        self.seen = tf.Variable(0, trainable=False)
-
-    def train_step(self, batch):
-        self.seen.assign_add(1)
-        return super().train_step(batch)
 
 
 def walk(value, path, found, stop):
@@ -96,7 +84,7 @@ def test_all_that_a_fit_changes_is_state_or_made_anew():
     kept = {path for path in changed if path.startswith("state.")}
     for name in ("step", "epoch", "history", "optimizers", "averages", "logs"):
         assert any(path.startswith(f"state.{name}") for path in kept), f"{name} is not in the state: {sorted(kept)}"
-    own = {path for path in changed if path == "seen" or path.startswith("_parts.attributes")}
+    own = {path for path in changed if path in ("trained", "evaluated") or path.startswith("_parts.attributes")}
     assert own
     unknown = {path for path in changed - kept - own if not any(end in path for end in MADE_ANEW)}
     assert not unknown

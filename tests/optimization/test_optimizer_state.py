@@ -62,12 +62,6 @@ def test_state_survives_another_name_of_the_group(optimizer, second):
     assert inspect.iterations(trainer) == [8]
 
 
-def test_the_first_step_of_layerwise_decay_after_freeze_is_not_the_first_of_an_optimizer():
-    phases = tl.Phases({0: tl.TrainAll(), 1: tl.LayerwiseDecay(1.0, of=layers.Dense)})
-    trainer = fit(network(), phases, steps=3, epochs=2, optimizer=Adam(0.1))
-    assert_alike(trainer, by_keras(["base", *TAIL], 6))
-
-
 def test_the_groups_of_one_cohort_have_rates_of_their_own():
     trainer = fit(network(), steps=1, optimizer=SGD(0.1))
     step = lambda: trainer.fit([(X, Y)], progress="none")  # noqa: E731
@@ -98,6 +92,7 @@ def test_two_updates_of_one_cohort_each_have_their_own_count():
     assert inspect.iterations(trainer) == [3]
 
 
+# Two steps each under "a", "b" and "a" again: a count that goes along comes to 2, 4 and 6, others to 2, 2 and 4.
 @pytest.mark.parametrize(("kind", "counts"), [(Adam, [6, 4]), (SGD, [4, 2])], ids=["of its kind", "of another"])
 def test_a_variable_that_goes_to_another_optimizer_of_its_kind_takes_its_state_along(kind, counts):
     phases = tl.Phases({0: tl.Groups({"a": TAIL}), 1: tl.Groups({"b": TAIL}), 2: tl.Groups({"a": TAIL})})
@@ -169,11 +164,7 @@ def test_what_overwrites_its_variable_is_not_clipped_averaged_or_spread_over_pie
 
 
 def test_a_loss_scale_does_not_divide_it():
-    keras.mixed_precision.set_dtype_policy("mixed_float16")
-    try:
-        model = keras.Sequential([keras.Input((4,)), Overwritten(dtype="float32"), layers.Dense(3)])
-    finally:
-        keras.mixed_precision.set_dtype_policy("float32")
+    model = keras.Sequential([keras.Input((4,)), Overwritten(), layers.Dense(3, dtype="mixed_float16")])
     trainer = fit(model, steps=12, optimizer=SGD(0.001))  # the first few overflow, and halve the scale
     assert trainer.loss_scale > 1
     assert trainer.step > 0
@@ -204,10 +195,14 @@ class Strict(SGD):
         super().__init__(needed, **options)
 
 
-def test_the_passed_optimizer_is_used_as_it_is_where_one_cohort_suffices():
-    optimizer = Boosted(0.1, boost=5.0)
-    trainer = fit(network(), tl.Freeze("base"), steps=1, optimizer=optimizer)
-    assert inspect.optimizers(trainer)[0] is optimizer
+@pytest.mark.parametrize(("policy", "kind"), [(tl.Freeze("base"), Boosted), (TWO, Listed)], ids=["one", "a clone too"])
+def test_the_first_cohort_has_the_very_optimizer_and_the_next_a_clone_that_is_the_same(policy, kind):
+    optimizer = kind(0.1, boost=5.0)
+    trainer = fit(network(), policy, steps=1, optimizer=optimizer)
+    first, *clones = inspect.optimizers(trainer)
+    assert first is optimizer
+    assert optimizer not in clones
+    assert len(clones) == (policy is TWO)
     assert_alike(trainer, by_keras(TAIL, 1, rate=0.5, optimizer=SGD))
     assert int(optimizer.iterations) == 1
 
@@ -227,11 +222,6 @@ def test_a_clone_that_would_lose_something_or_cannot_be_made_is_refused(policy, 
     trainer = tl.Trainer(network(), policy, loss="mse", optimizer=optimizer)
     with refused(trainer.model, tl.PolicyError, text):
         trainer.fit([(X, Y)], epochs=2, progress="none")
-
-
-def test_a_clone_that_is_the_same_is_made():
-    trainer = fit(network(), TWO, steps=1, optimizer=Listed(0.1, boost=5.0))
-    assert_alike(trainer, by_keras(TAIL, 1, rate=0.5, optimizer=SGD))
 
 
 def test_an_optimizer_that_is_built_elsewhere_is_cloned():

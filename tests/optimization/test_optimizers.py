@@ -48,16 +48,6 @@ def test_every_optimizer_of_keras_can_be_cloned_and_no_state_is_left_out(name, t
         }  # fmt: skip
 
 
-def test_the_first_cohort_has_the_very_optimizer_and_the_next_a_clone(tree):
-    template = keras.optimizers.SGD(0.5, momentum=0.25)
-    optimizers = Optimizers(template)
-    optimizers.prepare(resolve(tl.Groups({"h": "head", "b": "base"}), tree))
-    first, second = (cohort.optimizer for cohort in optimizers.cohorts)
-    assert first is template
-    assert second is not template
-    assert (float(second.learning_rate), second.momentum) == (0.5, 0.25)
-
-
 def test_one_optimizer_for_each_group(tree):
     selection = resolve(tl.Groups({"h": "head", "b": "base"}), tree)
     optimizers = Optimizers({"h": keras.optimizers.SGD(1.0), "b": keras.optimizers.SGD(0.5)})

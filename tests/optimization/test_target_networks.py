@@ -184,22 +184,6 @@ def test_a_layer_beside_the_model_that_looks_as_if_it_trained_is_warned_of():
         trainer.fit([(X, Y)], progress="none")
 
 
-def test_what_is_assigned_is_moving_for_the_frontier():
-    inputs = keras.Input((4,))
-    base = keras.Sequential([keras.Input((4,)), layers.Dense(5), layers.Dense(5, name="perturbed")], name="base")
-    model = keras.Model(inputs, layers.Dense(3, name="head")(base(inputs)))
-
-    class Perturbs(tl.Trainer):
-        def train_step(self, batch):
-            self.model.get_layer("base").get_layer("perturbed").bias.assign_add(tf.ones(5))
-            return super().train_step(batch)
-
-    still, perturbed = (kind(model, tl.Freeze("base"), loss="mse").frontier((X, Y)) for kind in (tl.Trainer, Perturbs))
-    assert still.submodels == ("base",)
-    assert still.bytes_per_example < 40
-    assert "base" not in perturbed.submodels
-
-
 @pytest.mark.parametrize(
     ("target", "source", "decay", "error", "text"),
     [

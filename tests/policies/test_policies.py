@@ -5,8 +5,9 @@ import pytest
 
 import tapeloop as tl
 from tapeloop.model.tree import Tree
-from tapeloop.policies.resolve import resolve
+from tapeloop.policies.resolve import chain, resolve
 from tests.support import models
+from tests.support.models import blocks
 
 
 @pytest.fixture(scope="module")
@@ -18,6 +19,7 @@ def groups(policy, tree):
     return {name: [v.path for v in variables] for name, variables in resolve(policy, tree).groups.items()}
 
 
+ALL = tl.TrainAll()
 HEAD = ["head/kernel", "head/bias"]
 BASE = ["base/conv/kernel", "base/conv/bias", "base/bn/gamma", "base/bn/beta"]
 
@@ -41,16 +43,11 @@ class Kernels(tl.VariablePolicy):
         (Kernels(), {"rank4": BASE[:1], "rank2": HEAD[:1]}),
     ],
 )
-def test_what_trains(policy, expected, tree):
-    assert groups(policy, tree) == expected
-
-
-@pytest.mark.parametrize("policy", [tl.TrainAll(), tl.Freeze("base"), tl.Groups({"h": "head"}), Kernels()])
-def test_every_variable_stands_in_exactly_one_place(policy, tree):
+def test_what_trains_and_every_variable_stands_in_exactly_one_place(policy, expected, tree):
     selection = resolve(policy, tree)
-    assert sorted(v.path for v in (*selection.trained, *selection.frozen, *selection.non_trainable)) == sorted(
-        v.path for v in tree.variables
-    )
+    assert groups(policy, tree) == expected
+    places = [*selection.trained, *selection.frozen, *selection.non_trainable]
+    assert sorted(v.path for v in places) == sorted(v.path for v in tree.variables)
 
 
 def inference(policy, model):
@@ -152,6 +149,14 @@ class Says(tl.VariablePolicy):
         return self.answer
 
 
+class Uneven(tl.VariablePolicy):
+    def group(self, variable):
+        return "all"
+
+    def multiplier(self, variable):
+        return 1.0 if variable.name == "bias" else 2.0
+
+
 @pytest.mark.parametrize(
     ("make", "policy", "text"),
     [
@@ -173,6 +178,13 @@ class Says(tl.VariablePolicy):
         (models.functional, lambda: Says(""), r"Received: '' for the variable `base/conv/kernel`"),
         (lambda: keras.layers.Dropout(0.5), lambda: tl.TrainOnly("a"), r"matches no variable of the model"),
         (lambda: keras.layers.Flatten(), lambda: tl.TrainAll(), r"the model has no variables. Pass a model with"),
+        (models.functional, lambda: tl.TrainOnly(~tl.glob("bsae")), r"glob\('bsae'\) in .* matches no variable of the"),
+        (models.functional, lambda: tl.Freeze(tl.glob("base") | "haed"), r"glob\('haed'\) in .* matches no variable"),
+        (models.functional, lambda: tl.Freeze(["base", "haed"]), r"glob\('haed'\) in .* matches no variable"),
+        (blocks, lambda: chain(tl.RandomSubset(9, of="block*", every=1), tl.Progress())[-1],
+         r"asked for 9 submodels of 'block\*', but the model has 4"),
+        (blocks, lambda: tl.LayerwiseDecay(0.5, of="stage*"), r"found no submodel that holds variables"),
+        (blocks, Uneven, r"`Uneven.multiplier` must return one number for each group"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_resolved(make, policy, text):
@@ -198,14 +210,29 @@ def test_a_policy_without_group_says_what_to_write(tree):
 
 
 @pytest.mark.parametrize(
-    ("make", "text"),
+    ("make", "error", "text"),
     [
-        (lambda: tl.Freeze(), r"`Freeze` takes one or more filters. Received none"),
-        (lambda: tl.TrainOnly(), r"`TrainOnly` takes one or more filters"),
-        (lambda: tl.Groups("head"), r"`Groups` takes a mapping.*Received: 'head'"),
-        (lambda: tl.Groups({}), r"`Groups` takes a mapping"),
+        (lambda: tl.Freeze(), TypeError, r"`Freeze` takes one or more filters. Received none"),
+        (lambda: tl.TrainOnly(), TypeError, r"`TrainOnly` takes one or more filters"),
+        (lambda: tl.Groups("head"), TypeError, r"`Groups` takes a mapping.*Received: 'head'"),
+        (lambda: tl.Groups({}), TypeError, r"`Groups` takes a mapping"),
+        (lambda: tl.Groups({"a": "a"}, multipliers={"b": 2.0}), tl.PolicyError, r"`multipliers` are for \['b'\]"),
+        (lambda: tl.Phases({1: ALL}), tl.PolicyError,
+         r"must say what trains from the start. The first phase is at epoch 1"),
+        (lambda: tl.Phases({}), TypeError, r"`Phases` takes a mapping.*Received: \{\}"),
+        (lambda: tl.Phases({0.5: ALL}), ValueError, r"`phases` must be a whole number, 0 or more. Received: 0.5"),
+        (lambda: tl.Phases({0: "a"}), TypeError, r"`Phases` takes policies, such as .* Received: 'a'"),
+        (lambda: tl.Phases({0: ALL}, unit="batch"), ValueError, r"`unit` must be 'epoch' or 'step'. Received: 'batch'"),
+        (lambda: tl.Cycle([]), tl.PolicyError, r"`Cycle` needs one or more policies"),
+        (lambda: tl.Cycle([ALL, None]), TypeError, r"`Cycle` takes policies.*Received: None"),
+        (lambda: tl.Cycle([ALL], every=0), ValueError, r"`every` must be a whole number, 1 or more. Received: 0"),
+        (lambda: tl.GradualUnfreeze([]), tl.PolicyError, r"needs one or more stages"),
+        (lambda: tl.GradualUnfreeze("head"), TypeError, r"takes a list of filters. Received: 'head'"),
+        (lambda: tl.RandomSubset(0, of="b", every=1), ValueError, r"`k` must be a whole number"),
+        (lambda: tl.RandomSubset(1, of=3, every=1), TypeError, r"`of` must be a class of layers, or a path glob"),
+        (lambda: tl.LayerwiseDecay(1.5, of="b"), ValueError, r"`rate` must be above 0 and at most 1. Received: 1.5"),
     ],
-)
-def test_wrong_arguments(make, text):
-    with pytest.raises(TypeError, match=text):
+)  # fmt: skip
+def test_wrong_arguments(make, error, text):
+    with pytest.raises(error, match=text):
         make()

@@ -5,7 +5,7 @@ import pytest
 import tapeloop as tl
 from tapeloop.model.tree import Tree
 from tapeloop.policies.resolve import chain, resolve
-from tests.support.blocks import blocks
+from tests.support.models import blocks
 
 A, B, C = tl.TrainOnly("a"), tl.TrainOnly("b"), tl.TrainOnly("c")
 
@@ -61,14 +61,6 @@ def test_a_random_subset_follows_from_seed_and_draw_alone():
     assert [drawn(3, step) for step in range(50)] == [drawn(3, step) for step in range(50)]
 
 
-def test_layerwise_decay_by_hand():
-    selection = resolve(tl.LayerwiseDecay(0.5, of="block*"), Tree.of(blocks(3)))
-    expected = {"below": 1 / 16, "block0": 1 / 8, "block1": 1 / 4, "block2": 1 / 2, "above": 1}
-    assert dict(selection.multipliers) == expected
-    assert [v.path for v in selection.groups["below"]] == ["stem/kernel", "stem/bias"]
-    assert [v.path for v in selection.groups["above"]] == ["head/kernel", "head/bias"]
-
-
 def test_layerwise_decay_moves_each_depth_by_its_rate():
     model = blocks(2)
     before = {v.path: v.tf_variable.numpy() for v in Tree.of(model).variables}
@@ -97,39 +89,6 @@ def test_policies_are_values_that_read_as_written():
         assert hash(make()) == hash(make())
 
 
-@pytest.mark.parametrize(
-    ("make", "error", "text"),
-    [
-        (lambda: tl.Phases({1: A}), tl.PolicyError,
-         r"must say what trains from the start. The first phase is at epoch 1"),
-        (lambda: tl.Phases({}), TypeError, r"`Phases` takes a mapping.*Received: \{\}"),
-        (lambda: tl.Phases({0.5: A}), ValueError, r"`phases` must be a whole number, 0 or more. Received: 0.5"),
-        (lambda: tl.Phases({0: "a"}), TypeError, r"`Phases` takes policies, such as .* Received: 'a'"),
-        (lambda: tl.Phases({0: A}, unit="batch"), ValueError, r"`unit` must be 'epoch' or 'step'. Received: 'batch'"),
-        (lambda: tl.Cycle([]), tl.PolicyError, r"`Cycle` needs one or more policies"),
-        (lambda: tl.Cycle([A, None]), TypeError, r"`Cycle` takes policies.*Received: None"),
-        (lambda: tl.Cycle([A], every=0), ValueError, r"`every` must be a whole number, 1 or more. Received: 0"),
-        (lambda: tl.GradualUnfreeze([]), tl.PolicyError, r"needs one or more stages"),
-        (lambda: tl.GradualUnfreeze("head"), TypeError, r"takes a list of filters. Received: 'head'"),
-        (lambda: tl.RandomSubset(0, of="b", every=1), ValueError, r"`k` must be a whole number"),
-        (lambda: tl.RandomSubset(1, of=3, every=1), TypeError, r"`of` must be a class of layers, or a path glob"),
-        (lambda: tl.LayerwiseDecay(1.5, of="b"), ValueError, r"`rate` must be above 0 and at most 1. Received: 1.5"),
-        (lambda: tl.Groups({"a": "a"}, multipliers={"b": 2.0}), tl.PolicyError, r"`multipliers` are for \['b'\]"),
-    ],
-)  # fmt: skip
-def test_wrong_uses(make, error, text):
-    with pytest.raises(error, match=text):
-        make()
-
-
-def test_what_cannot_be_drawn_or_counted():
-    tree = Tree.of(blocks())
-    with pytest.raises(tl.PolicyError, match=r"asked for 9 submodels of 'block\*', but the model has 4"):
-        resolve(chain(tl.RandomSubset(9, of="block*", every=1), tl.Progress())[-1], tree)
-    with pytest.raises(tl.PolicyError, match=r"found no submodel that holds variables"):
-        resolve(tl.LayerwiseDecay(0.5, of="stage*"), tree)
-
-
 def test_an_at_must_return_a_policy_that_settles():
     class Nothing(tl.VariablePolicy):
         def at(self, progress):
@@ -143,15 +102,3 @@ def test_an_at_must_return_a_policy_that_settles():
         chain(Nothing(), tl.Progress(7))
     with pytest.raises(tl.PolicyError, match=r"does not settle"):
         chain(Restless(), tl.Progress())
-
-
-def test_a_multiplier_is_one_number_for_a_group():
-    class Uneven(tl.VariablePolicy):
-        def group(self, variable):
-            return "all"
-
-        def multiplier(self, variable):
-            return 1.0 if variable.name == "bias" else 2.0
-
-    with pytest.raises(tl.PolicyError, match=r"`Uneven.multiplier` must return one number for each group"):
-        resolve(Uneven(), Tree.of(blocks()))

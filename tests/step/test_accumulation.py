@@ -10,8 +10,7 @@ from tapeloop.step.accumulation import Pieces, cut
 from tests.support import models
 from tests.support.compare import assert_close
 from tests.support.fitting import fit, history_of, mlp, refused
-from tests.support.models import trainer_of
-from tests.support.networks import network
+from tests.support.models import network, trainer_of
 from tests.support.steps import InTurn
 
 layers = keras.layers

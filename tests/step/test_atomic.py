@@ -92,10 +92,6 @@ def test_a_skipped_batch_might_as_well_not_have_been_there(name, eagerly):
     assert history == without
 
 
-def test_states_that_keras_does_not_track_are_in_the_comparison():
-    assert "lstm/states/0" in models.values(stateful())
-
-
 @pytest.mark.parametrize("how", HOW, ids=str)
 def test_raising_leaves_all_as_after_the_step_before(how):
     count = 10 if "run_eagerly" in how else 50

@@ -27,8 +27,9 @@ def test_means_are_weighted_and_start_anew():
     assert [name for name, value in logs.items() if np.isnan(value)] == ["loss", "other"]  # of nothing at all
 
 
-def test_making_the_variables_costs_no_second_trace():
+def test_metrics_have_no_results_without_a_batch_and_making_their_variables_costs_no_second_trace():
     objective, traces = Objective("mse", None, ["mae", "accuracy"], None, None), []
+    assert objective.results() == {}
 
     @tf.function
     def step(y):
@@ -48,10 +49,6 @@ def test_metrics_keep_the_dtype_policy_of_the_caller():
         assert objective.loss(tf.zeros((4, 2)), tf.ones((4, 2), tf.bfloat16), None).dtype == tf.float32
     finally:
         keras.config.set_dtype_policy("float32")
-
-
-def test_metrics_without_a_batch_have_no_results():
-    assert Objective("mse", None, ["mae"], None, None).results() == {}
 
 
 @pytest.mark.parametrize(

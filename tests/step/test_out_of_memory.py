@@ -6,8 +6,7 @@ import tensorflow as tf
 
 from tests.support import models
 from tests.support.inspect import iterations
-from tests.support.models import trainer_of
-from tests.support.networks import network
+from tests.support.models import network, trainer_of
 
 layers = keras.layers
 
@@ -115,20 +114,9 @@ def test_a_number_that_is_known_does_not_change():
 
 
 def test_what_a_layer_keeps_in_a_closure_does_not_move_twice():
-    class Counting(Hungry):
-        """Counts its calls in a variable that nobody tracks."""
-
-        def __init__(self, *args):
-            super().__init__(*args)
-            self.calls = (lambda variable: lambda: variable)(tf.Variable(0, trainable=False))
-
-        def call(self, inputs):
-            self.calls().assign_add(1)
-            return super().call(inputs)
-
-    layer = Counting(4, refused)
-    model = keras.Sequential([keras.Input((6, 6, 1)), layers.Flatten(), layer, layers.Dense(3, name="head")])
+    seen = models.Seen()
+    model = keras.Sequential([keras.Input((6, 6, 1)), layers.Flatten(), seen, Hungry(4, refused), layers.Dense(3)])
     trainer = trainer_of(model, microbatches="auto")
     trainer.fit([models.images(16)], progress="none")
     assert trainer.microbatches == 4
-    assert int(layer.calls()) == 4  # once a piece, and not in the trials that ran out
+    assert int(seen.count()) == 4  # once a piece, and not in the trials that ran out

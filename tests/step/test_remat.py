@@ -81,6 +81,7 @@ def convolutions(trainer):
 
 
 def test_the_graph_computes_it_again_and_the_model_is_left_as_it_was():
+    # One gradient of inputs less than of kernels: the first block's inputs are the data.
     assert convolutions(TRAINED_ONCE(stack, 2, ())) == [3, 3, 2]
     trainer = trained(stack, remat="block*")
     assert convolutions(trainer)[0] == 6

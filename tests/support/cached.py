@@ -1,6 +1,5 @@
 """Models, data and helpers of the tests of the feature cache."""
 
-import concurrent.futures
 import contextlib
 from collections import Counter
 from types import SimpleNamespace
@@ -16,6 +15,7 @@ from tapeloop.feature_cache import cache
 from tapeloop.feature_cache.cache import FeatureCache
 from tapeloop.model.tree import Tree
 from tests.support.classifiers import backbone, classifier
+from tests.support.compare import assert_close
 
 layers = keras.layers
 N, BATCH = 22, 4
@@ -163,11 +163,8 @@ def weights(trainer):
 def check_same(one, other, rtol=1e-5, atol=1e-5):
     """Check that two runs `(trainer, history)` came to the same."""
     (trainer, history), (plain, without) = one, other
-    assert history.keys() == without.keys()
-    for name, values in without.items():
-        np.testing.assert_allclose(history[name], values, rtol, atol / 10, err_msg=name)
-    for path, value in weights(plain).items():
-        np.testing.assert_allclose(weights(trainer)[path], value, rtol, atol, err_msg=path)
+    assert_close(history, without, rtol, atol / 10)
+    assert_close(weights(trainer), weights(plain), rtol, atol)
     assert trainer.step == plain.step
 
 
@@ -238,10 +235,3 @@ def of_kind(kind, data):
         "pydataset": Py(),
         "shuffled": dataset.shuffle(N, seed=0).batch(BATCH),
     }[kind]
-
-
-def in_threads(functions):
-    """Call functions in a thread each, and raise what one of them raises."""
-    with concurrent.futures.ThreadPoolExecutor(len(functions)) as pool:
-        for future in [pool.submit(function) for function in functions]:
-            future.result()

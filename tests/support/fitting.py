@@ -1,10 +1,12 @@
 """Small models, and fits of a few steps."""
 
+import concurrent.futures
 import contextlib
 
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import tapeloop as tl
 from tests.support import models
@@ -27,6 +29,18 @@ def dense():
     return mlp("d")
 
 
+class CountingModule(tf.Module):
+    """Counts its calls beside a weight, with nothing of Keras in it."""
+
+    def __init__(self):
+        self.scale = tf.Variable(tf.ones(4), name="scale")
+        self.calls = tf.Variable(0.0, trainable=False, name="calls")
+
+    def __call__(self, x):
+        self.calls.assign_add(1.0)
+        return x * self.scale
+
+
 def fit(model, policy=None, steps=3, epochs=1, loss="mse", data=None, kind=tl.Trainer, **options):
     """A trainer that has trained for some epochs, of so many steps on one batch, or on other data."""
     trainer = kind(model, policy, loss=loss, **options)
@@ -47,10 +61,22 @@ def moved(model, run, under=""):
     return {path for path in before if before[path] != after[path]}
 
 
+def state(given):
+    """The variables of a model or of a trainer's, and how many steps the trainer has counted."""
+    return models.values(getattr(given, "model", given)), getattr(given, "step", None)
+
+
 @contextlib.contextmanager
-def refused(model, error, text):
-    """A block that raises, and has changed no variable of the model."""
-    before = models.values(model)
+def refused(given, error, text):
+    """A block that raises, and has changed no variable of a model or of a trainer's, and counted no step."""
+    before = state(given)
     with pytest.raises(error, match=text) as raised:
         yield raised
-    assert models.values(model) == before
+    assert state(given) == before
+
+
+def in_threads(functions):
+    """Call functions in a thread each, and raise what one of them raises."""
+    with concurrent.futures.ThreadPoolExecutor(len(functions)) as pool:
+        for future in [pool.submit(function) for function in functions]:
+            future.result()

@@ -1,8 +1,10 @@
 """What a trainer and its model have come to. No other file of the tests reads private attributes of a trainer."""
 
 import dataclasses
+import time
 
 import numpy as np
+import pytest
 import tensorflow as tf
 
 from tapeloop.data.batch import spec_of
@@ -77,6 +79,22 @@ def ops_of_the_loop(trainer):
     """The types of the ops in the loop that was traced last, in its functions too."""
     graph = train_step(trainer)._latest[1].graph.as_graph_def()
     return {node.op for function in graph.library.function for node in function.node_def} | {n.op for n in graph.node}
+
+
+def calls_of_the_loop(trainer, data, **options):
+    """How many batches each call of the loop drew in a fit, and in how many seconds."""
+    calls, run = [], CompiledStep.run_steps
+
+    def noting(*args, **more):
+        began = time.monotonic()
+        found = run(*args, **more)
+        calls.append((found[0].batches, time.monotonic() - began))
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CompiledStep, "run_steps", noting)
+        trainer.fit(data, progress="none", **options)
+    return calls
 
 
 def live_ops(trainer, batch):

@@ -63,6 +63,20 @@ class Module(tf.Module):
         return self.base(inputs, training=training) @ self.w + self.b[0]
 
 
+def network(penalty=None):
+    """A network without anything random, whose batches may be cut in pieces."""
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((6, 6, 1))
+    x = layers.Conv2D(4, 3, activation="tanh", kernel_regularizer=penalty, name="conv")(inputs)
+    return keras.Model(inputs, layers.Dense(3, name="head")(layers.Flatten()(x)))
+
+
+def blocks(count=4):
+    """A stem, numbered blocks and a head."""
+    numbered = [layers.Dense(3, name=f"block{index}") for index in range(count)]
+    return keras.Sequential([keras.Input((3,)), layers.Dense(3, name="stem"), *numbered, layers.Dense(1, name="head")])
+
+
 def tied():
     """A model with a weight of its embedding as an attribute of its own."""
     model = keras.Model()
@@ -70,6 +84,18 @@ def tied():
     model.embed.build()
     model.out = model.embed.embeddings
     return model
+
+
+class Seen(layers.Layer):
+    """Counts its calls in a variable that nobody tracks, since it stands in a closure."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = (lambda variable: lambda: variable)(tf.Variable(0, trainable=False))
+
+    def call(self, inputs):
+        self.count().assign_add(1)
+        return inputs
 
 
 def built(model):
@@ -95,6 +121,6 @@ def values(model, under=""):
     }
 
 
-def trainer_of(model=None, policy=None, **options):
+def trainer_of(model=None, policy=None, kind=tl.Trainer, **options):
     options.setdefault("loss", cross_entropy())
-    return tl.Trainer(model or functional(), policy, **options)
+    return kind(model or functional(), policy, **options)

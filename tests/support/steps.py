@@ -1,5 +1,7 @@
 """Training steps that are written with the tape."""
 
+import tensorflow as tf
+
 import tapeloop as tl
 
 
@@ -16,6 +18,23 @@ class OneUpdate(tl.Trainer):
 
     def loss_of(self, batch):
         return self.compute_loss(batch, training=True)
+
+
+class Counting(tl.Trainer):
+    """Counts its steps in the graph, in ways that depend on nothing in the batch."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.trained = tf.Variable(0)
+        self.evaluated = tf.Variable(0)
+
+    def train_step(self, batch):
+        self.trained.assign_add(1)
+        return super().train_step(batch)
+
+    def eval_step(self, batch):
+        self.evaluated.assign_add(1, read_value=False)
+        return super().eval_step(batch)
 
 
 class InTurn(tl.Trainer):
