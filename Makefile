@@ -13,8 +13,9 @@ demo: $(READY)
 test: $(READY)
 	TAPELOOP_EXAMPLES=24 $(BIN)/python -m pytest -m "not slow" -n auto --dist worksteal
 
-# All of them, with more of the models that Hypothesis draws.
+# All of them, with more of the models that Hypothesis draws; first a list of what `make test` leaves out.
 test-all: $(READY)
+	$(BIN)/python -m pytest -m slow --collect-only
 	TAPELOOP_EXAMPLES=100 $(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(READY)
