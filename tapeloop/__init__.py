@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from tapeloop.errors import CacheError, DataError, DisconnectedError, NonFiniteError, PolicyError, TapeloopError
+from tapeloop.checkpoint.checkpoints import Checkpoints
+from tapeloop.errors import (
+    CacheError,
+    CheckpointError,
+    DataError,
+    DisconnectedError,
+    NonFiniteError,
+    PolicyError,
+    TapeloopError,
+)
 from tapeloop.feature_cache.report import Frontier
 from tapeloop.loop.history import History, Phase
 from tapeloop.model.filters import Filter, first, glob, last, matching, named, of_type, under
@@ -18,6 +27,8 @@ from tapeloop.trainer import Trainer
 
 __all__ = [
     "CacheError",
+    "CheckpointError",
+    "Checkpoints",
     "Cycle",
     "DataError",
     "DisconnectedError",

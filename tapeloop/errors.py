@@ -93,6 +93,19 @@ class CacheError(TapeloopError):
     """
 
 
+class CheckpointError(TapeloopError):
+    """A checkpoint cannot be written or read, or is not one of this model and trainer.
+
+    Example:
+        >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, name="head")])
+        >>> try:
+        ...     tl.Trainer(model, loss="mse").load("runs/none")
+        ... except tl.CheckpointError as error:
+        ...     print(str(error).split(".")[0])
+        There is no checkpoint at runs/none
+    """
+
+
 class DataError(TapeloopError, ValueError):
     """The data is empty, or does not fit the model.
 

@@ -11,6 +11,10 @@ import numpy as np
 import tensorflow as tf
 
 from tapeloop._validation import whole_number
+from tapeloop.checkpoint.checkpoints import Checkpoints
+from tapeloop.checkpoint.contents import RunContents
+from tapeloop.checkpoint.session import opened
+from tapeloop.checkpoint.verbs import SavesRuns
 from tapeloop.data.batch import as_tensors, examples_of, open_spec_of
 from tapeloop.data.loader import DataSpec
 from tapeloop.data.sampler import Sampler
@@ -46,7 +50,7 @@ from tapeloop.step.user_attributes import UserAttributes
 from tapeloop.step.user_step import OVERRIDABLE, UserStep
 
 
-class Trainer(UserStep):
+class Trainer(SavesRuns, UserStep):
     """Trains what a policy selects of a model, and leaves the rest bit-identical.
 
     In research code, subclass it and override `forward`, `compute_loss`, `train_step` or `eval_step`, from least to
@@ -154,6 +158,7 @@ class Trainer(UserStep):
         steps = StepCache(parts, self.state.microbatches)
         phases = PhaseTracker(model, steps, self.state)
         self._loop = EpochLoop(steps, phases, self.state, handler)
+        self._contents = RunContents(model, self._loop, parts.attributes)
         # Kept from one fit to the next, which finds the features of the first.
         self._features = Memory()
         self.policy = TrainAll() if policy is None else policy
@@ -173,6 +178,7 @@ class Trainer(UserStep):
         validation_steps: int | None = None,
         feature_cache: str | os.PathLike[str] | None = None,
         feature_cache_views: int = 1,
+        checkpoint: Checkpoints | str | os.PathLike[str] | None = None,
         progress: str = "auto",
     ) -> History:
         """Train for some more epochs.
@@ -193,6 +199,8 @@ class Trainer(UserStep):
                 later runs use too.
             feature_cache_views: If the model augments at random first: how many augmented versions of each example
                 are stored. Epochs cycle through them: less variety, more speed.
+            checkpoint: When the run is saved, or the folder alone, where it is saved after each epoch. A program that
+                was stopped and is run again goes on where it was: then `epochs` are those of the fit as a whole.
             progress: `"auto"`, `"bar"`, `"lines"` or `"none"`.
 
         Returns:
@@ -202,6 +210,7 @@ class Trainer(UserStep):
             PolicyError: The policy cannot be resolved for the model.
             DataError: The data is empty or does not fit the model.
             CacheError: Nothing can be cached, it would be wrong, or it does not fit.
+            CheckpointError: The folder cannot be used, or has checkpoints of another model or trainer.
             DisconnectedError: A variable that should train gets no gradient.
             NonFiniteError: A loss or a gradient is Inf or NaN.
             RuntimeError: Called inside `ema_weights()`, or within an epoch of this trainer.
@@ -217,22 +226,36 @@ class Trainer(UserStep):
         self._loop.check_idle()
         whole_number("epochs", epochs, 0)
         self.state.averages.check_may_train()
-        # Drawn once a fit and kept: the state tells in which order it trained.
-        self.state.shuffle_seed = Sampler(shuffle, self._seed).seed
-        steps = ("steps_per_epoch", steps_per_epoch)
-        spec = DataSpec("data", data, batch_size, steps, class_weight, shuffle, self.state.shuffle_seed)
-        steps = ("validation_steps", validation_steps)
-        validation_spec = DataSpec("validation_data", validation_data, batch_size, steps)
-        given = spec, None if validation_data is None else validation_spec, self.state.epoch, epochs
+        display, drawn = ProgressDisplay(progress), Sampler(shuffle, self._seed).seed
         cache = FeatureCache(self._features, feature_cache, feature_cache_views)
-        fit_data = FitData(*given) if feature_cache is None else CachedData(cache, *given)
-        self.state.microbatches.require_examples(fit_data.loader.smallest_batch)
-        # Whatever is wrong with the options is said before the model is built, which costs a trace.
-        cache.require_compatible([spec, validation_spec], self.state.microbatches, self._parts.compilation.run_eagerly)
-        self._loop.steps.build(self.model, fit_data.loader.specs)
-        # A policy is asked about variables, which a model that was not called before has only now.
-        self._loop.phases.resolve_to_come()
-        return self._loop.fit(fit_data, epochs, ProgressDisplay(progress))
+        with opened(checkpoint, self._contents) as session:
+            span, resumption = self.state.plan_fit(epochs, None if session is None else session.resumption)
+            first, seed = (
+                (span.start, drawn) if resumption is None else (resumption.first_epoch, resumption.shuffle_seed)
+            )
+            steps = ("steps_per_epoch", steps_per_epoch)
+            spec = DataSpec("data", data, batch_size, steps, class_weight, shuffle, seed)
+            steps = ("validation_steps", validation_steps)
+            validation_spec = DataSpec("validation_data", validation_data, batch_size, steps)
+            validates = validation_data is not None
+            given = spec, validation_spec if validates else None, range(first, span.stop), resumption
+            fit_data = FitData(*given) if feature_cache is None else CachedData(cache, *given)
+            self.state.microbatches.require_examples(fit_data.loader.smallest_batch)
+            # Whatever is wrong with the options is said before the model is built, which costs a trace.
+            is_eager, is_saved = self._parts.compilation.run_eagerly, session is not None
+            cache.require_compatible(
+                [spec, validation_spec], self.state.microbatches, run_eagerly=is_eager, is_saved=is_saved
+            )
+            self._loop.steps.build(self.model, fit_data.loader.specs)
+            if session is not None:
+                session.resume()
+            # A policy is asked about variables, which a model that was not called before has only now.
+            self._loop.phases.resolve_to_come()
+            self.state.begin_fit(span, fit_data.resumption, seed)
+            if session is None:
+                return self._loop.fit(fit_data, span, display)
+            with session.saving(fit_data):
+                return self._loop.fit(fit_data, span, display, session)
 
     def evaluate(
         self, data: Any, *, batch_size: int = 32, steps: int | None = None, progress: str = "auto"

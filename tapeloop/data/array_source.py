@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from tapeloop.data.cursor import BatchCursor, IteratorReader, layout_of
 from tapeloop.data.sampler import Sampler
 
 ON_DEVICE_BYTES = 2**30  # arrays up to this size lie on the device of the steps, larger ones in the host's memory
+PREFETCHED = tf.data.AUTOTUNE  # batches of sparse arrays that `tf.data` makes before they are drawn
 
 
 class ArrayReader(NamedTuple):
@@ -76,6 +77,17 @@ class _Arrays:
         self.batch_size = min(self.batch_size, self.examples)
         self.size = math.ceil(self.examples / self.batch_size)
         self.smallest_batch = self.examples % self.batch_size or self.batch_size
+        self._read = 0
+
+    def skip(self, passes: int, batches: int) -> None:
+        """Have the next pass begin after so many passes more, and after so many of its batches."""
+        self.sampler.skip(passes)
+        self._read = batches
+
+    def _pop_read(self) -> int:
+        """Return how many batches of the pass that begins were read before."""
+        read, self._read = self._read, 0
+        return read
 
 
 class ArraySource(_Arrays):
@@ -99,7 +111,9 @@ class ArraySource(_Arrays):
             batch_size = tf.constant(self.batch_size, tf.int64)
         else:
             order = tf.reshape(order, [-1, self.batch_size])
-        yield BatchCursor(ArrayReader(self.arrays, order, batch_size, self._device, self.class_weights), self.size)
+        cursor = BatchCursor(ArrayReader(self.arrays, order, batch_size, self._device, self.class_weights), self.size)
+        cursor.advance(self._pop_read())
+        yield cursor
 
 
 class SparseSource(_Arrays):
@@ -116,11 +130,13 @@ class SparseSource(_Arrays):
         if self.sampler.shuffle:
             # The buffer holds all examples: a smaller one would only mix examples that lie near each other.
             dataset = dataset.shuffle(self.examples, seed=seed)
-        dataset = dataset.batch(self.batch_size).prefetch(tf.data.AUTOTUNE)
-        yield from DatasetSource(dataset, layout_of(self.arrays), self.class_weights).cursors()
+        source = DatasetSource(dataset.batch(self.batch_size), layout_of(self.arrays), self.class_weights, PREFETCHED)
+        # The order follows from the seed, so that the batches before can be left out.
+        source.skip(0, self._pop_read())
+        yield from source.cursors()
 
 
-@dataclass(frozen=True)
+@dataclass
 class DatasetSource:
     """A `tf.data.Dataset` of batches.
 
@@ -128,11 +144,30 @@ class DatasetSource:
         dataset: The dataset.
         layout: The layout of a batch, see `IteratorReader`; None if elements are batches.
         class_weights: Weights of examples by class, if there are any.
+        prefetch: How many batches are made ahead; 0: as many as the dataset itself says.
     """
 
     dataset: tf.data.Dataset
     layout: Any
     class_weights: ClassWeights | None
+    prefetch: int = 0
+
+    def __post_init__(self) -> None:
+        self._read = 0
+        self._restore: Callable[[Any], None] | None = None
+
+    def skip(self, passes: int, batches: int, restore: Callable[[Any], None] | None = None) -> None:
+        """Have the next pass begin after so many passes more, and after so many of its batches.
+
+        Args:
+            passes: How many passes were begun before.
+            batches: How many batches of the next pass were read before.
+            restore: Brings the iterator of the next pass to where it was; if None, batches are left out.
+        """
+        # A dataset that shuffles draws the order of a pass when its iterator is made.
+        for _ in range(passes):
+            iter(self.dataset)
+        self._read, self._restore = batches, restore
 
     @property
     def size(self) -> int | None:
@@ -142,7 +177,13 @@ class DatasetSource:
 
     def cursors(self) -> Iterator[BatchCursor]:
         """Yield the cursor of the next epoch, which has all of its batches."""
-        yield BatchCursor(IteratorReader.over(self.dataset, self.layout, self.class_weights), self.size)
+        read, restore, self._read, self._restore = self._read, self._restore, 0, None
+        dataset = self.dataset if restore is not None or not read else self.dataset.skip(read)
+        dataset = dataset.prefetch(self.prefetch) if self.prefetch else dataset
+        reader = IteratorReader.over(dataset, self.layout, self.class_weights)
+        if restore is not None:
+            restore(reader.iterator)
+        yield BatchCursor(reader, None if self.size is None else self.size - read, read)
 
 
 class FileSlices(_Arrays):
@@ -153,7 +194,7 @@ class FileSlices(_Arrays):
 
     def __iter__(self) -> Iterator[Any]:
         order = self.sampler.next_order(self.examples)
-        for start in range(0, self.examples, self.batch_size):
+        for start in range(self._pop_read() * self.batch_size, self.examples, self.batch_size):
             indices = order[start : start + self.batch_size]
             yield map_tensors(functools.partial(_rows, indices=indices), self.arrays)
 

@@ -10,12 +10,15 @@ from typing import Any
 
 import tensorflow as tf
 
+from tapeloop.data.array_source import FileSlices
 from tapeloop.data.batch import as_tensors, map_tensors, open_spec_of, shapes, spec_of, tensors_in
 from tapeloop.data.class_weight import ClassWeights
 from tapeloop.data.cursor import BatchCursor, IteratorReader, layout_of
+from tapeloop.data.pydataset import PyDatasetBatches
 from tapeloop.errors import DataError
 
 PREFETCHED = 2  # batches that Python makes before they are drawn
+SEEKABLE = FileSlices, PyDatasetBatches  # which find a batch by its number, and need not make those before it
 
 
 @dataclass
@@ -41,6 +44,7 @@ class IterableSource:
         self._layout: Any = None
         self._specs: tuple[Any, ...] = ()
         self._error: BaseException | None = None
+        self._read = 0
 
     @property
     def is_one_shot(self) -> bool:
@@ -51,13 +55,22 @@ class IterableSource:
         """Take at most this many batches from the iterable, though batches are made ahead."""
         self.iterable = itertools.islice(self.iterable, batches)
 
+    def skip(self, passes: int, batches: int) -> None:
+        """Have the next pass begin after so many passes more, and after so many of its batches."""
+        self._read = batches
+        # Any other iterable is read from its start, and each pass over it is taken to be like the first.
+        if isinstance(self.iterable, SEEKABLE):
+            self.iterable.skip(passes, batches)
+
     def cursors(self) -> Iterator[BatchCursor]:
         """Go through the iterable once.
 
         Raises:
             DataError: A batch has another structure than the first, or an array that cannot be a tensor.
         """
-        batches = enumerate(self.iterable)
+        read, self._read = self._read, 0
+        is_seekable = isinstance(self.iterable, SEEKABLE)
+        batches = itertools.islice(enumerate(self.iterable, read * is_seekable), read * (not is_seekable), None)
         rest = list(itertools.islice(batches, 1))
         while rest:
             number, batch = rest.pop()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeAlias
 
@@ -13,13 +13,26 @@ from tapeloop._validation import whole_number
 from tapeloop.data.array_source import ArraySource, DatasetSource, FileSlices, SparseSource, lies_in_file
 from tapeloop.data.batch import as_tensors, open_spec_of, shapes, tensors_in
 from tapeloop.data.class_weight import ClassWeights, class_weights_of
-from tapeloop.data.cursor import BatchCursor
+from tapeloop.data.cursor import BatchCursor, IteratorReader
 from tapeloop.data.iterable_source import IterableSource
 from tapeloop.data.pydataset import PyDatasetBatches
 from tapeloop.data.sampler import Sampler
 from tapeloop.errors import DataError
 
 Source: TypeAlias = ArraySource | SparseSource | DatasetSource | IterableSource
+
+
+@dataclass(frozen=True)
+class DataPosition:
+    """How far data has been read.
+
+    Attributes:
+        passes: How many passes over the data were begun.
+        batch: How many batches of the last pass were read; None if it is over, and another comes next.
+    """
+
+    passes: int
+    batch: int | None
 
 
 @dataclass(eq=False)
@@ -44,6 +57,8 @@ class DataLoader:
         self._cursors: Iterator[BatchCursor] | None = None
         self._cursor: BatchCursor | None = None
         self._batches_read = 0
+        self._passes = 0
+        self._sought: DataPosition | None = None  # where this loader was told to begin
 
     def cursor(self) -> BatchCursor:
         """Return the cursor at the next batch; after the last batch, the data begins again.
@@ -53,34 +68,87 @@ class DataLoader:
         """
         for cursors in (self._cursors, None):  # the rest of the data, then all of it from the start
             if self._cursor is None or self._cursor.exhausted:
-                self._cursors = self.source.cursors() if cursors is None else cursors
-                self._cursor = next(self._cursors, None)
+                if cursors is None:
+                    cursors, self._passes, self._sought = self.source.cursors(), self._passes + 1, None
+                self._cursors, self._cursor = cursors, next(cursors, None)
         if self._cursor is None or self._cursor.exhausted:
             self._raise_end()
         return self._cursor
 
-    def epoch(self) -> Iterator[BatchCursor]:
+    def has_more(self, drawn: int) -> bool:
+        """Tell whether an epoch goes on, of which so many batches were drawn before the data was sought."""
+        if self.steps_per_epoch is not None or not drawn:
+            return drawn != self.steps_per_epoch
+        if self._sought is None or self._sought.batch is None:
+            return False
+        self._cursors, self._passes, self._sought = self.source.cursors(), self._passes + 1, None
+        self._cursor = next(self._cursors, None)
+        return self._cursor is not None and not self._cursor.exhausted
+
+    def epoch(self, drawn: int = 0) -> Iterator[BatchCursor]:
         """Go through one epoch by its cursors, each of which is to be read until none of its batches remain.
 
         With `steps_per_epoch`, an epoch begins where the last one ended, and goes on from the start of the data.
+
+        Args:
+            drawn: How many batches of the epoch were drawn before.
         """
-        remaining = self.steps_per_epoch
+        remaining = None if self.steps_per_epoch is None else self.steps_per_epoch - drawn
         while remaining is None or remaining > 0:
             cursor = self.cursor()
             cursor.limit(remaining)
             before = cursor.position
             yield cursor
             # Only the first read tells that a dataset of unknown size is empty.
-            if not cursor.position:
+            if not cursor.number:
                 self._raise_end()
             self._batches_read += cursor.position - before
             if remaining is not None:
                 remaining -= cursor.position - before
             # An iterable whose batches change their shape goes on in another cursor.
-            elif cursor.exhausted and self._cursors is not None:
-                self._cursor = next(self._cursors, None)
+            elif cursor.exhausted:
+                self._go_on_in_pass()
                 if self._cursor is None:
                     return
+
+    def position(self) -> DataPosition:
+        """Return how far the data has been read."""
+        self._go_on_in_pass()
+        if self._sought is not None:  # and nothing was read since
+            return self._sought
+        return DataPosition(self._passes, None if self._cursor is None else self._cursor.number)
+
+    def _go_on_in_pass(self) -> None:
+        """Take the next cursor of a pass over the data, where one is at its end."""
+        if self._cursor is not None and self._cursor.exhausted and self._cursors is not None:
+            self._cursor = next(self._cursors, None)
+
+    @property
+    def iterator(self) -> Any:
+        """The `tf.data` iterator of the user's own dataset that is being read, or None."""
+        reader = None if self._cursor is None else self._cursor.reader
+        return (
+            reader.iterator if isinstance(self.source, DatasetSource) and isinstance(reader, IteratorReader) else None
+        )
+
+    def seek(self, position: DataPosition, restore: Callable[[Any], None] | None = None) -> None:
+        """Have the next epoch begin where the data was read to in another run, before anything is read in this one.
+
+        Args:
+            position: What `position` returned there.
+            restore: Brings an iterator of `tf.data` to where it was; if None, batches are left out.
+        """
+        self.close()
+        self._sought = position
+        if position.batch is None:
+            self._passes = position.passes
+            self.source.skip(position.passes, 0)
+            return
+        self._passes = position.passes - 1
+        if isinstance(self.source, DatasetSource):
+            self.source.skip(self._passes, position.batch, restore)
+        else:
+            self.source.skip(self._passes, position.batch)
 
     def __iter__(self) -> Iterator[Any]:
         for cursor in self.epoch():
@@ -131,6 +199,11 @@ class DataLoader:
                 f"`{self.name}` is an iterator, which lasts one epoch, and {epochs} epochs were asked for. Pass "
                 "something that can be gone through again, such as a list or a dataset, or `steps_per_epoch`."
             )
+
+    @property
+    def is_one_shot(self) -> bool:
+        """Whether the data is an iterator, which can be gone through only once."""
+        return self._iterator is not None
 
     @property
     def _iterator(self) -> IterableSource | None:

@@ -20,6 +20,16 @@ class PyDatasetBatches:
         """Keep the data set, and the sampler that orders its batches."""
         self._dataset = dataset
         self._sampler = sampler
+        self._read = 0
+
+    def skip(self, passes: int, batches: int) -> None:
+        """Have the next pass begin after so many passes more, and after so many of its batches."""
+        self._sampler.skip(passes)
+        # Keras promises these calls around each epoch, in which a data set may draw its examples.
+        for _ in range(passes):
+            self._dataset.on_epoch_begin()
+            self._dataset.on_epoch_end()
+        self._read = batches
 
     def __len__(self) -> int:
         return int(self._dataset.num_batches or 0)
@@ -28,7 +38,8 @@ class PyDatasetBatches:
         dataset = self._dataset
         dataset.on_epoch_begin()
         count = dataset.num_batches
-        numbers = itertools.count() if count is None else iter(self._sampler.next_order(count))
+        read, self._read = self._read, 0
+        numbers = itertools.count(read) if count is None else iter(self._sampler.next_order(count)[read:])
         if dataset.workers > 1 or (dataset.workers and dataset.use_multiprocessing):
             yield from _made_by_workers(dataset, numbers)
         else:

@@ -38,6 +38,10 @@ class Sampler:
         """Return a seed for the next epoch, for `tf.data` to shuffle by."""
         return int(self._next_generator().integers(2**31))
 
+    def skip(self, epochs: int) -> None:
+        """Leave out the orders of the next epochs."""
+        self._epoch += epochs
+
     def _next_generator(self) -> np.random.Generator:
         self._epoch += 1
         # A generator for each epoch, and not one for all: a run that goes on in a second fit must see the orders that

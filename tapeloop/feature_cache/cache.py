@@ -28,6 +28,7 @@ from tapeloop.feature_cache.storage import CachedFeatures, Files, Memory, Writer
 from tapeloop.loop.compiled_step import CompiledStep
 from tapeloop.loop.fit_data import FitData
 from tapeloop.loop.phases import ActivePhase
+from tapeloop.loop.state import Resumption
 from tapeloop.step.accumulation import Microbatches
 
 _LOG = logging.getLogger("tapeloop")
@@ -87,8 +88,16 @@ class FeatureCache:
         self._ready: dict[str, _Ready] = {}
         self._train_step: CompiledStep | None = None
 
-    def require_compatible(self, data: Sequence[DataSpec], microbatches: Microbatches, run_eagerly: bool) -> None:
+    def require_compatible(
+        self, data: Sequence[DataSpec], microbatches: Microbatches, *, run_eagerly: bool, is_saved: bool
+    ) -> None:
         """Check that the options of a fit go with a cache, if there is one.
+
+        Args:
+            data: The data of the fit.
+            microbatches: The number of pieces that batches are cut in.
+            run_eagerly: Whether steps run op by op.
+            is_saved: Whether the run is saved, so that another process may go on.
 
         Raises:
             CacheError: The data can be gone through only once.
@@ -103,6 +112,11 @@ class FeatureCache:
             )
         if run_eagerly:
             raise ValueError("`feature_cache` needs a graph to cut, which `run_eagerly=True` has not: leave one out.")
+        if is_saved and self._views > 1 and isinstance(self._store, Memory):
+            raise ValueError(
+                "`feature_cache_views` draws versions of the data that are lost with the memory, and a run that goes "
+                "on from `checkpoint` would draw others. Give `feature_cache` the path of a folder."
+            )
         for given in data:
             if isinstance(given.data, Iterator):
                 raise CacheError(
@@ -222,10 +236,19 @@ class CachedData(FitData):
         """Keep the cache, and what `FitData` takes."""
         super().__init__(*data)
         self._cache = cache
+        self._saved = self.resumption
 
     def training(self, phase: ActivePhase, epoch: int) -> DataLoader:
         """Return what an epoch of a phase trains on."""
-        return self._cache.batches(phase.step, self.spec, epoch, phase.every_steps)
+        self.current = self._cache.batches(phase.step, self.spec, epoch, phase.every_steps)
+        # Features are read from their start in each epoch: only an epoch that was saved under way begins within them.
+        saved, self._saved = self._saved, None
+        if saved is not None and saved.progress is not None and saved.progress.drawn:
+            self.current.seek(saved.positions["data"])
+        return self.current
+
+    def _seek(self, resumption: Resumption) -> None:
+        """Leave the data as it is, which is read for its features as a whole."""
 
     def validation(self, step: CompiledStep) -> DataLoader:
         """Return what an epoch is validated on."""

@@ -6,8 +6,8 @@ import contextlib
 import functools
 import math
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
 
 import tensorflow as tf
 
@@ -18,14 +18,33 @@ from tapeloop.errors import DataError, TapeloopError
 from tapeloop.loop.compiled_step import CompiledStep
 from tapeloop.loop.fit_data import FitData
 from tapeloop.loop.history import History, LazyLogs, Phase
-from tapeloop.loop.interrupts import deferred_interrupt
+from tapeloop.loop.interrupts import StopRequested, deferred_interrupt
 from tapeloop.loop.nonfinite import NonFiniteHandler
 from tapeloop.loop.phases import ActivePhase, PhaseTracker
 from tapeloop.loop.progress import ProgressDisplay
-from tapeloop.loop.state import TrainerState
+from tapeloop.loop.state import EpochProgress, Resumption, TrainerState
 from tapeloop.loop.step_cache import StepCache, on_the_host
 from tapeloop.loop.step_counts import StepCounts, counts_before
 from tapeloop.policies.base import VariablePolicy
+
+
+class Saver(Protocol):
+    """Saves a run as it goes."""
+
+    def steps_left(self) -> int:
+        """Return after how many steps it must be called, at the latest."""
+
+    def after_steps(self) -> None:
+        """Take in that some steps have run."""
+
+    def after_epoch(self, logs: Mapping[str, Any]) -> None:
+        """Take in that an epoch has ended, with these logs."""
+
+    def after_fit(self) -> None:
+        """Take in that all epochs of the fit have ended."""
+
+    def on_stop(self, stop: BaseException) -> None:
+        """Take in that a signal ends the fit, after the last whole step."""
 
 
 class EpochLoop:
@@ -37,6 +56,9 @@ class EpochLoop:
         state: How far the run has come.
         handler: Decides what bad steps mean.
         runs: Whether an epoch is under way.
+        data: The data of the fit that is under way, or None.
+        span: The epochs of that fit.
+        is_resuming: Whether it is not yet where a checkpoint has it that was loaded.
     """
 
     def __init__(self, steps: StepCache, phases: PhaseTracker, state: TrainerState, handler: NonFiniteHandler) -> None:
@@ -48,38 +70,90 @@ class EpochLoop:
         # The trainer's policy, the epoch and the step when `train_on_batch` last asked it, and the answer.
         self._on_batch: tuple[VariablePolicy, int, int, ActivePhase] | None = None
         self._is_reset: CompiledStep | None = None  # the step whose logs the last step on one batch has reset
+        self.data: FitData | None = None
+        self.span = range(0)
+        self.is_resuming = False
+        self._saver: Saver | None = None
+        self._data_is_new = True
+        self._read_logs: Callable[[], tuple[dict[str, Any], int]] = lambda: ({}, 0)
 
-    def fit(self, data: FitData, epochs: int, display: ProgressDisplay) -> History:
+    def fit(self, data: FitData, epochs: range, display: ProgressDisplay, saver: Saver | None = None) -> History:
         """Train for some epochs, validating after each.
 
         Args:
             data: The data.
-            epochs: The number of epochs.
+            epochs: The epochs of the fit, of which those before `state.epoch` are trained already.
             display: Where progress is shown.
+            saver: What saves the run as it goes.
         """
-        history, state, validates = History(), self.state, data.validation_spec is not None
+        history, state = self.state.history.since(epochs.start), self.state
         self.steps.start_fit()
-        for number in range(1, epochs + 1):
-            # The model may have changed since the last epoch, and the policy may go by its logs.
-            phase = self.phases.due(starting=True)
-            self._record(phase, history)
-            loader = data.training(phase, state.epoch)
-            if validates and number == 1:  # what is wrong with either shows before anything has moved
-                phase.step.trace(loader.cursor())
-                evaluation = self.evaluation()
-                evaluation.trace(data.validation(evaluation).cursor())
-            logs = self._train(phase, loader, display, f"epoch {number}/{epochs}", history)
-            if validates:
-                evaluation = self.evaluation()
-                loader = data.validation(evaluation)
-                evaluated = self.evaluate(evaluation, loader, display, "  validation")
-                loader.rewind()  # so that each epoch is validated on the same batches
-                logs |= {f"val_{name}": value for name, value in evaluated.items()}
-            state.epoch += 1
-            state.logs = logs
-            history.add_epoch(state.epoch, logs)
-            state.history.add_epoch(state.epoch, logs)
+        self.data, self.span, self._saver, state.under_way = data, epochs, saver, None
+        self.is_resuming = state.resumption is not None
+        try:
+            for number in range(state.epoch, epochs.stop):
+                title = f"epoch {number + 1 - epochs.start}/{len(epochs)}"
+                logs = self._run_epoch(data, display, title, history)
+                # An interrupt comes before all of this, or after it.
+                with deferred_interrupt():
+                    state.epoch, state.logs, state.under_way = number + 1, logs, None
+                    history.add_epoch(state.epoch, logs)
+                    state.history.add_epoch(state.epoch, logs)
+                if saver is not None:
+                    saver.after_epoch(logs)
+            if saver is not None:
+                saver.after_fit()
+        except BaseException as error:
+            if saver is not None and isinstance(error, (KeyboardInterrupt, StopRequested)):
+                saver.on_stop(error)
+            # What is left of the epoch is not trained: the next fit begins it anew.
+            state.under_way = None
+            data.close()
+            raise
+        finally:
+            self.data, self._saver, self._data_is_new = None, None, True
         return history
+
+    def _run_epoch(self, data: FitData, display: ProgressDisplay, title: str, history: History) -> dict[str, Any]:
+        """Train for one epoch, or for the rest of one, validate, and return the logs of both."""
+        state, resumption = self.state, self.state.resumption
+        state.resumption = None
+        progress = None if resumption is None else resumption.progress
+        with deferred_interrupt():
+            # The model may have changed since the last epoch, and the policy may go by its logs.
+            phase = self.phases.due(starting=True) if progress is None else self.phases.again()
+            state.under_way = progress or EpochProgress(state.step, state.step)
+            self._record(phase, history)
+        loader = data.training(phase, state.epoch)
+        validates = data.validation_spec is not None
+        if validates and self._data_is_new:  # what is wrong with either shows before anything has moved
+            if progress is None:
+                phase.step.trace(loader.cursor())
+            evaluation = self.evaluation()
+            evaluation.trace(data.validation(evaluation).cursor())
+        self._data_is_new = False
+        if state.under_way.logs is None:
+            state.under_way.logs = self._train(phase, loader, display, title, history, resumption)
+        self.is_resuming = False
+        logs = dict(state.under_way.logs)
+        if validates:
+            evaluation = self.evaluation()
+            loader = data.validation(evaluation)
+            evaluated = self.evaluate(evaluation, loader, display, "  validation")
+            loader.rewind()  # so that each epoch is validated on the same batches
+            logs |= {f"val_{name}": value for name, value in evaluated.items()}
+        return logs
+
+    def log_variables(self) -> dict[str, tf.Variable]:
+        """Return the variables of what the epoch that is under way has logged, by name."""
+        return self.steps.log_variables("train", self.phases.held())
+
+    def logs_so_far(self) -> Mapping[str, Any]:
+        """Return what the epoch that is under way has logged."""
+        progress = self.state.under_way
+        if progress is not None and progress.logs is not None:
+            return progress.logs
+        return self._read_logs()[0]
 
     def evaluation(self) -> CompiledStep:
         """Return the step that evaluates under what trained last."""
@@ -137,41 +211,73 @@ class EpochLoop:
             )
 
     def _train(
-        self, phase: ActivePhase, loader: DataLoader, display: ProgressDisplay, title: str, history: History
+        self,
+        phase: ActivePhase,
+        loader: DataLoader,
+        display: ProgressDisplay,
+        title: str,
+        history: History,
+        resumption: Resumption | None,
     ) -> dict[str, Any]:
         """Train for one epoch, asking the policy again when it says so, and return the logs."""
-        step, every_steps, state = phase.step, phase.every_steps, self.state
-        used = {step.selection: step.planner.metrics}
-        began = asked = state.step
-        drawn, state.skipped_steps = 0, 0
+        state, progress, saver = self.state, self.state.under_way, self._saver
+        assert progress is not None
+        used = {phase.step.selection: phase.step.planner.metrics}
 
         def read_logs() -> tuple[dict[str, Any], int]:
             return self.steps.logs("train", used.values())
 
-        self._start(step)
-        with self._shown(loader, display, title):
-            for cursor in loader.epoch():
+        # Where the data was read to its end, nothing is traced any more that could tell what was logged.
+        has_more = loader.has_more(progress.drawn)
+        if resumption is not None and progress.drawn:
+            self._resume(phase.step, loader, resumption, has_more=has_more)
+        else:
+            state.skipped_steps = 0
+            self._start(phase.step)
+        self._read_logs = read_logs if has_more or resumption is None else lambda: (dict(resumption.logs), 0)
+        self.is_resuming = False
+        with self._shown(loader, display, title, progress.drawn):
+            for cursor in loader.epoch(progress.drawn) if has_more else ():
                 while cursor.remaining != 0:
-                    # Not at the end of an epoch: the same moment would be asked about twice.
-                    ends = drawn == loader.batches_per_epoch
-                    if every_steps and state.step != asked and state.step % every_steps == 0 and not ends:
-                        asked = state.step
-                        phase = self.phases.due(LazyLogs(lambda: read_logs()[0]))
-                        self._record(phase, history)
-                        step, every_steps = phase.step, phase.every_steps
-                        used[step.selection] = step.planner.metrics
-                        step.planner.warn_stale()
-                    most = every_steps - state.step % every_steps if every_steps else None
-                    ran = self._call(step, cursor, loader, most)
-                    drawn += ran
-                    display.advance(ran, read_logs)
-            logs, examples = read_logs()
+                    phase = self._phase_within_epoch(phase, loader, history)
+                    used[phase.step.selection] = phase.step.planner.metrics
+                    most = [saver.steps_left()] if saver is not None else []
+                    if phase.every_steps:
+                        most.append(phase.every_steps - state.step % phase.every_steps)
+                    ran = self._call(phase.step, cursor, loader, min(most, default=None))
+                    display.advance(ran, self._read_logs)
+                    if saver is not None:
+                        saver.after_steps()
+            logs, examples = self._read_logs()
             # Every step was skipped: there is nothing to average.
-            if state.step == began:
+            if state.step == progress.began:
                 logs = dict.fromkeys(logs, math.nan)
             logs |= self.handler.logs(state)
             display.end(logs, examples)
         return logs
+
+    def _phase_within_epoch(self, phase: ActivePhase, loader: DataLoader, history: History) -> ActivePhase:
+        """Return what trains next: what the policy answers, where it is due to be asked, and else the same."""
+        state, progress, every_steps = self.state, self.state.under_way, phase.every_steps
+        assert progress is not None
+        # Not at the end of an epoch: the same moment would be asked about twice.
+        ends = progress.drawn == loader.batches_per_epoch
+        if not every_steps or state.step == progress.asked or state.step % every_steps or ends:
+            return phase
+        with deferred_interrupt():
+            progress.asked = state.step
+            phase = self.phases.due(LazyLogs(lambda: self._read_logs()[0]))
+            self._record(phase, history)
+        phase.step.planner.warn_stale()
+        return phase
+
+    def _resume(self, step: CompiledStep, loader: DataLoader, resumption: Resumption, *, has_more: bool) -> None:
+        """Go on logging where an epoch was left."""
+        self._start(step)
+        if has_more:
+            # What a step logs is known once it is traced.
+            step.trace(loader.cursor())
+            resumption.restore_logs(self.log_variables())
 
     def _call(self, step: CompiledStep, cursor: BatchCursor, loader: DataLoader, most: int | None = None) -> int:
         """Call the loop in the graph once, and return the number of batches that it ran on."""
@@ -183,6 +289,8 @@ class EpochLoop:
             counts, failure = step.run_steps(cursor, most, self._before(), self.handler.max_consecutive)
             step.pace.adapt(counts.batches, time.perf_counter() - began)
             if step.kind == "train":
+                assert self.state.under_way is not None
+                self.state.under_way.drawn += counts.batches
                 self._take_in(step, counts)
         if failure is not None:
             failure = refusal(failure) or failure
@@ -227,16 +335,12 @@ class EpochLoop:
         self.handler.observe(counts, step.planner.check, self.state)
 
     @contextlib.contextmanager
-    def _shown(self, loader: DataLoader, display: ProgressDisplay, title: str) -> Iterator[None]:
-        """Show an epoch, and leave the data if it fails."""
-        display.start(title, loader.batches_per_epoch)
-        # The bar is closed in any case; the data only if the epoch fails, for otherwise the next one goes on in it.
+    def _shown(self, loader: DataLoader, display: ProgressDisplay, title: str, drawn: int = 0) -> Iterator[None]:
+        """Show an epoch, of which some batches may have been drawn already."""
+        display.start(title, loader.batches_per_epoch, drawn)
         try:
             with self._running():
                 yield
-        except BaseException:
-            loader.close()
-            raise
         finally:
             display.close()
 

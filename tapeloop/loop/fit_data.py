@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import astuple
+from typing import Any
+
 from tapeloop.data.loader import DataLoader, DataSpec
 from tapeloop.loop.compiled_step import CompiledStep
 from tapeloop.loop.phases import ActivePhase
+from tapeloop.loop.state import Resumption
+
+_LOG = logging.getLogger("tapeloop")
 
 
 class FitData:
@@ -13,30 +20,88 @@ class FitData:
     Attributes:
         spec: The data to train on.
         validation_spec: The data to validate on, or None.
+        first_epoch: The epoch at which the fit begins or, if it was saved, began.
         loader: Batches of the data to train on.
+        current: What the epoch that is under way trains on.
+        resumption: Where the fit goes on, if it was saved before, over the same data.
     """
 
-    def __init__(self, spec: DataSpec, validation_spec: DataSpec | None, epoch: int, epochs: int) -> None:
+    def __init__(
+        self, spec: DataSpec, validation_spec: DataSpec | None, epochs: range, resumption: Resumption | None = None
+    ) -> None:
         """Make loaders of the data.
 
         Args:
             spec: The data to train on.
             validation_spec: The data to validate on, or None.
-            epoch: The number of epochs trained before.
-            epochs: The number of epochs to come.
+            epochs: The epochs of the fit, those included that are trained already.
+            resumption: Where the fit goes on, if it was saved before.
 
         Raises:
             DataError: The data is empty, of no known kind, or does not last for so many epochs.
         """
         self.spec = spec
+        self.first_epoch = epochs.start
         self.validation_spec = validation_spec
-        self.loader = spec.loader(spec.sampler(epoch))
+        self.loader = self.current = spec.loader(spec.sampler(epochs.start))
         self._validation = None if validation_spec is None else validation_spec.loader()
+        self.resumption = self._of_this_data(resumption)
         if self._validation is not None:
-            self._validation.require_epochs(epochs)
+            self._validation.require_epochs(len(epochs))
+        self.loader.require_epochs(len(epochs))
+        # Before anything is read: an iterator cannot be put back.
+        if self.resumption is not None:
+            self._seek(self.resumption)
+        if self._validation is not None:
             # Raises if there is no batch, which would otherwise be found after the first epoch.
             self._validation.cursor()
-        self.loader.require_epochs(epochs)
+
+    def close(self) -> None:
+        """Let go of the data, such as of generators of the user's, whose `finally` then runs."""
+        self.current.close()
+        if self._validation is not None:
+            self._validation.close()
+
+    def positions(self) -> dict[str, list[int | None]]:
+        """Return how far each data set has been read, as JSON has it."""
+        found = {"data": self.current}
+        # Other validation data begins at its start after each epoch.
+        if self._validation is not None and self._validation.is_one_shot:
+            found["validation_data"] = self._validation
+        return {name: list(astuple(loader.position())) for name, loader in found.items()}
+
+    @property
+    def iterator(self) -> Any:
+        """The `tf.data` iterator of the user's own dataset that is being read, or None."""
+        return self.current.iterator
+
+    def described(self) -> dict[str, Any]:
+        """Return what tells this data from other, without reading it."""
+        spec, loader = self.spec, self.loader
+        size = loader.batches_per_epoch
+        return {
+            "kind": type(spec.data).__name__,
+            "batches": size,
+            "batch_size": spec.batch_size if spec.is_arrays else None,
+        }
+
+    def _of_this_data(self, resumption: Resumption | None) -> Resumption | None:
+        """Return where the fit goes on, or None if it went over other data."""
+        if resumption is None:
+            return None
+        here = self.described()
+        there = resumption.data
+        other = [f"{name} {there[name]}, now {here[name]}" for name in here if there[name] != here[name]]
+        if not other:
+            return resumption
+        _LOG.warning("The data has changed (%s): a new epoch begins at its start.", "; ".join(other))
+        return None
+
+    def _seek(self, resumption: Resumption) -> None:
+        """Begin where the data was read to in the run that was loaded."""
+        self.loader.seek(resumption.positions["data"], resumption.restore_iterator)
+        if self._validation is not None and "validation_data" in resumption.positions:
+            self._validation.seek(resumption.positions["validation_data"])
 
     def training(self, phase: ActivePhase, epoch: int) -> DataLoader:
         """Return what an epoch of a phase trains on."""

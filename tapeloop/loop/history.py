@@ -58,6 +58,12 @@ class History:
     epoch: list[int] = field(default_factory=list)
     phases: list[Phase] = field(default_factory=list)
 
+    def since(self, epoch: int) -> History:
+        """Return what was recorded from an epoch on, which counts from 0."""
+        first = next((n for n, number in enumerate(self.epoch) if number > epoch), len(self.epoch))
+        logs = {name: values[first:] for name, values in self.history.items() if values[first:]}
+        return History(logs, self.epoch[first:], [phase for phase in self.phases if phase.epoch >= epoch])
+
     def add_phase(self, phase: Phase) -> None:
         """Take in what trains from now on, unless it trains already."""
         # A phase that goes on into the next fit is no new phase of the whole run.

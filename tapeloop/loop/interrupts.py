@@ -1,4 +1,4 @@
-"""Letting a step end before Ctrl-C ends the run."""
+"""Letting a step end before Ctrl-C or a scheduler ends the run."""
 
 from __future__ import annotations
 
@@ -6,33 +6,74 @@ import contextlib
 import signal
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
+
+
+class StopRequested(BaseException):
+    """A scheduler has asked the process to end, by SIGTERM. Like `KeyboardInterrupt`, it is no `Exception`.
+
+    Attributes:
+        number: The number of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+@contextlib.contextmanager
+def stop_on_sigterm() -> Iterator[None]:
+    """Have SIGTERM raise `StopRequested` inside this context.
+
+    A handler of the user's own is left alone, and so is any thread but the main one, which alone gets signals.
+    """
+    if not _is_main_thread() or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, _raise_stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @contextlib.contextmanager
 def deferred_interrupt() -> Iterator[None]:
-    """Hold back a `KeyboardInterrupt` until the end of this context; a second one comes at once.
+    """Hold back a `KeyboardInterrupt` or `StopRequested` until the end of this context; a second one comes at once.
 
     Between a call of the compiled loop and the bookkeeping of it, an interrupt would leave the two apart. A handler
     of the user's own is left alone, and so is any thread but the main one, which alone gets signals.
     """
-    # Python delivers signals to the main thread alone.
-    is_main = threading.current_thread() is threading.main_thread()
-    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield
-        return
-    received: list[int] = []
+    found = (
+        {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)} if _is_main_thread() else {}
+    )
+    handlers: dict[int, Any] = {number: handler for number, handler in found.items() if handler in _RAISING}
+    received: list[tuple[int, Any]] = []
 
     def note(number: int, frame: Any) -> None:
         if received:
-            signal.default_int_handler(number, frame)
-        received.append(number)
+            handlers[number](number, frame)
+        received.append((number, frame))
 
-    signal.signal(signal.SIGINT, note)
+    for number in handlers:
+        signal.signal(number, note)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     # Now that the bookkeeping is done.
-    if received:
-        raise KeyboardInterrupt
+    for number, frame in received:
+        handlers[number](number, frame)
+
+
+def _raise_stop(number: int, frame: Any) -> NoReturn:
+    raise StopRequested(number)
+
+
+_RAISING = (signal.default_int_handler, _raise_stop)
+
+
+def _is_main_thread() -> bool:
+    # Python delivers signals to the main thread alone.
+    return threading.current_thread() is threading.main_thread()

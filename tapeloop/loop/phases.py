@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +12,12 @@ from tapeloop.loop.compiled_step import CompiledStep
 from tapeloop.loop.state import TrainerState
 from tapeloop.loop.step_cache import StepCache
 from tapeloop.model.selection import Selection
-from tapeloop.model.tree import Model, Tree
+from tapeloop.model.tree import Model, Tree, VariableInfo
 from tapeloop.policies.base import VariablePolicy, is_value
+from tapeloop.policies.recorded import Recorded, described
 from tapeloop.policies.resolve import chain, resolve, selections_to_come
+
+_LOG = logging.getLogger("tapeloop")
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,9 @@ class PhaseTracker:
         self._fresh: Tree | None = None  # as `resolve_to_come` has just read it; reading a large model takes a while
         self._asked: tuple[VariablePolicy, int, int] | None = None  # the policy, and the step and epoch of the answer
         self._answer: list[VariablePolicy] = []
+        self._active: ActivePhase | None = None
+        self._recorded: Recorded | None = None  # by the checkpoint that was loaded last
+        self._saved: tuple[str, Mapping[str, Any]] | None = None  # the policy of that, and its state, until it is set
 
     @property
     def policy(self) -> VariablePolicy:
@@ -89,10 +96,56 @@ class PhaseTracker:
             logs: What the policy may look at; by default the logs of the last epoch.
             starting: Whether an epoch starts.
         """
+        self._take_up()
+        if self._saved is not None:
+            _LOG.warning("The policy is %s, and was %s in the checkpoint.", described(self.policy), self._saved[0])
+            self._saved = None
         # Users lift and set `trainable` flags between epochs.
         if starting:
             self._resolved.clear()
-        policies = self._chain(logs)
+        return self._activate(self._chain(logs))
+
+    def again(self) -> ActivePhase:
+        """Return what trained when the run was saved that is loaded, without asking the policy anew."""
+        self._take_up()
+        if self._recorded is None or self._saved is not None:
+            return self.due(starting=True)
+        return self._activate([self._recorded])
+
+    def start_over(self, recorded: Recorded | None, policy: str, policy_state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint.
+
+        Args:
+            recorded: What trained when the run was saved.
+            policy: The trainer's policy then, as it is written.
+            policy_state: What it had come to.
+        """
+        self._recorded, self._active, self._asked, self._prepared = recorded, None, None, None
+        self._resolved.clear()
+        self._state.policy, self._saved = None, (policy, policy_state)
+        self._take_up()
+
+    def _take_up(self) -> None:
+        """Give the policy the state that was saved, if it is the one that was saved."""
+        # A program may set that policy only later, before its second fit.
+        if self._saved is not None and self._saved[0] == described(self.policy):
+            self.policy.set_state(self._saved[1])
+            self._saved = None
+            self._state.policy = None if self._recorded is None else (self.policy, self._recorded)
+
+    def record(self) -> Recorded | None:
+        """Return what trained last, as a checkpoint records it."""
+        active = self._active
+        if active is None:
+            return self._recorded
+        return Recorded.of(active.policy, active.step.selection, active.every_steps)
+
+    def still(self) -> tuple[VariableInfo, ...]:
+        """Return the variables that do not move while what trained last trains."""
+        return () if self._active is None else self._active.step.selection.still
+
+    def _activate(self, policies: Sequence[VariablePolicy]) -> ActivePhase:
+        """Return what trains under the last of the policies that lie within one another, made ready for training."""
         holding = policies[-1]
         self._state.policy = self.policy, holding
         selection = self._resolved.get(holding) if is_value(holding) else None
@@ -107,7 +160,8 @@ class PhaseTracker:
         self._fresh = None
         # Asked no more often than needed: at the largest common divisor of all that the policies say.
         every_steps = math.gcd(*(each.every for each in policies if each.every is not None))
-        return ActivePhase(self._steps.get("train", selection), holding, every_steps or None)
+        self._active = ActivePhase(self._steps.get("train", selection), holding, every_steps or None)
+        return self._active
 
     def _chain(self, logs: Mapping[str, Any] | None = None) -> list[VariablePolicy]:
         """Return the policies that lie within one another now.

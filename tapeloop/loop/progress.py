@@ -51,8 +51,8 @@ class ProgressDisplay:
         self._clock = clock
         self._bar: Any = None
 
-    def start(self, title: str, total: int | None) -> None:
-        """Begin a pass of `total` batches."""
+    def start(self, title: str, total: int | None, done: int = 0) -> None:
+        """Begin a pass of `total` batches, or go on with one of which some are done."""
         self._title = title
         self._began = self._shown = self._clock()
         if self._style == "bar":
@@ -60,7 +60,7 @@ class ProgressDisplay:
                 # A terminal that says it has no columns, as some do inside containers, would show nothing.
                 fixed = None if shutil.get_terminal_size((0, 0)).columns else COLUMNS
                 self._bar = tqdm(
-                    total=total, desc=title, unit="batch", file=self._stream, leave=True, ncols=fixed,
+                    total=total, initial=done, desc=title, unit="batch", file=self._stream, leave=True, ncols=fixed,
                     dynamic_ncols=fixed is None,
                 )  # fmt: skip
 

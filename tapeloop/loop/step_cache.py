@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 
 from tapeloop.loop.compiled_step import CompiledStep
 from tapeloop.model.selection import Selection
-from tapeloop.model.tree import Model, Tree
+from tapeloop.model.tree import Model, Tree, raw
 from tapeloop.step.accumulation import Microbatches
 from tapeloop.step.metrics import StepMetrics, layer_metrics, renamed
 from tapeloop.step.plan import Planner, StepParts
@@ -86,6 +87,23 @@ class StepCache:
         returned = [m for (k, _), s in self._steps.items() if k == kind for m in s.planner.metrics.by_name.values()]
         for metric in dict.fromkeys([*self.parts.attributes.metrics(), *layer_metrics(tree), *returned]):
             metric.reset_state()
+
+    def forget(self) -> None:
+        """Let go of all steps: what they update is gone."""
+        self._traces_gone = self.trace_count()
+        self._steps.clear()
+
+    def log_variables(self, kind: str, selection: Selection) -> dict[str, tf.Variable]:
+        """Return the variables of what a step has logged since the reset, by names that say what each belongs to."""
+        parts, returned = self.parts, self.get(kind, selection).planner.metrics.by_name
+        metrics = {
+            **{f"attribute/{name}": metric for name, metric in parts.attributes.named_metrics().items()},
+            **{f"layer/{number}": metric for number, metric in enumerate(layer_metrics(selection.tree))},
+            **{f"returned/{name}": metric for name, metric in returned.items()},
+        }
+        held = {name: [raw(variable) for variable in metric.variables] for name, metric in metrics.items()}
+        held |= {"compiled": parts.objective.variables, **parts.means[kind].named_variables()}
+        return {f"{name}/{n}": variable for name, variables in held.items() for n, variable in enumerate(variables)}
 
     def logs(self, kind: str, logged: Iterable[StepMetrics]) -> tuple[dict[str, Any], int]:
         """Return what some steps of a kind logged since the reset, and over how many examples."""

@@ -63,6 +63,13 @@ class Selection:
         return frozenset(submodel for submodel in self.inference if trains.isdisjoint(held[submodel]))
 
     @functools.cached_property
+    def still(self) -> tuple[VariableInfo, ...]:
+        """The variables that do not move while this selection trains: those that it freezes, with their statistics."""
+        idle = {variable for submodel in self.idle for variable in self.tree.variables_in[submodel]}
+        still = idle.union(self.frozen)
+        return tuple(variable for variable in self.tree.variables if variable in still)
+
+    @functools.cached_property
     def _key(self) -> tuple[object, ...]:
         # By what trains and not by how the policy was written, so that two spellings share one compiled step.
         groups = frozenset((group, frozenset(variables)) for group, variables in self.groups.items())

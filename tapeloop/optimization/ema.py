@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import tensorflow as tf
 
@@ -26,6 +27,12 @@ class _Average:
     variable: tf.Variable
     value: tf.Variable
     left_at: int | None = None
+
+    @classmethod
+    def of(cls, variable: VariableInfo) -> _Average:
+        """Start the average of a variable at its value."""
+        raw = variable.tf_variable
+        return cls(raw, tf.Variable(raw.read_value(), trainable=False, name="average"))
 
     def at(self, step: int, decay: float) -> tf.Tensor:
         """Return the average at a step: that of a frozen variable goes on towards the value at which it was frozen."""
@@ -81,8 +88,37 @@ class MovingAverages:
                 average.left_at = None
         for variable in trained:
             if variable not in self._averages:
-                value = tf.Variable(variable.tf_variable.read_value(), trainable=False, name="average")
-                self._averages[variable] = _Average(variable.tf_variable, value)
+                self._averages[variable] = _Average.of(variable)
+
+    @property
+    def decay(self) -> float | None:
+        """How much of an average is kept at each step."""
+        return self._decay
+
+    def named_variables(self) -> dict[str, tf.Variable]:
+        """Return the averages by the paths of their variables."""
+        return {variable.path: average.value for variable, average in self._averages.items()}
+
+    def describe(self) -> dict[str, Any]:
+        """Return, as JSON has it, what `rebuild` needs to make the same averages."""
+        left_at = {variable.path: average.left_at for variable, average in self._averages.items()}
+        return {"decay": self._decay, "left_at": left_at}
+
+    def rebuild(self, description: Mapping[str, Any], by_path: Mapping[str, VariableInfo]) -> bool:
+        """Make the averages that were described, and tell whether some of those there were are gone.
+
+        Args:
+            description: What `describe` returned, in this process or another.
+            by_path: The model's variables by their paths; others are left out.
+        """
+        before, self._averages = self._averages, {}
+        for path, left_at in description["left_at"].items():
+            if path in by_path:
+                variable = by_path[path]
+                average = before.pop(variable, None) or _Average.of(variable)
+                average.left_at = left_at
+                self._averages[variable] = average
+        return bool(before)
 
     @property
     def variables(self) -> list[tf.Variable]:

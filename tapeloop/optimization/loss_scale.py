@@ -31,6 +31,15 @@ class LossScale:
     def prepare(self, selection: Selection) -> None:
         """Make the scale, if a layer of the model computes in float16."""
         if self.value is None and any(layer.object.compute_dtype == "float16" for layer in selection.tree.layers):
+            self.rebuild(True)
+
+    def named_variables(self) -> dict[str, tf.Variable]:
+        """Return its variables by name."""
+        return {str(number): variable for number, variable in enumerate(self.variables)}
+
+    def rebuild(self, exists: bool) -> None:
+        """Make the scale if there is none and there shall be one."""
+        if exists and self.value is None:
             self.value = tf.Variable(FIRST_SCALE, trainable=False, name="loss_scale")
             self.variables = [self.value, tf.Variable(0, trainable=False, name="finite_steps")]
 

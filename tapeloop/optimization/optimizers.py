@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import keras
 import tensorflow as tf
 
-from tapeloop._backend import keras_internals
 from tapeloop._backend.patching import patched, read_once
 from tapeloop._validation import not_negative
 from tapeloop.errors import PolicyError
 from tapeloop.model.selection import Selection
 from tapeloop.model.tree import VariableInfo, raw
 from tapeloop.optimization.clipping import clip_by_global_norm
-from tapeloop.optimization.learning_rate import Rate
+from tapeloop.optimization.cohort import Cohort, carry_over, new_cohort
 from tapeloop.optimization.user_optimizer import Template
 
 OptimizerLike: TypeAlias = Any  # keras.optimizers.Optimizer | str | Mapping[str, either]
@@ -50,71 +48,6 @@ class LearningRates(Mapping[str, float]):
         if group not in self._selection.groups:
             raise PolicyError(f"There is no group {group!r}: the groups are {sorted(self._selection.groups)}.")
         return group
-
-
-@dataclass(frozen=True, eq=False)
-class Share:
-    """What one of several groups has of a cohort that a policy spreads over them.
-
-    Attributes:
-        rate: The group's learning rate, or what its schedule is multiplied by.
-        counts: The group's own values of what the optimizer keeps for all its variables: its step count, say.
-    """
-
-    rate: tf.Variable
-    counts: tuple[tf.Variable, ...]
-
-
-@dataclass(eq=False)
-class Cohort:
-    """Variables that began to train together, and the optimizer that holds their state and step count.
-
-    Attributes:
-        optimizer: The Keras optimizer, built for these variables alone.
-        rate: What sets its learning rate.
-        slots: For each variable, the optimizer's variables that belong to it.
-        groups: The groups in which its variables train now.
-        shares: What each group has of it that it was ever spread over.
-    """
-
-    optimizer: keras.optimizers.Optimizer
-    rate: Rate
-    slots: Mapping[VariableInfo, list[keras.Variable]]
-    groups: tuple[str, ...] = ()
-    shares: dict[str, Share] = field(default_factory=dict)
-
-    @property
-    def counts(self) -> tuple[tf.Variable, ...]:
-        """What the optimizer keeps for all its variables together, but for its learning rate."""
-        slots = {id(slot) for slots in self.slots.values() for slot in slots}
-        rate = keras_internals.learning_rate_variable(self.optimizer)
-        return tuple(raw(v) for v in self.optimizer.variables if id(v) not in slots and v is not rate)
-
-    @property
-    def variables(self) -> list[tf.Variable]:
-        """What the optimizer keeps, and the counts of the groups that it is spread over."""
-        shared = [count for share in self.shares.values() for count in share.counts]
-        return [*(raw(variable) for variable in self.optimizer.variables), *shared]
-
-    def regroup(self, groups: tuple[str, ...]) -> None:
-        """Have its variables train in these groups from now on, each going on from the highest step count there is."""
-        if groups == self.groups:
-            return
-        self.groups = groups
-        if len(groups) > 1:
-            for group in groups:
-                if group not in self.shares:
-                    copies = tuple(tf.Variable(count, trainable=False, name="count") for count in self.counts)
-                    self.shares[group] = Share(tf.Variable(0.0, trainable=False, name="rate"), copies)
-        # An Adam that started again at step 0 would overshoot: its bias correction is made for zero moments. So each
-        # group goes on from the highest count there is.
-        if self.shares:
-            held = [self.counts, *(share.counts for share in self.shares.values())]
-            furthest = max(held, key=lambda counts: int(counts[0]))  # the first is `iterations`
-            values = [count.numpy() for count in furthest]
-            for counts in held:
-                for count, value in zip(counts, values):
-                    count.assign(value)
 
 
 class Optimizers:
@@ -271,6 +204,78 @@ class Optimizers:
         slots = [slot for cohort in self.cohorts for slot in cohort.slots.get(variable, ())]
         return sum(_bytes(slot) for slot in slots)
 
+    def named_variables(self) -> dict[str, tf.Variable]:
+        """Return what the optimizers keep, by names that say what each variable belongs to."""
+        return {
+            f"{self._key_of(cohort) or 'all'}/{name}": variable
+            for cohort in self.cohorts
+            for name, variable in cohort.named_variables().items()
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """Return, as JSON has it, what `rebuild` needs to make the same variables."""
+        latest: dict[Cohort, list[str]] = {cohort: [] for cohort in self.cohorts}
+        for variable, cohort in self._latest.items():
+            latest[cohort].append(variable.path)
+        cohorts = [
+            {
+                "optimizer": self._key_of(cohort),
+                "variables": [variable.path for variable in cohort.slots],
+                "groups": list(cohort.groups),
+                "shares": list(cohort.shares),
+                "latest": latest[cohort],
+            }
+            for cohort in self.cohorts
+        ]
+        templates = {key: template.describe() for key, template in self._templates.items()}
+        return {"cohorts": cohorts, "templates": templates, "set": dict(self._set)}
+
+    def differences(self, description: Mapping[str, Any]) -> list[str]:
+        """Say why these optimizers cannot hold the state that was described; an empty list if they can."""
+        kinds = {key: type(template.optimizer).__name__ for key, template in self._templates.items()}
+        there = {said["optimizer"] for said in description["cohorts"]}
+        said = []
+        for key in sorted(there):
+            kind, name = description["templates"][key]["kind"], f"the group {key!r}" if key else "all groups"
+            if key not in kinds:
+                said.append(f"it has an optimizer for {name}, the trainer has those for {sorted(kinds)}")
+            elif kinds[key] != kind:
+                said.append(f"the optimizer of {name} is {kind} there and {kinds[key]} here")
+        return said
+
+    def rebuild(self, description: Mapping[str, Any], by_path: Mapping[str, VariableInfo]) -> bool:
+        """Make the variables that were described, and tell whether some of those there were are gone.
+
+        Args:
+            description: What `describe` returned, in this process or another.
+            by_path: The model's variables by their paths; others are left out.
+        """
+        free = {cohort: self._key_of(cohort) for cohort in self.cohorts}
+        self.cohorts, self._home, self._latest = [], {}, {}
+        for said in description["cohorts"]:
+            variables, key = [by_path[path] for path in said["variables"] if path in by_path], said["optimizer"]
+            if not variables:
+                continue
+            # What is there already stays, so that compiled steps which update it stay good.
+            alike = [cohort for cohort in free if free[cohort] == key and list(cohort.slots) == variables]
+            cohort = alike[0] if alike else new_cohort(self._templates[key], variables)
+            free.pop(cohort, None)
+            for group in said["shares"]:
+                cohort.spread_over(group)
+            cohort.groups = tuple(said["groups"])
+            self.cohorts.append(cohort)
+            self._home |= {(variable, key): cohort for variable in variables}
+            self._latest |= {by_path[path]: cohort for path in said["latest"] if path in by_path}
+        for key, template in self._templates.items():
+            if key in description["templates"]:
+                template.restore(description["templates"][key])
+        self._set = dict(description["set"])
+        return bool(free)
+
+    def _key_of(self, cohort: Cohort) -> str:
+        """Name the template of a cohort's optimizer."""
+        return next(key for (_, key), home in self._home.items() if home is cohort)
+
     def _key(self, group: str) -> str:
         """Name the template of a group's optimizer."""
         return group if self._by_group else ""
@@ -292,13 +297,13 @@ class Optimizers:
             if home is None:
                 joining.setdefault(latest, []).append(variable)
             elif latest is not home:
-                _carry_over(latest, home, [variable])
+                carry_over(latest, home, [variable])
             if home is not None:
                 self._latest[variable] = home
         # Variables that come from different cohorts have different step counts, so that they cannot share a new one.
         for latest, together in joining.items():
-            cohort = _new_cohort(self._templates[key], together)
-            _carry_over(latest, cohort, together)
+            cohort = new_cohort(self._templates[key], together)
+            carry_over(latest, cohort, together)
             self.cohorts.append(cohort)
             for variable in together:
                 self._home[variable, key] = self._latest[variable] = cohort
@@ -331,49 +336,6 @@ class Optimizers:
         if share is not None:
             for count, own in zip(counts, share.counts):
                 own.assign(count)
-
-
-def _new_cohort(template: Template, variables: list[VariableInfo]) -> Cohort:
-    optimizer = template.optimizer_for_a_cohort()
-    slots: dict[VariableInfo, list[keras.Variable]] = {variable: [] for variable in variables}
-    rate = Rate(optimizer, lambda: template.rate)
-    optimizer.build(_NotingSlots(optimizer, slots))
-    return Cohort(optimizer, rate, slots)
-
-
-def _carry_over(source: Cohort | None, target: Cohort, variables: Sequence[VariableInfo]) -> None:
-    """Give variables that go from one optimizer to another of its kind the state that they have, and its step count."""
-    if source is None or type(source.optimizer) is not type(target.optimizer):
-        return
-    for variable in variables:
-        own, other = source.slots[variable], target.slots[variable]
-        if [slot.shape for slot in own] == [slot.shape for slot in other]:
-            for before, after in zip(own, other):
-                after.assign(before)
-    if len(source.counts) == len(target.counts) and int(source.counts[0]) > int(target.counts[0]):
-        for before, after in zip(source.counts, target.counts):
-            after.assign(before)
-
-
-class _NotingSlots(list[Any]):
-    """The variables that an optimizer is built for, noting what it makes for each.
-
-    Keras' optimizers make their state variable by variable and keep it by position, under names that need not be
-    unique; whose it is can be told only while they go through the list.
-    """
-
-    def __init__(
-        self, optimizer: keras.optimizers.Optimizer, slots: Mapping[VariableInfo, list[keras.Variable]]
-    ) -> None:
-        super().__init__(variable.variable for variable in slots)
-        self._optimizer = optimizer
-        self._slots = slots
-
-    def __iter__(self) -> Iterator[Any]:
-        for variable, slots in self._slots.items():
-            made = len(self._optimizer.variables)
-            yield variable.variable
-            slots += self._optimizer.variables[made:]
 
 
 def _bytes(variable: keras.Variable) -> int:

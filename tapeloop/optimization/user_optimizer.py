@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection
+import logging
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import keras
@@ -14,6 +15,8 @@ from tapeloop._backend import keras_internals
 from tapeloop._validation import not_negative
 from tapeloop.errors import PolicyError
 from tapeloop.optimization.learning_rate import Multiplied
+
+_LOG = logging.getLogger("tapeloop")
 
 
 class Template:
@@ -37,7 +40,7 @@ class Template:
         self._rate = (
             None if schedule is not None else not_negative("learning_rate", float(self.optimizer.learning_rate))
         )
-        self._seen = self._rate
+        self._seen = self._first_rate = self._rate
         # Taken now, while it still says what the user has passed: later the rate may be a trainer's.
         self._config = None if self.optimizer.built else keras_internals.optimizer_config(self.optimizer, self.schedule)
         self._said = _settings(self.optimizer)
@@ -64,6 +67,28 @@ class Template:
     def saw(self) -> None:
         """Note that the trainer has given the optimizer a learning rate."""
         self._seen = float(self.optimizer.learning_rate)
+
+    def describe(self) -> dict[str, Any]:
+        """Return, as JSON has it, what `restore` needs."""
+        rates = {"rate": self._rate, "seen": self._seen, "first_rate": self._first_rate}
+        return {"kind": type(self.optimizer).__name__, "now": float(self.optimizer.learning_rate), **rates}
+
+    def restore(self, description: Mapping[str, Any]) -> None:
+        """Take the learning rate that was described, in place of the one that was passed."""
+        if self._rate is None or description["rate"] is None:
+            return
+        if self._first_rate is not None and self._first_rate != description["first_rate"]:
+            _LOG.warning(
+                "This program sets the learning rate of %s to %.4g, and the run began with %.4g: it keeps its own, "
+                "%.4g. Assign to `trainer.learning_rates` to change it.",
+                description["kind"],
+                self._first_rate,
+                description["first_rate"],
+                description["rate"],
+            )
+        self._first_rate = description["first_rate"]
+        self._rate, self._seen = description["rate"], description["seen"]
+        self.optimizer.learning_rate = description["now"]
 
     def optimizer_for_a_cohort(self) -> keras.optimizers.Optimizer:
         """Return an optimizer that is not built: the user's own the first time, clones after.

@@ -35,6 +35,10 @@ class RunningMeans:
         """The variables that hold the sums."""
         return list(self._sums.values())
 
+    def named_variables(self) -> dict[str, list[tf.Variable]]:
+        """Return the variables that hold the sums, by the names of the scalars."""
+        return {f"means/{','.join(names)}": [sums] for names, sums in self._sums.items()}
+
     def results(self) -> tuple[dict[str, float], int]:
         """Return the means since the last reset, NaN if nothing was taken in, and the number of examples."""
         fetched = {names: sums.numpy() for names, sums in self._sums.items()}

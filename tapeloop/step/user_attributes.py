@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import keras
@@ -23,24 +23,35 @@ class UserAttributes:
 
     def metrics(self) -> list[keras.metrics.Metric]:
         """Return the metrics, through lists, tuples and mappings."""
+        return list(self.named_metrics().values())
+
+    def named_metrics(self) -> dict[str, keras.metrics.Metric]:
+        """Return the metrics by the names of the attributes that hold them: `seen`, `seen/0`, `seen/key`."""
         return self._found((keras.metrics.Metric,))
 
     def variables(self) -> list[tf.Variable]:
         """Return the counters, the variables of metrics, and the states of random generators."""
-        kinds = keras.metrics.Metric, tf.random.Generator, keras.random.SeedGenerator, tf.Variable, keras.Variable
-        found: list[Any] = []
-        for value in self._found(kinds):
-            if isinstance(value, keras.metrics.Metric):
-                found += value.variables
-            else:
-                found.append(value.state if hasattr(value, "state") else value)
-        return [raw(variable) for variable in found]
+        of_metrics = [raw(variable) for metric in self.metrics() for variable in metric.variables]
+        return [*self._own().values(), *of_metrics]
 
     def all_variables(self) -> list[tf.Variable]:
         """Return `variables()`, and the variables of models and layers beside the trainer's model."""
         # A target network, a second model: what a step moves there is rolled back too.
-        beside = [part for part in self._found((keras.Layer, tf.Module)) if part is not self._model]
-        return [*self.variables(), *(v.tf_variable for part in beside for v in Tree.of(part).variables)]
+        return [*self.variables(), *self._beside().values()]
+
+    def named_variables(self) -> dict[str, tf.Variable]:
+        """Return what `all_variables` returns but for the metrics, by the names of the attributes that hold it."""
+        mine = {id(variable.tf_variable) for variable in Tree.of(self._model).variables}
+        # A part of the model may be an attribute too, for short.
+        return {name: v for name, v in {**self._own(), **self._beside()}.items() if id(v) not in mine}
+
+    def _own(self) -> dict[str, tf.Variable]:
+        kinds = tf.random.Generator, keras.random.SeedGenerator, tf.Variable, keras.Variable
+        return {name: raw(getattr(found, "state", found)) for name, found in self._found(kinds).items()}
+
+    def _beside(self) -> dict[str, tf.Variable]:
+        beside = {name: p for name, p in self._found((keras.Layer, tf.Module)).items() if p is not self._model}
+        return {f"{name}/{v.path}": v.tf_variable for name, part in beside.items() for v in Tree.of(part).variables}
 
     def warn_stale(self, context: StepContext) -> None:
         """Warn of numbers among the attributes that have changed since a step was traced with them."""
@@ -55,17 +66,19 @@ class UserAttributes:
                 stacklevel=2,
             )
 
-    def _found(self, kinds: tuple[type, ...]) -> list[Any]:
-        return [value for attribute in self._attributes.values() for value in _inside(attribute, kinds)]
+    def _found(self, kinds: tuple[type, ...]) -> dict[str, Any]:
+        return {at: found for name, value in self._attributes.items() for at, found in _inside(name, value, kinds)}
 
 
-def _inside(value: Any, kinds: tuple[type, ...]) -> list[Any]:
-    """List the objects of some kinds in an attribute, through lists, tuples and mappings."""
-    if isinstance(value, Mapping):
-        value = list(value.values())
+def _inside(name: str, value: Any, kinds: tuple[type, ...]) -> Iterator[tuple[str, Any]]:
+    """Yield the objects of some kinds in an attribute, through lists, tuples and mappings, each with its name."""
     if isinstance(value, (list, tuple)):
-        return [found for item in value for found in _inside(item, kinds)]
-    return [value] if isinstance(value, kinds) else []
+        value = dict(enumerate(value))
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _inside(f"{name}/{key}", item, kinds)
+    elif isinstance(value, kinds):
+        yield name, value
 
 
 def _is_same(one: Any, other: Any) -> bool:

@@ -97,6 +97,13 @@ def test_partial_freeze():
     assert after < 0.1 * before
 
 
+def test_resume():
+    printed = run_by_itself("resume")
+    assert [int(code) for code in re.findall(r"exit code (-?\d+)", printed)] == [-9, 143, 0]
+    assert printed.count("Resuming from") == 2
+    assert "the weights are bit-identical: True" in printed
+
+
 @pytest.mark.parametrize("name", ["explicit_tape", "adaptive_policy"])
 def test_accuracy(name):
     printed = run(name)

@@ -10,9 +10,10 @@ from tests.support.examples import ROOT, run
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_snippets_run_one_after_the_other():
+def test_the_snippets_run_one_after_the_other(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where a snippet saves its run
     namespace, snippets = {}, re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(snippets) == 8
+    assert len(snippets) == 9
     for number, snippet in enumerate(snippets):
         exec(compile(snippet, f"README.md snippet {number + 1}", "exec"), namespace)
         if number == 0:
@@ -22,6 +23,7 @@ def test_the_snippets_run_one_after_the_other():
     assert namespace["cached"].step == 6
     assert namespace["teaching"].step == 5
     assert namespace["logs"]["distance"] < 0.5
+    assert namespace["resumed"].step % 8 == 0  # at the end of the best of its epochs
 
 
 def test_the_contract_table_is_what_the_example_prints():

@@ -18,7 +18,7 @@ FLOORS = (
     ("policies", "optimization"),
     ("step",),
     ("loop",),
-    ("feature_cache",),
+    ("checkpoint", "feature_cache"),
     ("trainer",),
     ("__init__",),
 )

@@ -1,0 +1,115 @@
+"""What saving a run costs: time beside a run that is not saved, bytes on the disk, and what going on takes.
+
+    python -m benchmarks.checkpoints [--rounds 3] [--steps 100]
+
+A run of a ResNet50, all of it trained by Adam, is saved every 50 steps, in turns with one that is not saved; the figure
+is the median of the ratios of the rounds, and holds the wait for the last checkpoint at the end. The bytes are those of
+a checkpoint of the head alone after the first, beside one of all weights. Going on is the time from a built trainer to
+the first step, from checkpoints early and late in a run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pathlib
+import shutil
+import tempfile
+import time
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import tapeloop as tl
+from benchmarks.arms import cross_entropy
+from benchmarks.cache import drawn
+from benchmarks.loop import Row, report
+from benchmarks.workloads import classifier, mlp
+
+BATCH, EVERY = 16, 50
+
+
+def resnet(policy: tl.VariablePolicy) -> tl.Trainer:
+    """Return a trainer of a ResNet50."""
+    return tl.Trainer(classifier("ResNet50"), policy, loss=cross_entropy(), optimizer=keras.optimizers.Adam(1e-4))
+
+
+def measure_time(rounds: int, steps: int) -> None:
+    """Compare a run that saves itself with one that does not."""
+    data = tuple(part[: BATCH * steps] for part in drawn(0))
+    trainers = {saved: resnet(tl.TrainAll()) for saved in (True, False)}
+    times: dict[str, list[float]] = {"saved": [], "not saved": []}
+    for number in range(rounds + 1):
+        for saved, trainer in trainers.items():
+            folder = tempfile.mkdtemp()
+            checkpoint = tl.Checkpoints(folder, every_steps=EVERY, every_epochs=None) if saved else None
+            some = data if number else tuple(part[: 2 * BATCH] for part in data)  # the first round only traces
+            began = time.perf_counter()
+            trainer.fit(some, batch_size=BATCH, progress="none", checkpoint=checkpoint)
+            if number:
+                times["saved" if saved else "not saved"].append((time.perf_counter() - began) / steps)
+            shutil.rmtree(folder)
+    what = f"ResNet50 96x96, full, Adam, saved every {EVERY} steps / not saved"
+    report(times, [Row(what, "saved", "not saved", 1.05)])
+
+
+def measure_bytes() -> None:
+    """Compare the checkpoints of a head with those of all weights."""
+    data, sizes = tuple(part[: 2 * BATCH] for part in drawn(0)), {}
+    for name, policy in (("all", tl.TrainAll()), ("head", tl.Freeze("backbone"))):
+        folder = pathlib.Path(tempfile.mkdtemp())
+        checkpoints = tl.Checkpoints(folder, every_epochs=1)
+        resnet(policy).fit(data, batch_size=BATCH, epochs=2, progress="none", checkpoint=checkpoints)
+        assert checkpoints.newest is not None
+        sizes[name] = sum(path.stat().st_size for path in checkpoints.newest.iterdir())
+        shutil.rmtree(folder)
+    share = sizes["head"] / sizes["all"]
+    what = "ResNet50, MB of a later checkpoint, head / all"
+    print(f"{what:<66}{sizes['head'] / 1e6:>9.2f}{sizes['all'] / 1e6:>9.1f}{share:>7.4f}   0.01")
+
+
+def measure_resume() -> None:
+    """Compare going on early and late in a run, with as many steps left in the epoch."""
+    times, traces, left = {}, {}, 99
+    for steps in (100, 3900):
+        x = np.random.default_rng(0).normal(size=(64 * (steps + left), 64)).astype("float32")
+        data, folder = (x, np.zeros(len(x), "int64")), tempfile.mkdtemp()
+        checkpoints = tl.Checkpoints(folder, every_steps=steps, every_epochs=None)
+        _mlp_trainer().fit(data, batch_size=64, progress="none", checkpoint=checkpoints)
+        trainer = _mlp_trainer()
+        began = time.perf_counter()
+        trainer.load(f"{folder}/000001-step-{steps}")
+        assert trainer.step == steps
+        trainer.fit(data, batch_size=64, progress="none")
+        assert trainer.step == steps + left
+        times[steps], traces[steps] = time.perf_counter() - began, trainer.trace_count
+        shutil.rmtree(folder)
+    early, late = times.values()
+    what = f"MLP, going on and {left} steps, after 3900 steps / after 100"
+    print(f"{what:<66}{1e3 * late:>9.0f}{1e3 * early:>9.0f}{late / early:>7.2f}   1.20")
+    print(f"{'traces':<66}{traces[3900]:>9}{traces[100]:>9}{traces[3900] / traces[100]:>7.2f}   1.00")
+
+
+def _mlp_trainer() -> Any:
+    return tl.Trainer(mlp(), loss=cross_entropy(), optimizer=keras.optimizers.Adam(1e-3))
+
+
+def main() -> None:
+    """Measure and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=100)
+    args = parser.parse_args()
+    print(f"TensorFlow {tf.__version__}, Keras {keras.__version__}, {os.cpu_count()} CPU cores, {args.rounds} rounds")
+    print(f"{'this / that':<66}{'ms':>9}{'ms':>9}{'ratio':>7}{'most':>7}")
+    measure_bytes()
+    measure_resume()
+    measure_time(args.rounds, args.steps)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""A folder of checkpoints: written, found, counted out."""
+
+from __future__ import annotations
+
+import json
+import logging
+import pathlib
+import re
+import zlib
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tapeloop.checkpoint import files
+from tapeloop.checkpoint.saved import RECORD, SavedRun, bytes_of, tensor_digest
+from tapeloop.errors import CheckpointError
+
+LEAST_SHARED_BYTES = 2**16  # below this, a file of its own for what did not move is not worth its while
+_NAME, _SHARED = re.compile(r"(\d{6,})-step-\d+"), re.compile(r"shared-(\d+)")
+_LOG = logging.getLogger("tapeloop")
+
+
+class CheckpointStore:
+    """Checkpoints in a folder, numbered as they were written.
+
+    What does not move between two checkpoints is written once, in a folder that those refer to that hold it.
+
+    Attributes:
+        folder: The folder.
+    """
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        self.folder = folder
+        self._shared: dict[str, tuple[str, str]] = {}  # for each tensor, the folder that has it and its digest
+        self._last: dict[str, int] = {}  # a number for each tensor of the last checkpoint that changes with its value
+
+    def names(self) -> list[str]:
+        """Return the names of the checkpoints, the oldest first."""
+        found = [path.name for path in self.folder.glob("*") if _NAME.fullmatch(path.name)]
+        return sorted(found, key=lambda name: int(name.split("-")[0]))
+
+    def records(self) -> dict[str, dict[str, Any]]:
+        """Return what each checkpoint says of its run, the oldest first; those that cannot be read are left out."""
+        found = {}
+        for name in self.names():
+            try:
+                found[name] = json.loads((self.folder / name / RECORD).read_text())
+            except (OSError, ValueError):
+                continue
+        return found
+
+    def newest(self, is_readable: Callable[[SavedRun], None]) -> SavedRun | None:
+        """Return the newest checkpoint that is as it was written; what is newer and damaged is named in a warning.
+
+        Args:
+            is_readable: Raises `DamagedError` if a checkpoint refers to what cannot be read.
+
+        Raises:
+            CheckpointError: There are checkpoints, and all are damaged.
+        """
+        names = self.names()
+        for name in reversed(names):
+            try:
+                saved = SavedRun(self.folder / name)
+                is_readable(saved)
+                return saved
+            except (files.DamagedError, OSError, ValueError, KeyError) as error:
+                _LOG.warning("The checkpoint %s is damaged (%s). Using the one before.", self.folder / name, error)
+        if names:
+            raise CheckpointError(
+                f"None of the {len(names)} checkpoints in {self.folder} is as it was written; the log names what is "
+                "wrong with each. Restore the folder from a copy, or choose another directory to start anew."
+            )
+        return None
+
+    def write(
+        self,
+        record: dict[str, Any],
+        tensors: Mapping[str, tf.Tensor],
+        *,
+        still: Collection[str] = (),
+        write_more: Callable[[pathlib.Path], None] = lambda folder: None,
+    ) -> pathlib.Path:
+        """Write a checkpoint, and return its folder.
+
+        Args:
+            record: What it says of the run.
+            tensors: Its tensors, by name.
+            still: The names of tensors that are not expected to move.
+            write_more: Writes more files into its folder.
+
+        Raises:
+            OSError, tf.errors.OpError: The disk is full, or cannot be written.
+        """
+        values = {name: tensor.numpy() for name, tensor in tensors.items()}
+        own, shared = self._shares(values, still)
+        numbers = [int(name.split("-")[0]) for name in self.names()]
+        final = self.folder / f"{max(numbers, default=0) + 1:06d}-step-{record['step']}"
+        with files.written_aside(final) as folder:
+            write_more(folder)
+            write_checkpoint(folder, record, {name: tensors[name] for name in own}, shared)
+        return final
+
+    def take_up(self, saved: SavedRun) -> None:
+        """Go on from a checkpoint: what it refers to need not be written again."""
+        for folder, kept in saved.record["shared"].items():
+            self._shared |= {name: (folder, digest) for name, digest in kept["tensors"].items()}
+
+    def remove_all_but(self, kept: Collection[str]) -> None:
+        """Remove the checkpoints that are not to be kept, and what none of the others refers to."""
+        for name in set(self.names()) - set(kept):
+            files.remove(self.folder / name)
+        records = self.records()
+        # A record that cannot be read may refer to any of them.
+        if len(records) == len(self.names()):
+            used = {shared for record in records.values() for shared in record["shared"]}
+            for path in self._shared_folders():
+                if path.name not in used:
+                    files.remove(path)
+                    self._shared = {name: kept for name, kept in self._shared.items() if kept[0] != path.name}
+
+    def _shared_folders(self) -> Iterator[pathlib.Path]:
+        return (path for path in self.folder.glob("shared-*") if _SHARED.fullmatch(path.name))
+
+    def _shares(self, values: Mapping[str, np.ndarray], still: Collection[str]) -> tuple[list[str], dict[str, Any]]:
+        """Return the names of the tensors that a checkpoint writes itself, and the folders that have the others."""
+        # Two numbers for each tensor: a quick one that tells most of what moved, and a digest where that one agrees.
+        checksums = {name: _checksum(value) for name, value in values.items()}
+        rests = [name for name in values if name in still or checksums[name] == self._last.get(name)]
+        digests = {name: tensor_digest(values[name]) for name in values if name in self._shared or name in rests}
+        there = {name for name in digests if name in self._shared and self._shared[name][1] == digests[name]}
+        new = {name: values[name] for name in rests if name not in there}
+        if bytes_of(new) >= LEAST_SHARED_BYTES:
+            self._write_shared(new, digests)
+            there |= new.keys()
+        self._last = checksums
+        shared: dict[str, Any] = {}
+        for name in sorted(there):
+            folder, digest = self._shared[name]
+            if folder not in shared:
+                shared[folder] = {"digest": files.digest_of(self.folder / folder), "tensors": {}}
+            shared[folder]["tensors"][name] = digest
+        return [name for name in values if name not in there], shared
+
+    def _write_shared(self, values: Mapping[str, np.ndarray], digests: Mapping[str, str]) -> None:
+        numbers = [int(path.name.partition("-")[2]) for path in self._shared_folders()]
+        name = f"shared-{max(numbers, default=0) + 1:06d}"
+        with files.written_aside(self.folder / name) as folder:
+            files.write_tensors(folder, {each: tf.constant(value) for each, value in values.items()})
+        self._shared |= {each: (name, digests[each]) for each in values}
+
+
+def write_checkpoint(
+    folder: pathlib.Path, record: dict[str, Any], tensors: Mapping[str, tf.Tensor], shared: Mapping[str, Any]
+) -> None:
+    """Write what a checkpoint says of its run, and its own tensors."""
+    if tensors:
+        files.write_tensors(folder, tensors)
+    said = {**record, "own": list(tensors), "shared": dict(shared)}
+    # A line for each entry, so that people can read it.
+    lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(value)}" for name, value in said.items())
+    (folder / RECORD).write_text(f"{{\n{lines}\n}}\n")
+
+
+def _checksum(value: np.ndarray) -> int:
+    # Of the bytes, so that NaN and -0.0 count too.
+    return zlib.crc32(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
