@@ -59,6 +59,7 @@ class DataLoader:
         self._batches_read = 0
         self._passes = 0
         self._sought: DataPosition | None = None  # where this loader was told to begin
+        self._began_at: DataPosition | None = None  # the same, also once something was read
 
     def cursor(self) -> BatchCursor:
         """Return the cursor at the next batch; after the last batch, the data begins again.
@@ -79,11 +80,15 @@ class DataLoader:
         """Tell whether an epoch goes on, of which so many batches were drawn before the data was sought."""
         if self.steps_per_epoch is not None or not drawn:
             return drawn != self.steps_per_epoch
-        if self._sought is None or self._sought.batch is None:
+        began, self._began_at = self._began_at, None
+        # An epoch begins with a pass: one of which batches were drawn is over where the pass is at its start.
+        if began is None or not began.batch:
             return False
-        self._cursors, self._passes, self._sought = self.source.cursors(), self._passes + 1, None
-        self._cursor = next(self._cursors, None)
-        return self._cursor is not None and not self._cursor.exhausted
+        # A model that had to be built has looked at the next batch already, perhaps at that of the next pass.
+        if self._sought is not None:
+            self._cursors, self._passes, self._sought = self.source.cursors(), self._passes + 1, None
+            self._cursor = next(self._cursors, None)
+        return self._passes == began.passes and self._cursor is not None and not self._cursor.exhausted
 
     def epoch(self, drawn: int = 0) -> Iterator[BatchCursor]:
         """Go through one epoch by its cursors, each of which is to be read until none of its batches remain.
@@ -139,7 +144,7 @@ class DataLoader:
             restore: Brings an iterator of `tf.data` to where it was; if None, batches are left out.
         """
         self.close()
-        self._sought = position
+        self._sought = self._began_at = position
         if position.batch is None:
             self._passes = position.passes
             self.source.skip(position.passes, 0)
