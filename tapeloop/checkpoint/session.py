@@ -106,7 +106,7 @@ class CheckpointSession:
                 there = found.record["step"], found.record["epoch"], found.record["under_way"] is not None
                 here = state.step, state.epoch, state.resumption is not None
                 # A second fit of one program begins where the first has ended.
-                self.found = found if there > here else None
+                self.found = found if there > here or state.is_of_later_fit else None
                 if self.found is not None and state.was_loaded:
                     raise CheckpointError(
                         f"The trainer was loaded at step {state.step}, and the newest checkpoint in {folder} is at "

@@ -84,6 +84,7 @@ class TrainerState:
         resumption: Where the next fit goes on, after a checkpoint was loaded.
         was_loaded: Whether the user has loaded a checkpoint since the last fit.
         ahead: By how many epochs a loaded checkpoint is ahead of what the fits so far have asked for.
+        is_of_later_fit: Whether the state is that of a checkpoint which a fit to come has saved.
     """
 
     optimizers: Optimizers
@@ -102,6 +103,7 @@ class TrainerState:
     resumption: Resumption | None = None
     was_loaded: bool = False
     ahead: int = 0
+    is_of_later_fit: bool = False
 
     def plan_fit(self, epochs: int, found: Resumption | None) -> tuple[range, Resumption | None]:
         """Return the epochs of a fit that is about to begin, and where its data goes on if it was saved before.
@@ -131,6 +133,10 @@ class TrainerState:
             shuffle_seed: The seed by which it shuffles arrays: the state tells in which order it trained.
         """
         self.ahead, self.was_loaded = max(0, self.epoch - span.stop), False
+        # What the program does between this fit and the one that was saved acts on a state that has it already: that
+        # fit loads the checkpoint again.
+        later = self.resumption is not None and self.resumption.first_epoch >= span.stop
+        self.is_of_later_fit = later and self.epoch >= span.stop
         if self.epoch < span.stop:
             self.resumption, self.shuffle_seed = resumption, shuffle_seed
 
