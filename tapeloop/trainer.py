@@ -252,6 +252,8 @@ class Trainer(SavesRuns, UserStep):
             # A policy is asked about variables, which a model that was not called before has only now.
             self._loop.phases.resolve_to_come()
             self.state.begin_fit(span, fit_data.resumption, seed)
+            if self.state.is_of_later_fit:
+                fit_data.pass_over(epochs)
             if session is None:
                 return self._loop.fit(fit_data, span, display)
             with session.saving(fit_data):

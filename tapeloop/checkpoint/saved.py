@@ -25,6 +25,7 @@ class SavedRun:
     Attributes:
         folder: Where it is.
         record: What it says of the run, as its `checkpoint.json` shows it.
+        damaged: The folders of weights that did not train which cannot be read, and why.
     """
 
     def __init__(self, folder: pathlib.Path) -> None:
@@ -43,7 +44,7 @@ class SavedRun:
                 f"{self.record['format']}; this tapeloop reads formats up to {FORMAT}. Update tapeloop."
             )
         self._files: dict[str, TensorFile] = {}
-        self._damaged: dict[str, str] = {}
+        self.damaged: dict[str, str] = {}
         self._place = dict.fromkeys(self.record["own"], "")
         for shared, kept in self.record["shared"].items():
             self._place |= dict.fromkeys(kept["tensors"], shared)
@@ -53,7 +54,7 @@ class SavedRun:
                 if digest_of(folder.parent / shared) != kept["digest"]:
                     raise DamagedError("it is not the one that was referred to")
             except (DamagedError, OSError) as error:
-                self._damaged[shared] = str(error)
+                self.damaged[shared] = str(error)
 
     @property
     def names(self) -> frozenset[str]:
@@ -73,7 +74,7 @@ class SavedRun:
         Raises:
             DamagedError: A file of weights that did not train is damaged, and the model has others.
         """
-        for shared, why in self._damaged.items():
+        for shared, why in self.damaged.items():
             for name, digest in self.record["shared"][shared]["tensors"].items():
                 if tensor_digest(live(name)) != digest:
                     raise DamagedError(f"{shared}, which holds the weights that did not train, is damaged: {why}")
@@ -81,7 +82,7 @@ class SavedRun:
     def read(self, name: str) -> Any:
         """Return a tensor as a NumPy array; None if the model is known to have it already."""
         place = self._place[name]
-        if place in self._damaged:
+        if place in self.damaged:
             return None
         if place not in self._files:
             self._files[place] = TensorFile(self.folder.parent / place if place else self.folder)

@@ -66,7 +66,6 @@ class CheckpointSession:
         if self.found is None:
             return
         self._contents.restore(self.found)
-        self._store.take_up(self.found)
         record = self.found.record
         within = f" and {record['under_way']['drawn']} batches" if record["under_way"] else ""
         step, epoch = record["step"], record["epoch"]
@@ -103,6 +102,7 @@ class CheckpointSession:
                     "Choose another directory, or remove them."
                 )
             if found is not None:
+                self._store.take_up(found)
                 there = found.record["step"], found.record["epoch"], found.record["under_way"] is not None
                 here = state.step, state.epoch, state.resumption is not None
                 # A second fit of one program begins where the first has ended.

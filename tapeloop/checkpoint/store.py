@@ -106,6 +106,13 @@ class CheckpointStore:
     def take_up(self, saved: SavedRun) -> None:
         """Go on from a checkpoint: what it refers to need not be written again."""
         for folder, kept in saved.record["shared"].items():
+            if folder in saved.damaged:  # the model has what it held: it is written anew
+                _LOG.warning(
+                    "%s is damaged (%s): the model has the same weights, which are written anew.",
+                    self.folder / folder,
+                    saved.damaged[folder],
+                )
+                continue
             self._shared |= {name: (folder, digest) for name, digest in kept["tensors"].items()}
 
     def remove_all_but(self, kept: Collection[str]) -> None:
@@ -126,6 +133,9 @@ class CheckpointStore:
 
     def _shares(self, values: Mapping[str, np.ndarray], still: Collection[str]) -> tuple[list[str], dict[str, Any]]:
         """Return the names of the tensors that a checkpoint writes itself, and the folders that have the others."""
+        # A folder that somebody removed is written anew.
+        there = {path.name for path in self._shared_folders() if (path / files.SUMS).exists()}
+        self._shared = {name: kept for name, kept in self._shared.items() if kept[0] in there}
         # Two numbers for each tensor: a quick one that tells most of what moved, and a digest where that one agrees.
         checksums = {name: _checksum(value) for name, value in values.items()}
         rests = [name for name in values if name in still or checksums[name] == self._last.get(name)]

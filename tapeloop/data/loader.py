@@ -155,6 +155,16 @@ class DataLoader:
         else:
             self.source.skip(self._passes, position.batch)
 
+    def pass_over(self, epochs: int) -> None:
+        """Leave the user's data as it is after so many epochs."""
+        if self._iterator is not None:
+            for _ in self._iterator.iterable:  # which `require_epochs` has limited
+                pass
+            return
+        per_pass, steps = self.source.size, self.steps_per_epoch
+        passes = epochs if steps is None else -(-steps * epochs // per_pass) if per_pass else 1
+        self.source.skip(passes, 0)
+
     def __iter__(self) -> Iterator[Any]:
         for cursor in self.epoch():
             while cursor.remaining != 0:

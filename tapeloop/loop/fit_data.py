@@ -103,6 +103,12 @@ class FitData:
         if self._validation is not None and "validation_data" in resumption.positions:
             self._validation.seek(resumption.positions["validation_data"])
 
+    def pass_over(self, epochs: int) -> None:
+        """Leave data that a later fit may go on in as it is after so many epochs, without training on it."""
+        self.loader.pass_over(epochs)
+        if self._validation is not None and self._validation.is_one_shot:
+            self._validation.pass_over(epochs)
+
     def training(self, phase: ActivePhase, epoch: int) -> DataLoader:
         """Return what an epoch of a phase trains on."""
         return self.loader
