@@ -128,9 +128,14 @@ class RunContents:
             changed = state.optimizers.rebuild(record["optimizers"], by_path)
             changed |= state.averages.rebuild(record["averages"], by_path)
             state.loss_scale.rebuild(record["loss_scale"])
-            if changed:
-                self.loop.steps.forget()
-        names = {name for name in saved.names if not name.startswith("log/")}
+        else:
+            changed = state.optimizers.rebuild({"cohorts": [], "templates": {}, "set": {}}, by_path)
+            changed |= state.averages.rebuild({"left_at": {}}, by_path)
+            state.loss_scale.rebuild(False)
+        if changed:
+            self.loop.steps.forget()
+        left_out = ("log/", "optimizer/", "average/", "loss_scale/") if fresh_optimizer else ("log/",)
+        names = {name for name in saved.names if not name.startswith(left_out)}
         for name, variable in self.variables().items():
             if name in names and variable.shape.as_list() == saved.shape(name):
                 value = saved.read(name)
@@ -240,6 +245,7 @@ def resumption_of(saved: SavedRun) -> Resumption | None:
         data,
         progress,
         logs,
+        tuple(tuple(name.split("/")[2].split(",")) for name in sorted(saved.names) if name.startswith("log/means/")),
         lambda variables: _assign_logs(saved, variables),
         saved.restore_iterator if data["has_iterator"] else None,
     )

@@ -277,6 +277,9 @@ class EpochLoop:
         if has_more:
             # What a step logs is known once it is traced.
             step.trace(loader.cursor())
+            # Those of a phase before in this epoch, and of steps that run eagerly.
+            for names in resumption.log_scalars:
+                self.steps.parts.means["train"].prepare(names)
             resumption.restore_logs(self.log_variables())
 
     def _call(self, step: CompiledStep, cursor: BatchCursor, loader: DataLoader, most: int | None = None) -> int:

@@ -47,6 +47,7 @@ class Resumption:
         data: What the checkpoint says of the data.
         progress: How far the epoch had come that was under way, if one was.
         logs: What that epoch had logged by then.
+        log_scalars: The names of the scalars of each kind of step that it had run.
         restore_logs: Brings the variables of its logs to where they were.
         restore_iterator: Brings an iterator of `tf.data` to where it was, if that was saved.
     """
@@ -59,6 +60,7 @@ class Resumption:
     data: Mapping[str, Any]
     progress: EpochProgress | None
     logs: Mapping[str, Any]
+    log_scalars: tuple[tuple[str, ...], ...]
     restore_logs: Callable[[Mapping[str, tf.Variable]], None]
     restore_iterator: Callable[[Any], None] | None
 

@@ -38,7 +38,10 @@ class LossScale:
         return {str(number): variable for number, variable in enumerate(self.variables)}
 
     def rebuild(self, exists: bool) -> None:
-        """Make the scale if there is none and there shall be one."""
+        """Make the scale if there is none and there shall be one; one that shall not be begins anew."""
+        if not exists and self.value is not None:
+            self.value.assign(FIRST_SCALE)
+            self.variables[1].assign(0)
         if exists and self.value is None:
             self.value = tf.Variable(FIRST_SCALE, trainable=False, name="loss_scale")
             self.variables = [self.value, tf.Variable(0, trainable=False, name="finite_steps")]
