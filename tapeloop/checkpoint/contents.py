@@ -83,6 +83,7 @@ class RunContents:
             **self._fit(),
             "history": self._history(),
             "shapes": {name: variable.shape.as_list() for name, variable in variables.items()},
+            "dtypes": {name: variable.dtype.name for name, variable in variables.items()},
         }
 
     def _fit(self) -> dict[str, Any]:
@@ -168,6 +169,11 @@ class RunContents:
         if other:
             shapes = [f"{_without_kind(name)} {theirs[name]} and not {mine[name]}" for name in other]
             problems.append(f"they have in other shapes: {listed(shapes)}")
+        dtypes = {name: variable.dtype.name for name, variable in self.variables().items()}
+        cast = [name for name in sorted(mine.keys() & theirs.keys()) if dtypes[name] != saved.record["dtypes"][name]]
+        if cast:
+            types = [f"{_without_kind(name)} {saved.record['dtypes'][name]} and not {dtypes[name]}" for name in cast]
+            problems.append(f"they have in other types: {listed(types)}")
         if problems and (strict or not mine.keys() & theirs.keys()):
             is_built = all(layer.object.built for layer in Tree.of(self.model).layers)
             remedy = "Call the model on a batch first, to build it."
@@ -189,7 +195,8 @@ class RunContents:
         for name in COUNTERS:
             setattr(state, name, record[name])
         state.logs = _arrays(record["logs"])
-        state.microbatches.count = record["microbatches"]
+        if state.microbatches.adapts:  # otherwise the program says it
+            state.microbatches.count = record["microbatches"]
         state.under_way = None
         recorded = None if record["phase"] is None else recorded_phase(record["phase"])
         phases.start_over(recorded, record["policy"]["name"], record["policy"]["state"])

@@ -49,8 +49,10 @@ class CheckpointSession:
         """
         self.found: SavedRun | None = None
         self._options = options
+        # Once and for all: the program may change its working directory.
+        self._folder = options.path.absolute()
         self._contents = contents
-        self._store = CheckpointStore(options.path)
+        self._store = CheckpointStore(self._folder)
         self._writer = BackgroundWriter(self._store, options)
         self._data: FitData | None = None
         self._saved_at, self._saved = 0.0, (0, 0)
@@ -78,7 +80,7 @@ class CheckpointSession:
         Raises:
             CheckpointError: The folder cannot be written, another run uses it, or `resume` forbids what is there.
         """
-        folder, options, state = self._options.path, self._options, self._contents.loop.state
+        folder, options, state = self._folder, self._options, self._contents.loop.state
         if (folder / files.SUMS).exists():
             raise CheckpointError(
                 f"{folder} is a checkpoint, and no directory of a run. Give its parent to go on there, or call "
@@ -187,7 +189,8 @@ class CheckpointSession:
         if not self._contents.loop.is_resuming:
             self._save()
         self._writer.wait()
-        step, newest = self._contents.loop.state.step, self._options.newest
+        step, names = self._contents.loop.state.step, self._store.names()
+        newest = self._folder / names[-1] if names else None
         saved = f"Run the same program again to resume from {newest}" if newest else "Nothing is saved"
         _LOG.warning("Stopped by %s after step %s. %s.", name, step, saved)
 
@@ -225,8 +228,8 @@ class CheckpointSession:
         if iterator is None:
             return None
         # Now, and not while training goes on and draws from it.
-        folder = self._options.path / f"{files.ASIDE}iterator"
-        folder.mkdir(exist_ok=True)
+        folder = self._folder / f"{files.ASIDE}iterator"
+        folder.mkdir(parents=True, exist_ok=True)
         try:
             tf.train.Checkpoint(iterator=iterator).write(str(folder / ITERATOR))
         except (tf.errors.OpError, ValueError, TypeError) as error:

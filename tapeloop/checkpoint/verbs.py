@@ -30,6 +30,7 @@ class SavesRuns:
 
         Raises:
             CheckpointError: The path cannot be written, or is a folder of something else.
+            RuntimeError: Called inside `ema_weights()`, unless for a file of Keras'.
 
         Example:
             >>> import tempfile
@@ -44,6 +45,8 @@ class SavesRuns:
         if foreign.is_keras(folder):
             foreign.save_keras(folder, self._contents.model)
             return
+        averages = self._contents.loop.state.averages
+        averages.check_own_values("`save` was called inside `ema_weights()`, and a run is saved with its own weights.")
         if folder.exists() and not (folder / files.SUMS).exists():
             raise CheckpointError(f"{folder} is there already and is no checkpoint. Choose another path.")
         variables = {**self._contents.variables(), **self._contents.log_variables()}
@@ -69,10 +72,13 @@ class SavesRuns:
         Raises:
             CheckpointError: There is no checkpoint, it is damaged, or it is of another model or trainer. Nothing has
                 moved then.
+            RuntimeError: Called inside `ema_weights()`.
 
         Example: see `save`.
         """
         place = pathlib.Path(path).expanduser()
+        averages = self._contents.loop.state.averages
+        averages.check_own_values("`load` was called inside `ema_weights()`, which would undo it at its end.")
         if foreign.is_keras(place):
             foreign.load_keras(place, self._contents.model)
         elif foreign.is_tensorflow(place):

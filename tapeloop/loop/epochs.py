@@ -265,8 +265,9 @@ class EpochLoop:
         if not every_steps or state.step == progress.asked or state.step % every_steps or ends:
             return phase
         with deferred_interrupt():
-            progress.asked = state.step
             phase = self.phases.due(LazyLogs(lambda: self._read_logs()[0]))
+            # After the answer: a policy that saves the run while it is asked is asked again when the run goes on.
+            progress.asked = state.step
             self._record(phase, history)
         phase.step.planner.warn_stale()
         return phase

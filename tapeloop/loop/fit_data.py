@@ -82,6 +82,7 @@ class FitData:
         return {
             "kind": type(spec.data).__name__,
             "batches": size,
+            "examples": getattr(loader.source, "examples", None),
             "batch_size": spec.batch_size if spec.is_arrays else None,
         }
 

@@ -131,10 +131,19 @@ class MovingAverages:
         Raises:
             RuntimeError: They have those of their averages.
         """
+        self.check_own_values("`fit` was called inside `ema_weights()`, which would undo it at its end.")
+
+    def check_own_values(self, said: str) -> None:
+        """Check that the variables have their own values.
+
+        Args:
+            said: What was asked for, and why it cannot be.
+
+        Raises:
+            RuntimeError: They have those of their averages.
+        """
         if self._swapped:
-            raise RuntimeError(
-                "`fit` was called inside `ema_weights()`, which would undo it at its end. Call it outside."
-            )
+            raise RuntimeError(f"{said} Call it outside.")
 
     def update(self, variables: Iterable[VariableInfo]) -> None:
         """Take the variables' new values into their averages."""

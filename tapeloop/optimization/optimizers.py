@@ -241,6 +241,9 @@ class Optimizers:
                 said.append(f"it has an optimizer for {name}, the trainer has those for {sorted(kinds)}")
             elif kinds[key] != kind:
                 said.append(f"the optimizer of {name} is {kind} there and {kinds[key]} here")
+            elif description["templates"][key]["slots"] != self._templates[key].slot_settings:
+                slots = description["templates"][key]["slots"], self._templates[key].slot_settings
+                said.append(f"the {kind} of {name} has {slots[0]} there and {slots[1]} here")
         return said
 
     def rebuild(self, description: Mapping[str, Any], by_path: Mapping[str, VariableInfo]) -> bool:

@@ -17,6 +17,7 @@ from tapeloop.errors import PolicyError
 from tapeloop.optimization.learning_rate import Multiplied
 
 _LOG = logging.getLogger("tapeloop")
+SLOT_SETTINGS = "momentum", "amsgrad", "centered"  # of Keras' optimizers: with them, a variable has more slots
 
 
 class Template:
@@ -70,8 +71,13 @@ class Template:
 
     def describe(self) -> dict[str, Any]:
         """Return, as JSON has it, what `restore` needs."""
-        rates = {"rate": self._rate, "seen": self._seen, "first_rate": self._first_rate}
+        rates = {"rate": self._rate, "seen": self._seen, "first_rate": self._first_rate, "slots": self.slot_settings}
         return {"kind": type(self.optimizer).__name__, "now": float(self.optimizer.learning_rate), **rates}
+
+    @property
+    def slot_settings(self) -> dict[str, bool]:
+        """Which of its settings are on that decide which slots it keeps for a variable."""
+        return {name: bool(self._said[name]) for name in SLOT_SETTINGS if name in self._said}
 
     def restore(self, description: Mapping[str, Any]) -> None:
         """Take the learning rate that was described, in place of the one that was passed."""

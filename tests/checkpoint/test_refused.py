@@ -17,13 +17,13 @@ from tests.support.fitting import refused
 layers = keras.layers
 
 
-def network(*names, units=6):
-    hidden = [layers.Dense(units, name=name) for name in names[:-1]]
+def network(*names, units=6, dtype="float32"):
+    hidden = [layers.Dense(units, name=name, dtype=keras.dtype_policies.DTypePolicy(dtype)) for name in names[:-1]]
     return keras.Sequential([keras.Input((4,)), *hidden, layers.Dense(3, name=names[-1])])
 
 
-def trainer_of(*names, units=6, **options):
-    return tl.Trainer(network(*names, units=units), **{"loss": "mse", **options})
+def trainer_of(*names, units=6, dtype="float32", **options):
+    return tl.Trainer(network(*names, units=units, dtype=dtype), **{"loss": "mse", **options})
 
 
 def fitted(trainer, folder=None, **options):
@@ -48,6 +48,11 @@ def saved(tmp_path_factory):
             r"in other shapes: `a/bias \[6\] and not \[5\]`, `a/kernel \[4, 6\] and",
         ),
         (lambda: trainer_of("a", "b", optimizer="sgd"), "the optimizer of all groups is Adam there and SGD here"),
+        (
+            lambda: trainer_of("a", "b", optimizer=keras.optimizers.Adam(amsgrad=True)),
+            r"the Adam of all groups has .*'amsgrad': False.* there and .*'amsgrad': True.* here",
+        ),
+        (lambda: trainer_of("a", "b", dtype="bfloat16"), "in other types: `a/bias float32 and not bfloat16`"),
         (lambda: trainer_of("a", "b", ema=0.9), "its `ema` is None, the trainer's is 0.9"),
         (
             lambda: tl.Trainer(keras.Sequential([layers.Dense(3, name="b")]), loss="mse"),
@@ -161,7 +166,7 @@ def test_other_data_and_another_rate_are_warned_of(tmp_path, caplog):
     fitted(trainer_of("a", "b", optimizer=keras.optimizers.Adam(0.01)), tmp_path)
     trainer = trainer_of("a", "b", optimizer=keras.optimizers.Adam(0.02))
     trainer.fit((runs.X[:8], runs.Y[:8]), batch_size=4, epochs=2, progress="none", checkpoint=tmp_path)
-    assert "The data has changed (batches 5, now 2)" in caplog.text
+    assert "The data has changed (batches 5, now 2; examples 20, now 8)" in caplog.text
     assert "This program sets the learning rate of Adam to 0.02, and the run began with 0.01" in caplog.text
     assert trainer.step == 7
     assert trainer.learning_rates["default"] == pytest.approx(0.01)
@@ -254,3 +259,21 @@ def test_a_policy_that_writes_half_of_its_state_is_refused(tmp_path):
 def test_what_was_not_loaded_is_said(saved, caplog):
     trainer_of("a", "c").load(saved, strict=False)
     assert "was loaded in part. What the checkpoint has and this trainer has not: `b/bias`, `b/kernel`" in caplog.text
+
+
+def test_a_run_is_saved_and_loaded_with_its_own_weights(tmp_path):
+    trainer = fitted(trainer_of("a", "b", ema=0.9))
+    with trainer.ema_weights():
+        with pytest.raises(RuntimeError, match=r"`save` was called inside `ema_weights\(\)`"):
+            trainer.save(tmp_path / "run")
+        with pytest.raises(RuntimeError, match=r"`load` was called inside `ema_weights\(\)`"):
+            trainer.load(tmp_path / "run")
+        trainer.save(tmp_path / "averaged.keras")
+
+
+def test_fresh_optimizers_are_fresh_in_a_trainer_that_has_trained(saved):
+    trainer = fitted(trainer_of("a", "b"), epochs=2)
+    trainer.load(saved, fresh_optimizer=True)
+    assert trainer.state.optimizers.cohorts == []
+    fitted(trainer)
+    assert [int(cohort.optimizer.iterations) for cohort in trainer.state.optimizers.cohorts] == [5]

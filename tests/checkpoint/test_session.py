@@ -100,6 +100,50 @@ def test_a_policy_that_is_set_between_two_fits_is_that_of_the_second(tmp_path):
     assert runs.digest(resumed) == uninterrupted
 
 
+def test_a_model_that_is_built_in_its_first_step_goes_on_within_an_epoch(tmp_path):
+    def network():
+        return keras.Sequential(
+            [layers.Dense(6, name="base"), layers.Dropout(0.3, name="d"), layers.Dense(3, name="h")]
+        )
+
+    run = runs.Run(runs.made(network=network))
+    for stop in (2, 8, 10):
+        with runs.interrupted_at(stop):
+            run.fit(3, tmp_path)
+    assert runs.digest(run.fit(3, tmp_path)) == runs.digest(run.fit(3))
+
+
+def test_what_a_program_does_between_two_fits_is_not_done_twice(tmp_path):
+    def program(folder, stop=100):
+        trainer = PLAIN.trainer()
+        with runs.interrupted_at(stop):
+            given = {"batch_size": 4, "progress": "none", "checkpoint": folder}
+            trainer.fit((runs.X, runs.Y), **given)
+            trainer.learning_rates["default"] = trainer.learning_rates["default"] / 2
+            kernel = trainer.model.get_layer("head").kernel
+            kernel.assign(kernel + 1)
+            trainer.fit((runs.X, runs.Y), epochs=2, **given)
+        return runs.digest(trainer)
+
+    for stop in (3, 7, 11):
+        program(tmp_path / "stopped", stop)
+    assert program(tmp_path / "stopped") == program(tmp_path / "whole")
+
+
+def test_logs_of_an_earlier_phase_of_the_epoch_go_on(tmp_path):
+    class Named(tl.Trainer):
+        def train_step(self, batch):
+            logs = super().train_step(batch)
+            trains_head = "head/kernel" in [variable.path for variable in self.selection.trained]
+            return {**logs, "of head" if trains_head else "of base": logs["loss"]}
+
+    policy = lambda: tl.Cycle([tl.TrainOnly("head"), tl.TrainOnly("base")], every=2)  # noqa: E731
+    run = runs.Run(runs.made(policy, Named))
+    with runs.interrupted_at(3):
+        run.fit(1, tmp_path)
+    assert runs.digest(run.fit(1, tmp_path)) == runs.digest(run.fit(1))
+
+
 def test_a_history_holds_the_whole_fit_after_it_was_stopped(tmp_path):
     with runs.interrupted_at(7):
         PLAIN.fit(3, tmp_path)

@@ -113,6 +113,22 @@ def test_frozen_weights_that_are_damaged_are_taken_from_the_model_if_it_has_the_
         other.load(copy)
 
 
+@pytest.mark.parametrize("damage", ["flipped", "gone"])
+def test_frozen_weights_that_are_damaged_are_written_anew(tmp_path, damage, caplog):
+    fitted(tmp_path, epochs=1)
+    shared = next(tmp_path.glob("shared-*"))
+    if damage == "gone":
+        shutil.rmtree(shared)
+    else:
+        flipped(next(path for path in shared.iterdir() if "data" in path.name), 100)
+    fitted(tmp_path, epochs=2)
+    assert "the model has the same weights, which are written anew" in caplog.text
+    other = large()
+    other.model.get_layer("base").kernel.assign_add(np.ones((4, LARGE), "float32"))
+    other.load(checkpoints(tmp_path)[-1])  # it needs none of the model's own
+    assert other.epoch == 2
+
+
 def test_the_digests_are_those_that_sha256sum_knows(two):
     for folder in (*checkpoints(two[0]), *two[0].glob("shared-*")):
         done = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=folder, capture_output=True, text=True)
