@@ -183,7 +183,9 @@ def digest(trainer):
     variables = trainer._contents.variables()
     said = {name: hashlib.sha256(variable.numpy().tobytes()).hexdigest() for name, variable in variables.items()}
     history = trainer.history
-    said["history"] = repr((history.epoch, {name: list(map(float, log)) for name, log in history.history.items()}))
+    said["history"] = repr(
+        (history.epoch, {name: list(map(float, log)) for name, log in sorted(history.history.items())})
+    )
     said["phases"] = repr([(phase.step, phase.epoch, phase.selection.describe()) for phase in history.phases])
     said["counts"] = repr((trainer.step, trainer.epoch, trainer.state.skipped_steps, trainer.loss_scale))
     said["policy"] = repr(trainer.policy.get_state())
