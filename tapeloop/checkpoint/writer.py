@@ -28,7 +28,9 @@ class BackgroundWriter:
         """Keep where checkpoints are written, and which are kept."""
         self._store = store
         self._options = options
-        self._thread: threading.Thread | None = None
+        # Not `Thread.join`: one that a signal interrupts takes the thread for ended (bpo-45274).
+        self._is_done = threading.Event()
+        self._is_done.set()
         self._failure: BaseException | None = None
 
     def start(
@@ -53,16 +55,16 @@ class BackgroundWriter:
                 self._store.remove_all_but({*newest, *([best] if best is not None else [])})
             except BaseException as error:
                 self._failure = error
+            finally:
+                self._is_done.set()
 
         # The program may end without waiting: what is half written is no checkpoint.
-        self._thread = threading.Thread(target=write, name="tapeloop-checkpoint", daemon=True)
-        self._thread.start()
+        self._is_done.clear()
+        threading.Thread(target=write, name="tapeloop-checkpoint", daemon=True).start()
 
     def wait(self) -> None:
         """Wait until the last checkpoint is written, and warn if it could not be."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self._is_done.wait()
         failure, self._failure = self._failure, None
         if failure is None:
             return
