@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tapeloop._version import __version__
 from tapeloop.checkpoint.checkpoints import Checkpoints
 from tapeloop.errors import (
     CacheError,
@@ -54,6 +55,7 @@ __all__ = [
     "Trainer",
     "VariableInfo",
     "VariablePolicy",
+    "__version__",
     "first",
     "glob",
     "last",
@@ -63,5 +65,3 @@ __all__ = [
     "paths",
     "under",
 ]
-
-__version__ = "0.1.0"

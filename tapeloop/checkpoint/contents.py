@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import logging
 import math
 from collections.abc import Mapping
@@ -14,18 +13,21 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tapeloop._version import __version__
 from tapeloop.checkpoint.saved import FORMAT, SavedRun
 from tapeloop.data.loader import DataPosition
 from tapeloop.errors import CheckpointError, listed
 from tapeloop.loop.epochs import EpochLoop
 from tapeloop.loop.history import Phase
 from tapeloop.loop.state import EpochProgress, Resumption
+from tapeloop.model.selection import Selection
 from tapeloop.model.tree import Model, Tree
 from tapeloop.policies.recorded import Recorded, described
 from tapeloop.policies.resolve import resolve
 from tapeloop.step.user_attributes import UserAttributes
 
 _LOG = logging.getLogger("tapeloop")
+OF_OPTIMIZERS = "optimizer/", "average/", "loss_scale/"
 COUNTERS = "step", "epoch", "skipped_steps", "consecutive_skipped", "shuffle_seed"
 
 
@@ -63,7 +65,7 @@ class RunContents:
         state, phases = self.loop.state, self.loop.phases
         phase, under_way = phases.record(), state.under_way
         versions = {
-            "tapeloop": importlib.metadata.version("tapeloop"),
+            "tapeloop": __version__,
             "tensorflow": tf.__version__,
             "keras": keras.__version__,
         }
@@ -104,7 +106,7 @@ class RunContents:
         return set(_under("model", {variable.path: None for variable in self.loop.phases.still()}))
 
     def restore(self, saved: SavedRun, *, strict: bool = True, fresh_optimizer: bool = False) -> None:
-        """Bring the run to where a checkpoint has it, having looked at all of it first.
+        """Restore the run from a checkpoint, having looked at all of it first.
 
         Args:
             saved: The checkpoint.
@@ -114,67 +116,56 @@ class RunContents:
         Raises:
             CheckpointError: It is of another model or another trainer.
         """
-        record, state = saved.record, self.loop.state
+        tree, state = Tree.of(self.model), self.loop.state
         self._require_same_model(saved, strict)
-        tree = Tree.of(self.model)
-        by_path = {path: variable for variable in tree.variables for path in variable.paths}
         if not fresh_optimizer:
-            wrong = [*state.optimizers.differences(record["optimizers"]), *self._other_averages(record)]
-            if wrong:
-                raise CheckpointError(
-                    f"{saved.folder} has a state of the optimizer that this trainer cannot take: {'; '.join(wrong)}. "
-                    "Make the trainer as it was. Or start the optimizer anew: call `trainer.load(path, "
-                    "fresh_optimizer=True)`, and give `fit` a new directory."
-                )
-            changed = state.optimizers.rebuild(record["optimizers"], by_path)
-            changed |= state.averages.rebuild(record["averages"], by_path)
-            state.loss_scale.rebuild(record["loss_scale"])
+            self._require_same_optimizers(saved)
+            by_path = {path: variable for variable in tree.variables for path in variable.paths}
+            is_gone = state.optimizers.rebuild(saved.record["optimizers"], by_path)
+            is_gone |= state.averages.rebuild(saved.record["averages"], by_path)
+            state.loss_scale.rebuild(saved.record["loss_scale"])
         else:
-            changed = state.optimizers.rebuild({"cohorts": [], "templates": {}, "set": {}}, by_path)
-            changed |= state.averages.rebuild({"left_at": {}}, by_path)
-            state.loss_scale.rebuild(False)
-        if changed:
+            is_gone = bool(state.optimizers.variables or state.averages.variables)
+            state.optimizers.start_over()
+            state.averages.start_over()
+            state.loss_scale.start_over()
+        if is_gone:
             self.loop.steps.forget()
-        left_out = ("log/", "optimizer/", "average/", "loss_scale/") if fresh_optimizer else ("log/",)
-        names = {name for name in saved.names if not name.startswith(left_out)}
+        left_out = ("log/", *OF_OPTIMIZERS) if fresh_optimizer else ("log/",)
         for name, variable in self.variables().items():
-            if name in names and variable.shape.as_list() == saved.shape(name):
-                value = saved.read(name)
-                if value is not None:
-                    variable.assign(value)
+            fits = name in saved.names and variable.shape.as_list() == saved.shape(name)
+            value = saved.read(name) if fits and not name.startswith(left_out) else None
+            if value is not None:
+                variable.assign(value)
         self._restore_state(saved, tree)
 
     def require_readable(self, saved: SavedRun) -> None:
         """Check that every tensor of a checkpoint can be read, or is what the model has already.
 
         Raises:
-            DamagedError: One can not, and the model has another.
+            DamagedError: A tensor cannot be read, and the model has another value.
         """
         variables = self.variables()
         saved.require_readable(lambda name: variables[name].numpy() if name in variables else None)
 
     def _require_same_model(self, saved: SavedRun, strict: bool) -> None:
-        """Check that the run has the variables of the model and of the user that a checkpoint has."""
+        """Check that the model and the user's attributes have the variables of a checkpoint, with shapes and types.
+
+        Raises:
+            CheckpointError: They have not.
+        """
         kinds = ("model/", "attribute/")
-        mine = {name: variable.shape.as_list() for name, variable in self.variables().items() if name.startswith(kinds)}
-        theirs = {name: saved.shape(name) for name in saved.names if name.startswith(kinds)}
-        problems = []
-        for said, names in (
-            ("the checkpoint has and this trainer has not", sorted(theirs.keys() - mine.keys())),
-            ("this trainer has and the checkpoint has not", sorted(mine.keys() - theirs.keys())),
-        ):
-            if names:
-                problems.append(f"{said}: {listed([_without_kind(name) for name in names])}")
-        other = [name for name in sorted(mine.keys() & theirs.keys()) if mine[name] != theirs[name]]
-        if other:
-            shapes = [f"{_without_kind(name)} {theirs[name]} and not {mine[name]}" for name in other]
-            problems.append(f"they have in other shapes: {listed(shapes)}")
-        dtypes = {name: variable.dtype.name for name, variable in self.variables().items()}
-        cast = [name for name in sorted(mine.keys() & theirs.keys()) if dtypes[name] != saved.record["dtypes"][name]]
-        if cast:
-            types = [f"{_without_kind(name)} {saved.record['dtypes'][name]} and not {dtypes[name]}" for name in cast]
-            problems.append(f"they have in other types: {listed(types)}")
-        if problems and (strict or not mine.keys() & theirs.keys()):
+        here = {n: f"{v.dtype.name} {v.shape.as_list()}" for n, v in self.variables().items() if n.startswith(kinds)}
+        there = {n: f"{saved.record['dtypes'][n]} {saved.shape(n)}" for n in saved.names if n.startswith(kinds)}
+        both = sorted(here.keys() & there.keys())
+        differ = [f"{_without_kind(n)} {there[n]}, here {here[n]}" for n in both if here[n] != there[n]]
+        found = {
+            "The checkpoint alone has": [_without_kind(name) for name in sorted(there.keys() - here.keys())],
+            "The trainer alone has": [_without_kind(name) for name in sorted(here.keys() - there.keys())],
+            "Other shapes or types have": differ,
+        }
+        problems = " ".join(f"{who} {listed(names)}." for who, names in found.items() if names)
+        if problems and (strict or not both):
             is_built = all(layer.object.built for layer in Tree.of(self.model).layers)
             remedy = "Call the model on a batch first, to build it."
             if is_built:
@@ -182,13 +173,26 @@ class RunContents:
                     "If Keras has counted the names of layers up (`dense_1`), give them names of your own. To load "
                     "what fits, call `trainer.load(path, strict=False)`."
                 )
-            raise CheckpointError(f"{saved.folder} is of another model. What {'; what '.join(problems)}. {remedy}")
+            raise CheckpointError(f"{saved.folder} is of another model. {problems} {remedy}")
         if problems:
-            _LOG.warning("%s was loaded in part. What %s.", saved.folder, "; what ".join(problems))
+            _LOG.warning("%s was loaded in part. %s", saved.folder, problems)
 
-    def _other_averages(self, record: Mapping[str, Any]) -> list[str]:
-        there, here = record["averages"]["decay"], self.loop.state.averages.decay
-        return [f"its `ema` is {there}, the trainer's is {here}"] if there != here else []
+    def _require_same_optimizers(self, saved: SavedRun) -> None:
+        """Check that the trainer's optimizers and averages can hold the state in a checkpoint.
+
+        Raises:
+            CheckpointError: They cannot.
+        """
+        record, state = saved.record, self.loop.state
+        wrong = state.optimizers.differences(record["optimizers"])
+        if record["averages"]["decay"] != state.averages.decay:
+            wrong.append(f"its `ema` is {record['averages']['decay']}, the trainer's is {state.averages.decay}")
+        if wrong:
+            raise CheckpointError(
+                f"{saved.folder} has a state of the optimizer that this trainer cannot take: {'; '.join(wrong)}. Make "
+                "the trainer as it was. Or start the optimizer anew: call `trainer.load(path, fresh_optimizer=True)`, "
+                "and give `fit` a new directory."
+            )
 
     def _restore_state(self, saved: SavedRun, tree: Tree) -> None:
         record, state, phases = saved.record, self.loop.state, self.loop.phases
@@ -205,15 +209,16 @@ class RunContents:
 
     def _history(self) -> dict[str, Any]:
         history = self.loop.state.history
-        # A cycle comes back to the same selections, each of which is written once.
-        answers = {phase: Recorded.of(phase.policy, phase.selection, None) for phase in history.phases}
-        selections = list(dict.fromkeys(answers.values()))
-        places = {answer: number for number, answer in enumerate(selections)}
+        # A cycle comes back to the same selections, each of which is written once. Policies need have no hash.
+        places: dict[tuple[str, Selection], int] = {}
+        for phase in history.phases:
+            places.setdefault((described(phase.policy), phase.selection), len(places))
+        of_phase = [places[described(phase.policy), phase.selection] for phase in history.phases]
         return {
             "history": {name: [_plain_value(value) for value in values] for name, values in history.history.items()},
             "epoch": list(history.epoch),
-            "phases": [[phase.step, phase.epoch, places[answers[phase]]] for phase in history.phases],
-            "selections": [asdict(answer) for answer in selections],
+            "phases": [[phase.step, phase.epoch, number] for phase, number in zip(history.phases, of_phase)],
+            "selections": [asdict(Recorded.of(name, selection, None)) for name, selection in places],
         }
 
     def _restore_history(self, record: Mapping[str, Any], tree: Tree) -> None:
@@ -259,7 +264,7 @@ def resumption_of(saved: SavedRun) -> Resumption | None:
 
 
 def _assign_logs(saved: SavedRun, variables: Mapping[str, tf.Variable]) -> None:
-    """Bring what an epoch logs to where it was."""
+    """Restore the variables of what an epoch logs."""
     for name, variable in _under("log", variables).items():
         if name in saved.names and variable.shape.as_list() == saved.shape(name):
             variable.assign(saved.read(name))

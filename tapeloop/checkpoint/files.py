@@ -15,7 +15,6 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import tensorflow as tf
 
@@ -72,18 +71,6 @@ def write_tensors(folder: pathlib.Path, tensors: Mapping[str, tf.Tensor]) -> Non
         tf.raw_ops.SaveV2(
             prefix=str(folder / TENSORS), tensor_names=names, shape_and_slices=[""] * len(names), tensors=values
         )
-
-
-class TensorFile:
-    """Tensors in a folder, read by their names."""
-
-    def __init__(self, folder: pathlib.Path) -> None:
-        self._reader = tf.train.load_checkpoint(str(folder / TENSORS))
-        self.shapes: dict[str, list[int]] = self._reader.get_variable_to_shape_map()
-
-    def read(self, name: str) -> Any:
-        """Return a tensor as a NumPy array."""
-        return self._reader.get_tensor(name)
 
 
 def verify(folder: pathlib.Path) -> None:

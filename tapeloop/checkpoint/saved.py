@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 
-from tapeloop.checkpoint.files import DamagedError, TensorFile, digest_of, verify
+from tapeloop._digest import digest
+from tapeloop.checkpoint.files import TENSORS, DamagedError, digest_of, verify
 from tapeloop.errors import CheckpointError
 
 FORMAT = 1  # of what a checkpoint says; an older tapeloop refuses a newer one
@@ -43,7 +42,7 @@ class SavedRun:
                 f"{folder} was written by tapeloop {self.record['written_by']['tapeloop']}, in format "
                 f"{self.record['format']}; this tapeloop reads formats up to {FORMAT}. Update tapeloop."
             )
-        self._files: dict[str, TensorFile] = {}
+        self._readers: dict[str, Any] = {}
         self.damaged: dict[str, str] = {}
         self._place = dict.fromkeys(self.record["own"], "")
         for shared, kept in self.record["shared"].items():
@@ -75,8 +74,8 @@ class SavedRun:
             DamagedError: A file of weights that did not train is damaged, and the model has others.
         """
         for shared, why in self.damaged.items():
-            for name, digest in self.record["shared"][shared]["tensors"].items():
-                if tensor_digest(live(name)) != digest:
+            for name, kept in self.record["shared"][shared]["tensors"].items():
+                if live(name) is None or digest(live(name)) != kept:
                     raise DamagedError(f"{shared}, which holds the weights that did not train, is damaged: {why}")
 
     def read(self, name: str) -> Any:
@@ -84,25 +83,11 @@ class SavedRun:
         place = self._place[name]
         if place in self.damaged:
             return None
-        if place not in self._files:
-            self._files[place] = TensorFile(self.folder.parent / place if place else self.folder)
-        return self._files[place].read(name)
+        if place not in self._readers:
+            folder = self.folder.parent / place if place else self.folder
+            self._readers[place] = tf.train.load_checkpoint(str(folder / TENSORS))
+        return self._readers[place].get_tensor(name)
 
     def restore_iterator(self, iterator: Any) -> None:
         """Bring an iterator of `tf.data` to where it was."""
         tf.train.Checkpoint(iterator=iterator).read(str(self.folder / ITERATOR)).assert_consumed()
-
-
-def tensor_digest(value: Any) -> str:
-    """Return the digest of a tensor's dtype, shape and content."""
-    if value is None:
-        return ""
-    array = np.ascontiguousarray(value)
-    digest = hashlib.sha256(f"{array.dtype} {array.shape}".encode(), usedforsecurity=False)
-    digest.update(array.reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
-
-
-def bytes_of(values: Mapping[str, Any]) -> int:
-    """Return how many bytes some arrays have."""
-    return sum(int(np.asarray(value).nbytes) for value in values.values())

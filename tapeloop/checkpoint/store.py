@@ -1,4 +1,4 @@
-"""A folder of checkpoints: written, found, counted out."""
+"""A folder of checkpoints: writing them, finding the newest, removing the old."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import json
 import logging
 import pathlib
 import re
-import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
+from tapeloop._digest import checksum, digest
 from tapeloop.checkpoint import files
-from tapeloop.checkpoint.saved import RECORD, SavedRun, bytes_of, tensor_digest
+from tapeloop.checkpoint.saved import RECORD, SavedRun
 from tapeloop.errors import CheckpointError
 
 LEAST_SHARED_BYTES = 2**16  # below this, a file of its own for what did not move is not worth its while
@@ -25,7 +25,7 @@ _LOG = logging.getLogger("tapeloop")
 class CheckpointStore:
     """Checkpoints in a folder, numbered as they were written.
 
-    What does not move between two checkpoints is written once, in a folder that those refer to that hold it.
+    Tensors that do not move between two checkpoints are written once, in a folder of their own to which both refer.
 
     Attributes:
         folder: The folder.
@@ -134,25 +134,25 @@ class CheckpointStore:
     def _shares(self, values: Mapping[str, np.ndarray], still: Collection[str]) -> tuple[list[str], dict[str, Any]]:
         """Return the names of the tensors that a checkpoint writes itself, and the folders that have the others."""
         # A folder that somebody removed is written anew.
-        there = {path.name for path in self._shared_folders() if (path / files.SUMS).exists()}
-        self._shared = {name: kept for name, kept in self._shared.items() if kept[0] in there}
+        folders = {path.name for path in self._shared_folders() if (path / files.SUMS).exists()}
+        self._shared = {name: kept for name, kept in self._shared.items() if kept[0] in folders}
         # Two numbers for each tensor: a quick one that tells most of what moved, and a digest where that one agrees.
-        checksums = {name: _checksum(value) for name, value in values.items()}
-        rests = [name for name in values if name in still or checksums[name] == self._last.get(name)]
-        digests = {name: tensor_digest(values[name]) for name in values if name in self._shared or name in rests}
-        there = {name for name in digests if name in self._shared and self._shared[name][1] == digests[name]}
-        new = {name: values[name] for name in rests if name not in there}
-        if bytes_of(new) >= LEAST_SHARED_BYTES:
+        checksums = {name: checksum(value) for name, value in values.items()}
+        unmoved = [name for name in values if name in still or checksums[name] == self._last.get(name)]
+        digests = {name: digest(values[name]) for name in values if name in self._shared or name in unmoved}
+        kept = {name for name in digests if name in self._shared and self._shared[name][1] == digests[name]}
+        new = {name: values[name] for name in unmoved if name not in kept}
+        if sum(value.nbytes for value in new.values()) >= LEAST_SHARED_BYTES:
             self._write_shared(new, digests)
-            there |= new.keys()
+            kept |= new.keys()
         self._last = checksums
         shared: dict[str, Any] = {}
-        for name in sorted(there):
-            folder, digest = self._shared[name]
+        for name in sorted(kept):
+            folder, _ = self._shared[name]
             if folder not in shared:
                 shared[folder] = {"digest": files.digest_of(self.folder / folder), "tensors": {}}
-            shared[folder]["tensors"][name] = digest
-        return [name for name in values if name not in there], shared
+            shared[folder]["tensors"][name] = digests[name]
+        return [name for name in values if name not in kept], shared
 
     def _write_shared(self, values: Mapping[str, np.ndarray], digests: Mapping[str, str]) -> None:
         numbers = [int(path.name.partition("-")[2]) for path in self._shared_folders()]
@@ -172,8 +172,3 @@ def write_checkpoint(
     # A line for each entry, so that people can read it.
     lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(value)}" for name, value in said.items())
     (folder / RECORD).write_text(f"{{\n{lines}\n}}\n")
-
-
-def _checksum(value: np.ndarray) -> int:
-    # Of the bytes, so that NaN and -0.0 count too.
-    return zlib.crc32(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)

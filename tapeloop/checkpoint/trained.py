@@ -14,7 +14,7 @@ import h5py
 import numpy as np
 import tensorflow as tf
 
-from tapeloop.checkpoint.saved import tensor_digest
+from tapeloop._digest import digest
 from tapeloop.errors import CheckpointError, listed
 from tapeloop.model.selection import Selection
 from tapeloop.model.tree import Tree, VariableInfo
@@ -91,7 +91,7 @@ def read_trained(path: pathlib.Path, tree: Tree, *, strict: bool) -> None:
 
 def fingerprint(variables: Iterable[VariableInfo]) -> str:
     """Return a digest of the paths and values of variables."""
-    said = sorted(f"{variable.path} {tensor_digest(variable.tf_variable.numpy())}" for variable in variables)
+    said = sorted(f"{variable.path} {digest(variable.tf_variable.numpy())}" for variable in variables)
     return hashlib.sha256("\n".join(said).encode()).hexdigest()
 
 
@@ -120,5 +120,5 @@ def _read(path: pathlib.Path) -> tuple[dict[str, np.ndarray], str]:
 
 
 def _content(values: dict[str, np.ndarray]) -> str:
-    said = sorted(f"{name} {tensor_digest(value)}" for name, value in values.items())
+    said = sorted(f"{name} {digest(value)}" for name, value in values.items())
     return hashlib.sha256("\n".join(said).encode()).hexdigest()

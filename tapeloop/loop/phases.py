@@ -138,7 +138,7 @@ class PhaseTracker:
         active = self._active
         if active is None:
             return self._recorded
-        return Recorded.of(active.policy, active.step.selection, active.every_steps)
+        return Recorded.of(described(active.policy), active.step.selection, active.every_steps)
 
     def still(self) -> tuple[VariableInfo, ...]:
         """Return the variables that do not move while what trained last trains."""

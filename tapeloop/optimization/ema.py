@@ -120,6 +120,10 @@ class MovingAverages:
                 self._averages[variable] = average
         return bool(before)
 
+    def start_over(self) -> None:
+        """Let go of all averages: each starts anew when its variable next trains."""
+        self._averages = {}
+
     @property
     def variables(self) -> list[tf.Variable]:
         """All averages."""

@@ -38,13 +38,17 @@ class LossScale:
         return {str(number): variable for number, variable in enumerate(self.variables)}
 
     def rebuild(self, exists: bool) -> None:
-        """Make the scale if there is none and there shall be one; one that shall not be begins anew."""
-        if not exists and self.value is not None:
-            self.value.assign(FIRST_SCALE)
-            self.variables[1].assign(0)
-        if exists and self.value is None:
+        """Make the scale if there is none and there shall be one; if there shall be none, begin anew."""
+        if not exists:
+            self.start_over()
+        elif self.value is None:
             self.value = tf.Variable(FIRST_SCALE, trainable=False, name="loss_scale")
             self.variables = [self.value, tf.Variable(0, trainable=False, name="finite_steps")]
+
+    def start_over(self) -> None:
+        """Begin with the first scale."""
+        for variable, first in zip(self.variables, (FIRST_SCALE, 0)):
+            variable.assign(first)
 
     def update(self, checksums: tf.Tensor, finite: tf.Tensor) -> tf.Tensor | None:
         """Take in how a step ended, and return whether it overflowed; None if there is no scale.

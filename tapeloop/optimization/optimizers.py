@@ -233,7 +233,7 @@ class Optimizers:
     def differences(self, description: Mapping[str, Any]) -> list[str]:
         """Say why these optimizers cannot hold the state that was described; an empty list if they can."""
         kinds = {key: type(template.optimizer).__name__ for key, template in self._templates.items()}
-        there = {said["optimizer"] for said in description["cohorts"]}
+        there = {entry["optimizer"] for entry in description["cohorts"]}
         said = []
         for key in sorted(there):
             kind, name = description["templates"][key]["kind"], f"the group {key!r}" if key else "all groups"
@@ -255,25 +255,29 @@ class Optimizers:
         """
         free = {cohort: self._key_of(cohort) for cohort in self.cohorts}
         self.cohorts, self._home, self._latest = [], {}, {}
-        for said in description["cohorts"]:
-            variables, key = [by_path[path] for path in said["variables"] if path in by_path], said["optimizer"]
+        for entry in description["cohorts"]:
+            variables, key = [by_path[path] for path in entry["variables"] if path in by_path], entry["optimizer"]
             if not variables:
                 continue
             # What is there already stays, so that compiled steps which update it stay good.
             alike = [cohort for cohort in free if free[cohort] == key and list(cohort.slots) == variables]
             cohort = alike[0] if alike else new_cohort(self._templates[key], variables)
             free.pop(cohort, None)
-            for group in said["shares"]:
+            for group in entry["shares"]:
                 cohort.spread_over(group)
-            cohort.groups = tuple(said["groups"])
+            cohort.groups = tuple(entry["groups"])
             self.cohorts.append(cohort)
             self._home |= {(variable, key): cohort for variable in variables}
-            self._latest |= {by_path[path]: cohort for path in said["latest"] if path in by_path}
+            self._latest |= {by_path[path]: cohort for path in entry["latest"] if path in by_path}
         for key, template in self._templates.items():
             if key in description["templates"]:
                 template.restore(description["templates"][key])
         self._set = dict(description["set"])
         return bool(free)
+
+    def start_over(self) -> None:
+        """Let go of all state: every variable starts anew when it next trains."""
+        self.cohorts, self._home, self._latest = [], {}, {}
 
     def _key_of(self, cohort: Cohort) -> str:
         """Name the template of a cohort's optimizer."""

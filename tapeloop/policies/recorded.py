@@ -30,10 +30,10 @@ class Recorded(VariablePolicy):
     every: int | None = None
 
     @classmethod
-    def of(cls, policy: VariablePolicy, selection: Selection, every: int | None) -> Recorded:
-        """Record a policy by the selection that it came to."""
+    def of(cls, name: str, selection: Selection, every: int | None) -> Recorded:
+        """Record the selection that a policy, as it is written, came to."""
         return cls(
-            described(policy),
+            name,
             tuple((variable.path, group) for variable, group in selection.group_of.items()),
             tuple(submodel.path for submodel in selection.inference),
             tuple(selection.multipliers.items()),

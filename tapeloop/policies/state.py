@@ -44,11 +44,12 @@ def _encoded(value: Any, name: str) -> Any:
     """Return a value as JSON has it."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    if isinstance(value, (list, tuple, set, frozenset)):
+    # These very types: of a subclass, such as a named tuple or a counter, another object would come back.
+    if type(value) in (list, tuple, set, frozenset):
         # Sorted, so that equal sets are saved alike.
         items = sorted(value, key=repr) if isinstance(value, (set, frozenset)) else value
         return {type(value).__name__: [_encoded(item, name) for item in items]}
-    if isinstance(value, Mapping):
+    if type(value) is dict:
         return {"dict": [[_encoded(key, name), _encoded(item, name)] for key, item in value.items()]}
     if isinstance(value, (np.ndarray, np.generic)) and value.dtype != object:
         return {"array": value.tolist(), "dtype": str(value.dtype)}

@@ -1,5 +1,6 @@
 """Checkpoints that do not fit, folders that cannot be used: each an error before anything has moved."""
 
+import collections
 import json
 import os
 import subprocess
@@ -42,17 +43,20 @@ def saved(tmp_path_factory):
 @pytest.mark.parametrize(
     ("trainer", "text"),
     [
-        (lambda: trainer_of("a", "c"), r"the checkpoint has and this trainer has not: `b/bias`, `b/kernel`; what this"),
+        (
+            lambda: trainer_of("a", "c"),
+            r"The checkpoint alone has `b/bias`, `b/kernel`. The trainer alone has `c",
+        ),
         (
             lambda: trainer_of("a", "b", units=5),
-            r"in other shapes: `a/bias \[6\] and not \[5\]`, `a/kernel \[4, 6\] and",
+            r"Other shapes or types have `a/bias float32 \[6\], here float32 \[5\]`, `a/kernel",
         ),
         (lambda: trainer_of("a", "b", optimizer="sgd"), "the optimizer of all groups is Adam there and SGD here"),
         (
             lambda: trainer_of("a", "b", optimizer=keras.optimizers.Adam(amsgrad=True)),
             r"the Adam of all groups has .*'amsgrad': False.* there and .*'amsgrad': True.* here",
         ),
-        (lambda: trainer_of("a", "b", dtype="bfloat16"), "in other types: `a/bias float32 and not bfloat16`"),
+        (lambda: trainer_of("a", "b", dtype="bfloat16"), r"`a/bias float32 \[6\], here bfloat16 \[6\]`"),
         (lambda: trainer_of("a", "b", ema=0.9), "its `ema` is None, the trainer's is 0.9"),
         (
             lambda: tl.Trainer(keras.Sequential([layers.Dense(3, name="b")]), loss="mse"),
@@ -258,7 +262,7 @@ def test_a_policy_that_writes_half_of_its_state_is_refused(tmp_path):
 
 def test_what_was_not_loaded_is_said(saved, caplog):
     trainer_of("a", "c").load(saved, strict=False)
-    assert "was loaded in part. What the checkpoint has and this trainer has not: `b/bias`, `b/kernel`" in caplog.text
+    assert "was loaded in part. The checkpoint alone has `b/bias`, `b/kernel`." in caplog.text
 
 
 def test_a_run_is_saved_and_loaded_with_its_own_weights(tmp_path):
@@ -277,3 +281,16 @@ def test_fresh_optimizers_are_fresh_in_a_trainer_that_has_trained(saved):
     assert trainer.state.optimizers.cohorts == []
     fitted(trainer)
     assert [int(cohort.optimizer.iterations) for cohort in trainer.state.optimizers.cohorts] == [5]
+
+
+@pytest.mark.parametrize("kept", [collections.Counter("ab"), collections.namedtuple("Pair", "a b")(1, 2)])
+def test_a_policy_that_keeps_what_would_come_back_as_another_type_is_refused(tmp_path, kept):
+    class Keeps(tl.VariablePolicy):
+        def __init__(self):
+            self.kept = kept
+
+        def group(self, variable):
+            return "all"
+
+    with pytest.raises(tl.CheckpointError, match=rf"`Keeps.kept` is a {type(kept).__name__}"):
+        fitted(trainer_of("a", "b", policy=Keeps()), tmp_path)

@@ -72,6 +72,16 @@ class Drawn(tl.VariablePolicy):
         return tl.TrainOnly("head", self.drawn[-1]) if self.drawn[-1] != "head" else tl.TrainOnly("head")
 
 
+@dataclasses.dataclass
+class Unhashable(tl.VariablePolicy):
+    """A policy without a hash, of fields that can be written."""
+
+    frozen: str = "base"
+
+    def group(self, variable):
+        return None if variable.path.startswith(self.frozen) else "rest"
+
+
 class Counting(tl.Trainer):
     """Keeps a count, a generator and a metric of its own, and moves a second model towards the first."""
 
@@ -160,6 +170,7 @@ RUNS = {
     "cycle": Run(made(lambda: tl.Cycle([tl.TrainOnly("head"), tl.TrainOnly("base", "norm")], every=2), ema=0.9)),
     "random": Run(made(lambda: tl.RandomSubset(1, of=layers.Dense, every=3), metrics=["mae"])),
     "drawn": Run(made(Drawn)),
+    "unhashable": Run(made(Unhashable)),
     "groups": Run(made(lambda: tl.Groups(GROUPS), optimizer=lambda: {
         "base": keras.optimizers.SGD(keras.optimizers.schedules.ExponentialDecay(0.1, 3, 0.9), momentum=0.9),
         "head": keras.optimizers.Adam(0.01)})),
