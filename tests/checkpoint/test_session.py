@@ -68,10 +68,10 @@ def test_a_second_fit_of_one_program_trains_its_own_epochs_and_so_it_does_when_r
 
 @pytest.mark.parametrize("stop", [7, 10])
 def test_another_policy_goes_on_with_the_rest_of_the_epoch(tmp_path, stop, caplog):
-    run = runs.Run(runs.made(), options={"validation_data": None})
+    run = runs.Run(runs.made())
     with runs.interrupted_at(stop):
         run.fit(3, tmp_path)
-    trainer = runs.Run(runs.made(lambda: tl.Freeze("base")), options={"validation_data": None}).fit(3, tmp_path)
+    trainer = runs.Run(runs.made(lambda: tl.Freeze("base"))).fit(3, tmp_path)
     assert "The policy is Freeze(glob('base')), and was TrainAll() in the checkpoint." in caplog.text
     assert (trainer.step, trainer.epoch) == (15, 3)
     assert [phase.step for phase in trainer.history.phases] == [0, stop]
@@ -182,7 +182,7 @@ def test_resuming_costs_one_trace_and_no_batch_again(tmp_path):
             self.asked.append(number)
             return super().__getitem__(number)
 
-    run = runs.Run(PLAIN.trainer, Told, {"shuffle": False, "validation_data": None})
+    run = runs.Run(PLAIN.trainer, Told, {"shuffle": False})
     with runs.interrupted_at(13):
         run.fit(3, tmp_path)
     Told.asked.clear()

@@ -23,6 +23,7 @@ def test_gan():
     assert "left the discriminator bit-identical: True" in printed
 
 
+@pytest.mark.slow
 def test_wgan_gp():
     printed = run("wgan_gp")
     share, untrained, modes = numbers(r"near a mode: ([\d.]+) .*untrained ([\d.]+)\), (\d) of 8", printed)
@@ -31,6 +32,7 @@ def test_wgan_gp():
     assert "within 0.2 of 1: True" in printed
 
 
+@pytest.mark.slow
 def test_distillation():
     printed = run("distillation")
     scores = r"teacher ([\d.]+), alone ([\d.]+), distilled ([\d.]+), averaged ([\d.]+)"
@@ -52,6 +54,7 @@ def test_lora():
     assert "the base is bit-identical: True" in printed
 
 
+@pytest.mark.slow
 def test_maml():
     printed = run("maml")
     before, after = numbers(r"meta-trained: .* ([\d.]+), after one step ([\d.]+)", printed)
@@ -61,6 +64,7 @@ def test_maml():
     assert "agrees with differences of the loss: True" in printed
 
 
+@pytest.mark.slow
 def test_two_speeds():
     printed = run("two_speeds")
     learned, kept = numbers(r"two speeds ([\d.]+) and ([\d.]+)", printed)

@@ -17,7 +17,7 @@ import traceback
 import tapeloop as tl
 from tests.support import runs
 
-KIND, EPOCHS, LONGEST_S = "gradual", 30, 2.0
+KIND, EPOCHS, LONGEST_S = "gradual", 20, 2.0
 CHECKPOINTS = {"every_steps": 2, "keep": 2}
 
 

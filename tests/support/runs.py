@@ -33,8 +33,8 @@ class Run:
     def fit(self, epochs, checkpoint=None, **options):
         """Make the trainer anew, and fit it: what a program does that is run again."""
         trainer = self.trainer()
-        given = {"batch_size": BATCH, "progress": "none", "validation_data": (X[:8], Y[:8])}
-        trainer.fit(self.data(), epochs=epochs, checkpoint=checkpoint, **{**given, **self.options, **options})
+        given = {"batch_size": BATCH, "progress": "none", **self.options, **options}
+        trainer.fit(self.data(), epochs=epochs, checkpoint=checkpoint, **given)
         return trainer
 
 
@@ -164,9 +164,10 @@ def float16():
 
 
 GROUPS = {"base": tl.glob("base"), "head": tl.glob("head")}
+VALIDATED = {"validation_data": (X[:8], Y[:8])}
 RUNS = {
-    "plain": Run(made(metrics=["mae"], ema=0.9)),
-    "gradual": Run(made(lambda: tl.GradualUnfreeze(["head", "norm", "base"]), ema=0.9)),
+    "plain": Run(made(metrics=["mae"], ema=0.9), options=VALIDATED),
+    "gradual": Run(made(lambda: tl.GradualUnfreeze(["head", "norm", "base"]), ema=0.9), options=VALIDATED),
     "cycle": Run(made(lambda: tl.Cycle([tl.TrainOnly("head"), tl.TrainOnly("base", "norm")], every=2), ema=0.9)),
     "random": Run(made(lambda: tl.RandomSubset(1, of=layers.Dense, every=3), metrics=["mae"])),
     "drawn": Run(made(Drawn)),
@@ -177,9 +178,9 @@ RUNS = {
     "microbatches": Run(made(microbatches=2, clip_norm=0.5)),
     "float16": Run(made(network=float16)),
     "skips": Run(made(nonfinite="skip"), lambda: (np.where(np.arange(EXAMPLES)[:, None] == 7, np.nan, X), Y)),
-    "cached": Run(made(lambda: tl.Freeze("base")), options={"feature_cache": "memory", "validation_data": None}),
+    "cached": Run(made(lambda: tl.Freeze("base")), options={"feature_cache": "memory"}),
     "adversarial": Run(made(lambda: tl.Groups({"judge": "judge", "maker": "maker"}), Adversarial, networks, loss=None,
-                            optimizer=lambda: {"judge": "adam", "maker": "sgd"}), options={"validation_data": None}),
+                            optimizer=lambda: {"judge": "adam", "maker": "sgd"})),
     "counting": Run(made(kind=Counting, loss=None)),
     "dataset": Run(made(), dataset),
     "iterated": Run(made(metrics=["mae"]), Iterated),
