@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tapeloop._version import __version__
+from tapeloop._version import __version__ as __version__
 from tapeloop.checkpoint.checkpoints import Checkpoints
 from tapeloop.errors import (
     CacheError,
@@ -55,7 +55,6 @@ __all__ = [
     "Trainer",
     "VariableInfo",
     "VariablePolicy",
-    "__version__",
     "first",
     "glob",
     "last",

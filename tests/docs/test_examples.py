@@ -14,6 +14,7 @@ def numbers(pattern, printed):
     return [float(number) for number in found.groups()]
 
 
+@pytest.mark.slow
 def test_gan():
     printed = run("gan")
     share, untrained, real = numbers(r"surely a digit: ([\d.]+) .*untrained ([\d.]+), real ([\d.]+)", printed)
@@ -101,6 +102,7 @@ def test_partial_freeze():
     assert after < 0.1 * before
 
 
+@pytest.mark.slow
 def test_resume():
     printed = run_by_itself("resume")
     assert [int(code) for code in re.findall(r"exit code (-?\d+)", printed)] == [-9, 143, 0]
