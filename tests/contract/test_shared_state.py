@@ -166,3 +166,34 @@ def test_shared_state_does_not_move_in_the_calls_of_the_frozen_part(how):
     trainer.policy = tl.TrainAll()
     trainer.fit([(X, Y)] * 3, progress="none")
     assert float(counts.calls) == 3.0 + 6.0
+
+
+class Scales(tf.Module):
+    """A module that insists on training mode for the Dropout in it."""
+
+    def __init__(self, drop):
+        super().__init__()
+        self.kernel, self.drop = tf.Variable(2 * tf.eye(4)), drop
+
+    def __call__(self, x):
+        return self.drop(x @ self.kernel, training=True)
+
+
+class SharesDrop(keras.Model):
+    """A Dropout of its own, which is called in a module alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop, self.head = layers.Dropout(0.5, seed=1), layers.Dense(3)
+        self.base = Scales(self.drop)
+
+    def call(self, x):
+        return self.head(self.base(x))
+
+
+def test_a_dropout_that_is_shared_is_off_in_the_calls_of_a_frozen_module():
+    keras.utils.set_random_seed(0)
+    model = SharesDrop()
+    model(X)
+    expected = np.mean((model.head(2 * X) - Y) ** 2)
+    assert history_of(model, tl.Freeze("base"))["loss"] == [pytest.approx(expected, rel=1e-5)]

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import pathlib
 import random
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ import tensorflow as tf
 
 import tapeloop as tl
 from tapeloop.checkpoint.session import CheckpointSession
+from tapeloop.model.tree import Tree
 
 layers = keras.layers
 EXAMPLES, BATCH = 20, 4  # five steps an epoch
@@ -33,13 +35,23 @@ class Run:
     def fit(self, epochs, checkpoint=None, **options):
         """Make the trainer anew, and fit it: what a program does that is run again."""
         trainer = self.trainer()
+        if checkpoint is not None and list(
+            pathlib.Path(getattr(checkpoint, "directory", checkpoint)).glob("0*-step-*")
+        ):
+            forget(trainer)
         given = {"batch_size": BATCH, "progress": "none", **self.options, **options}
         trainer.fit(self.data(), epochs=epochs, checkpoint=checkpoint, **given)
         return trainer
 
 
+def forget(trainer):
+    """Give the model other weights than it began with, frozen ones too: a run that does not load them is found out."""
+    for variable in Tree.of(trainer.model).variables:
+        if tf.as_dtype(variable.dtype).is_floating:
+            variable.tf_variable.assign_add(tf.ones_like(variable.tf_variable))
+
+
 def model(**options):
-    # Weights differ from process to process, so that a run which did not load them would be found out.
     inputs = keras.Input((4,))
     hidden = layers.Dense(6, activation="relu", name="base")(inputs)
     hidden = layers.BatchNormalization(name="norm")(hidden)
