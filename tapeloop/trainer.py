@@ -248,7 +248,7 @@ class Trainer(SavesRuns, UserStep):
             )
             self._loop.steps.build(self.model, fit_data.loader.specs)
             if session is not None:
-                session.resume()
+                session.resume(span)
             # A policy is asked about variables, which a model that was not called before has only now.
             self._loop.phases.resolve_to_come()
             self.state.begin_fit(span, fit_data.resumption, seed)

@@ -44,8 +44,8 @@ class SavedRun:
             )
         self._readers: dict[str, Any] = {}
         self.damaged: dict[str, str] = {}
-        self._place = dict.fromkeys(self.record["own"], "")
-        for shared, kept in self.record["shared"].items():
+        self._place = dict.fromkeys(self.record["tensors"], "")
+        for shared, kept in self.record["shared_tensors"].items():
             self._place |= dict.fromkeys(kept["tensors"], shared)
             try:
                 # Digests that agree in themselves may be those of another folder that took the name.
@@ -60,9 +60,10 @@ class SavedRun:
         """The names of its tensors."""
         return frozenset(self._place)
 
-    def shape(self, name: str) -> list[int]:
-        """Return the shape of a tensor."""
-        return list(self.record["shapes"][name])
+    def shape(self, name: str) -> list[int | None] | None:
+        """Return the shape of a variable that was saved; None where it was unknown."""
+        found: list[int | None] | None = self.record["shapes"][name]
+        return found
 
     def require_readable(self, live: Callable[[str], Any]) -> None:
         """Check that every tensor can be read, or is what the model has already.
@@ -74,7 +75,7 @@ class SavedRun:
             DamagedError: A file of weights that did not train is damaged, and the model has others.
         """
         for shared, why in self.damaged.items():
-            for name, kept in self.record["shared"][shared]["tensors"].items():
+            for name, kept in self.record["shared_tensors"][shared]["tensors"].items():
                 if live(name) is None or digest(live(name)) != kept:
                     raise DamagedError(f"{shared}, which holds the weights that did not train, is damaged: {why}")
 

@@ -63,16 +63,21 @@ class CheckpointSession:
         """Where the fit goes on that was saved last."""
         return None if self.found is None else resumption_of(self.found)
 
-    def resume(self) -> None:
-        """Bring the run to where the checkpoint has it, and say so."""
+    def resume(self, epochs: range) -> None:
+        """Bring the run to where the checkpoint has it, and say so.
+
+        Args:
+            epochs: The epochs of the fit.
+        """
         if self.found is None:
             return
         self._contents.restore(self.found)
         record = self.found.record
-        within = f" and {record['under_way']['drawn']} batches" if record["under_way"] else ""
+        within = f" and {record['epoch_under_way']['drawn']} batches" if record["epoch_under_way"] else ""
         step, epoch = record["step"], record["epoch"]
+        rest = "" if epoch < epochs.stop else f". All {len(epochs)} epochs of the fit are trained already"
         # A warning, since Python shows no others unless it is told to, and nobody should have to guess.
-        _LOG.warning("Resuming from %s: step %s, after %s epochs%s.", self.found.folder, step, epoch, within)
+        _LOG.warning("Resuming from %s: step %s, after %s epochs%s%s.", self.found.folder, step, epoch, within, rest)
 
     def take_folder(self) -> FolderLock:
         """Take the folder, and look for a checkpoint to go on from.
@@ -105,7 +110,7 @@ class CheckpointSession:
                 )
             if found is not None:
                 self._store.take_up(found)
-                there = found.record["step"], found.record["epoch"], found.record["under_way"] is not None
+                there = found.record["step"], found.record["epoch"], found.record["epoch_under_way"] is not None
                 here = state.step, state.epoch, state.resumption is not None
                 # A second fit of one program begins where the first has ended.
                 self.found = found if there > here or state.is_of_later_fit else None
@@ -166,7 +171,7 @@ class CheckpointSession:
     def after_epoch(self, logs: Mapping[str, Any]) -> None:
         """Save the run, if so many epochs have passed or this was the best one."""
         every, best = self._options.every_epochs, self._options.keep_best
-        known = {} if best is None or np.ndim(logs.get(best, [])) else {best: float(logs[best])}
+        known = self._epoch_logs()
         if best is not None and not known:
             said = ", ".join(repr(name) for name in sorted(logs) if not np.ndim(logs[name]))
             _LOG.warning(
@@ -174,7 +179,7 @@ class CheckpointSession:
             )
         is_best = any(map(self._is_best, known.values()))
         if is_best or (every is not None and self._contents.loop.state.epoch % every == 0):
-            self._save(known)
+            self._save()
 
     def after_fit(self) -> None:
         """Save the run if it has gone on since, so that the same program, run again, finds that it is through."""
@@ -207,7 +212,15 @@ class CheckpointSession:
         before = records[name]["epoch_logs"][best]
         return value > before if self._options.is_more_better else value < before
 
-    def _save(self, epoch_logs: Mapping[str, float] | None = None) -> None:
+    def _epoch_logs(self) -> dict[str, float]:
+        """Return the log by which checkpoints are compared, at the end of an epoch that has it."""
+        # Of the run and not of the call: Ctrl-C may come between the end of an epoch and `after_epoch`.
+        state, best = self._contents.loop.state, self._options.keep_best
+        if best is None or state.under_way is not None or np.ndim(state.logs.get(best, [])):
+            return {}
+        return {best: float(state.logs[best])}
+
+    def _save(self) -> None:
         """Save the run as it is now; files are written while training goes on."""
         # One copy of the state at a time: a second would take as much memory as the first.
         self._writer.wait()
@@ -215,7 +228,7 @@ class CheckpointSession:
         with deferred_interrupt():
             variables = {**contents.variables(), **contents.log_variables()}
             iterator_state = self._iterator_state()
-            record = {**contents.record(variables), "epoch_logs": dict(epoch_logs or {})}
+            record = {**contents.record(variables), "epoch_logs": self._epoch_logs()}
             record["data"]["has_iterator"] = iterator_state is not None
             # TensorFlow copies a variable when it is next assigned to, as long as somebody holds its value.
             tensors = {name: variable.read_value() for name, variable in variables.items()}

@@ -7,6 +7,7 @@ import logging
 import pathlib
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -105,7 +106,7 @@ class CheckpointStore:
 
     def take_up(self, saved: SavedRun) -> None:
         """Go on from a checkpoint: what it refers to need not be written again."""
-        for folder, kept in saved.record["shared"].items():
+        for folder, kept in saved.record["shared_tensors"].items():
             if folder in saved.damaged:  # the model has what it held: it is written anew
                 _LOG.warning(
                     "%s is damaged (%s): the model has the same weights, which are written anew.",
@@ -122,7 +123,7 @@ class CheckpointStore:
         records = self.records()
         # A record that cannot be read may refer to any of them.
         if len(records) == len(self.names()):
-            used = {shared for record in records.values() for shared in record["shared"]}
+            used = {shared for record in records.values() for shared in record["shared_tensors"]}
             for path in self._shared_folders():
                 if path.name not in used:
                     files.remove(path)
@@ -168,7 +169,7 @@ def write_checkpoint(
     """Write what a checkpoint says of its run, and its own tensors."""
     if tensors:
         files.write_tensors(folder, tensors)
-    said = {**record, "own": list(tensors), "shared": dict(shared)}
+    said = {**record, "tensors": list(tensors), "shared_tensors": dict(shared)}
     # A line for each entry, so that people can read it.
-    lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(value)}" for name, value in said.items())
+    lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(value, default=asdict)}" for name, value in said.items())
     (folder / RECORD).write_text(f"{{\n{lines}\n}}\n")

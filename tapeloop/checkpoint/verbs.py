@@ -41,7 +41,8 @@ class SavesRuns:
             >>> trainer.save(path)
             >>> trainer.load(path)
         """
-        folder = pathlib.Path(path).expanduser()
+        # A link stays, and what it leads to is replaced.
+        folder = pathlib.Path(path).expanduser().resolve()
         if foreign.is_keras(folder):
             foreign.save_keras(folder, self._contents.model)
             return

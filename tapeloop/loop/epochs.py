@@ -276,8 +276,7 @@ class EpochLoop:
         """Go on logging where an epoch was left."""
         self._start(step)
         if has_more:
-            # What a step logs is known once it is traced.
-            step.trace(loader.cursor())
+            step.find_logs(loader.cursor())
             # Those of a phase before in this epoch, and of steps that run eagerly.
             for names in resumption.log_scalars:
                 self.steps.parts.means["train"].prepare(names)
@@ -319,7 +318,8 @@ class EpochLoop:
 
     def _record(self, phase: ActivePhase, *histories: History) -> None:
         """Take down that a phase begins."""
-        began = Phase(self.state.step, self.state.epoch, phase.policy, phase.step.selection)
+        selection = phase.step.selection
+        began = Phase(self.state.step, self.state.epoch, phase.policy, lambda: selection)
         for history in (self.state.history, *histories):
             history.add_phase(began)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from tapeloop.model.selection import Selection
 from tapeloop.policies.base import VariablePolicy
+from tapeloop.policies.recorded import Recorded, described
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Phase:
         step: The step at which it began, counted over all fits.
         epoch: The epoch in which it began, likewise.
         policy: The policy that held.
-        selection: What trained.
+        resolved: Returns what trained.
 
     Example:
         >>> dense = keras.layers.Dense
@@ -34,7 +35,20 @@ class Phase:
     step: int
     epoch: int
     policy: VariablePolicy
-    selection: Selection = field(repr=False)
+    # Of a run that was saved it is resolved when somebody looks: there may be thousands.
+    resolved: Callable[[], Selection] = field(repr=False, compare=False)
+
+    @property
+    def selection(self) -> Selection:
+        """What trained."""
+        return self.resolved()
+
+    @functools.cached_property
+    def recorded(self) -> Recorded:
+        """What trained, as a checkpoint records it."""
+        if isinstance(self.policy, Recorded):
+            return self.policy
+        return Recorded.of(described(self.policy), self.selection, None)
 
 
 @dataclass

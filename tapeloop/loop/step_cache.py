@@ -58,6 +58,8 @@ class StepCache:
     def build(self, model: Model, specs: Callable[[], Iterator[Any]], kind: str = "train") -> None:
         """Make the variables of a model that makes them in its first call, by tracing a step that trains nothing.
 
+        So are those of the layers and models among the trainer's own attributes.
+
         Args:
             model: The model.
             specs: Gives signatures of batches; the next is tried if a layer needs to know more than the first says.
@@ -68,7 +70,9 @@ class StepCache:
         tree = Tree.of(model)
         # Nobody can say whether a `tf.Module` is built; Keras layers say it themselves.
         modules = len(tree.submodels) - len(tree.layers) - isinstance(model, Mapping)
-        if modules or not all(submodel.object.built for submodel in tree.layers):
+        is_built = not modules and all(submodel.object.built for submodel in tree.layers)
+        # What the trainer holds beside it counts for training alone.
+        if not is_built or (kind == "train" and self.parts.attributes.unbuilt()):
             for spec in specs():
                 try:
                     self.parts.build_model(model, spec, kind)

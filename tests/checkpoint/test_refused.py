@@ -60,7 +60,7 @@ def saved(tmp_path_factory):
         (lambda: trainer_of("a", "b", ema=0.9), "its `ema` is None, the trainer's is 0.9"),
         (
             lambda: tl.Trainer(keras.Sequential([layers.Dense(3, name="b")]), loss="mse"),
-            "Call the model on a batch first",
+            "Call the model on a batch first, to make the variables",
         ),
     ],
 )

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import keras
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 
 import tapeloop as tl
+from tapeloop.checkpoint.session import CheckpointSession
+from tapeloop.checkpoint.store import CheckpointStore
 from tests.support import runs
 
 layers = keras.layers
@@ -42,7 +45,7 @@ def test_a_run_that_is_over_trains_nothing_and_one_with_more_epochs_goes_on(tmp_
     trainer = PLAIN.fit(2, tmp_path)
     caplog.clear()
     again = PLAIN.fit(2, tmp_path)
-    assert f"Resuming from {tmp_path / '000002-step-10'}: step 10, after 2 epochs." in caplog.text
+    assert f"Resuming from {tmp_path / '000002-step-10'}: step 10, after 2 epochs. All 2 epochs of the" in caplog.text
     assert again.trace_count == 0
     assert runs.digest(again) == runs.digest(trainer)
     assert runs.digest(PLAIN.fit(3, tmp_path)) == runs.uninterrupted("plain", 3)
@@ -64,6 +67,17 @@ def test_a_second_fit_of_one_program_trains_its_own_epochs_and_so_it_does_when_r
     for stop in (3, 7, 10):
         program(stop)
     assert runs.digest(program(100)) == runs.digest(uninterrupted)
+
+
+def test_an_epoch_at_whose_end_the_user_stops_may_be_the_best(tmp_path, monkeypatch):
+    def stop(session, value):
+        raise KeyboardInterrupt
+
+    checkpoints = tl.Checkpoints(tmp_path, keep_best="loss")
+    monkeypatch.setattr(CheckpointSession, "_is_best", stop)
+    with pytest.raises(KeyboardInterrupt):
+        PLAIN.fit(2, checkpoints)
+    assert checkpoints.best == tmp_path / "000001-step-5"
 
 
 @pytest.mark.parametrize("stop", [7, 10])
@@ -236,6 +250,31 @@ def test_a_signal_ends_an_evaluation_and_the_making_of_features(tmp_path, where,
     if where == "validation":
         resumed, expected = runs.digest(PLAIN.fit(2, tmp_path)), runs.uninterrupted("plain", 2)
         assert {name for name in resumed if resumed[name] != expected[name]} == {"history"}  # of other validation data
+
+
+def test_a_second_signal_leaves_at_once_and_loses_no_checkpoint(tmp_path, monkeypatch):
+    write, may_end = CheckpointStore.write, threading.Event()
+
+    def slow(store, record, tensors, **options):
+        if record["step"] == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+            may_end.wait(60)
+            raise OSError("too late")
+        return write(store, record, tensors, **options)
+
+    monkeypatch.setattr(CheckpointStore, "write", slow)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        began = time.monotonic()
+        with runs.interrupted_at(7):
+            PLAIN.fit(2, tmp_path)
+        assert time.monotonic() - began < 50
+    finally:
+        may_end.set()
+        signal.signal(signal.SIGINT, before)
+    monkeypatch.undo()
+    assert steps_saved(tmp_path) == [5]
+    assert runs.digest(PLAIN.fit(2, tmp_path)) == runs.uninterrupted("plain", 2)
 
 
 def test_steps_on_single_batches_are_saved_and_go_on(tmp_path):

@@ -112,13 +112,31 @@ def test_an_interrupt_waits_for_the_end_of_what_it_must_not_cut():
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_handler_of_the_users_own_is_left_alone_and_so_are_threads():
+def test_a_handler_of_the_users_own_waits_too_and_threads_are_left_alone():
     seen = []
-    with handler(lambda *args: seen.append(args)):
+    with handler(lambda number, frame: seen.append(number)):
         with deferred_interrupt():
-            signal.raise_signal(signal.SIGINT)
-            assert len(seen) == 1
+            with deferred_interrupt():
+                signal.raise_signal(signal.SIGINT)
+            assert seen == []  # the outermost of several decides
+        assert seen == [signal.SIGINT]
         thread = threading.Thread(target=lambda: deferred_interrupt().__enter__() or seen.append("thread"))
         thread.start()
         thread.join()
         assert seen[-1] == "thread"
+
+
+def test_a_handler_of_the_users_own_that_raises_cuts_nothing():
+    done = []
+
+    def stop(number, frame):
+        raise KeyboardInterrupt
+
+    def bookkeeping():
+        with deferred_interrupt():
+            signal.raise_signal(signal.SIGINT)
+            done.append("bookkeeping")
+
+    with handler(stop), pytest.raises(KeyboardInterrupt):
+        bookkeeping()
+    assert done == ["bookkeeping"]
