@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tapeloop._version import __version__ as __version__
+from tapeloop.callbacks.keras_callbacks import ForGroup
 from tapeloop.checkpoint.checkpoints import Checkpoints
 from tapeloop.errors import (
     CacheError,
@@ -34,6 +35,7 @@ __all__ = [
     "DataError",
     "DisconnectedError",
     "Filter",
+    "ForGroup",
     "Freeze",
     "Frontier",
     "GradualUnfreeze",

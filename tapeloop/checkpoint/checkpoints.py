@@ -44,7 +44,7 @@ class Checkpoints:
         >>> def run(epochs):
         ...     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, name="head")])
         ...     trainer = tl.Trainer(model, loss="mse")
-        ...     trainer.fit((x, y), epochs=epochs, progress="none", checkpoint=checkpoints)
+        ...     trainer.fit((x, y), epochs=epochs, verbose=0, checkpoint=checkpoints)
         ...     return trainer.epoch
         >>> checkpoints = tl.Checkpoints(tempfile.mkdtemp(), keep=2)
         >>> run(2), run(3)  # the second goes on after the first, and trains one epoch more
@@ -110,7 +110,7 @@ class Checkpoints:
             >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, name="head")])
             >>> trainer = tl.Trainer(model, loss="mse")
             >>> checkpoints = tl.Checkpoints(tempfile.mkdtemp(), keep_best="loss")
-            >>> history = trainer.fit((np.ones((8, 4)), np.ones((8, 2))), progress="none", checkpoint=checkpoints)
+            >>> history = trainer.fit((np.ones((8, 4)), np.ones((8, 2))), verbose=0, checkpoint=checkpoints)
             >>> checkpoints.restore_best(trainer).name
             '000001-step-1'
         """

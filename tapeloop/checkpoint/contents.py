@@ -75,6 +75,7 @@ class RunContents:
             "written_by": versions,
             "saved_at": datetime.datetime.now().astimezone().isoformat(" ", "seconds"),
             **{name: getattr(state, name) for name in COUNTERS},
+            "fit_starts": list(state.fit_starts),
             "logs": _plain(state.logs),
             "microbatches": state.microbatches.count,
             "policy": {"name": described(phases.policy), "state": copy.deepcopy(phases.policy.get_state())},
@@ -95,7 +96,9 @@ class RunContents:
         if data is None:
             return {}
         said = {"positions": data.positions(), "has_iterator": False, **data.described()}
-        return {"fit": {"first_epoch": data.first_epoch, "epochs": span.stop - data.first_epoch}, "data": said}
+        epochs = span.stop - data.first_epoch
+        is_stopped = self.loop.stop_training and self.loop.state.under_way is None
+        return {"fit": {"first_epoch": data.first_epoch, "epochs": epochs, "is_stopped": is_stopped}, "data": said}
 
     def _under_way(self, progress: EpochProgress) -> dict[str, Any]:
         # What was logged so far, since the data may be at its end: then nothing is traced any more that could tell.
@@ -201,6 +204,7 @@ class RunContents:
         record, state, phases = saved.record, self.loop.state, self.loop.phases
         for name in COUNTERS:
             setattr(state, name, record[name])
+        state.fit_starts = list(record["fit_starts"])
         state.logs = _arrays(record["logs"])
         if state.microbatches.adapts:  # otherwise the program says it
             state.microbatches.count = record["microbatches"]
@@ -249,11 +253,14 @@ def resumption_of(saved: SavedRun) -> Resumption | None:
     if under_way is not None:
         trained = logs if under_way["is_trained"] else None
         progress = EpochProgress(under_way["began"], under_way["asked"], under_way["drawn"], trained)
+    epoch, ends = saved.record["epoch"], fit["first_epoch"] + fit["epochs"]
     return Resumption(
-        saved.record["epoch"],
+        epoch,
         fit["first_epoch"],
         saved.record["shuffle_seed"],
-        under_way is None and saved.record["epoch"] >= fit["first_epoch"] + fit["epochs"],
+        under_way is None and (epoch >= ends or fit["is_stopped"]),
+        fit["epochs"] if fit["is_stopped"] else None,
+        tuple(saved.record["fit_starts"]),
         {name: DataPosition(*position) for name, position in data["positions"].items()},
         data,
         progress,

@@ -27,13 +27,14 @@ from tapeloop.checkpoint.writer import BackgroundWriter
 from tapeloop.errors import CheckpointError
 from tapeloop.loop.fit_data import FitData
 from tapeloop.loop.interrupts import StopRequested, deferred_interrupt, stop_on_sigterm
+from tapeloop.loop.listener import FitListener, ReadLogs
 from tapeloop.loop.state import Resumption
 from tapeloop.policies.base import VariablePolicy
 
 _LOG = logging.getLogger("tapeloop")
 
 
-class CheckpointSession:
+class CheckpointSession(FitListener):
     """One fit's use of a folder of checkpoints.
 
     Attributes:
@@ -56,7 +57,7 @@ class CheckpointSession:
         self._writer = BackgroundWriter(self._store, options)
         self._data: FitData | None = None
         self._saved_at, self._saved = 0.0, (0, 0)
-        self._has_warned = False
+        self._has_warned = self._changes_the_end = False
 
     @property
     def resumption(self) -> Resumption | None:
@@ -126,11 +127,12 @@ class CheckpointSession:
         return lock
 
     @contextlib.contextmanager
-    def saving(self, data: FitData) -> Iterator[None]:
+    def saving(self, data: FitData, *, changes_the_end: bool = False) -> Iterator[None]:
         """Save the fit inside this context, and once more if a signal ends it.
 
         Args:
             data: The data of the fit.
+            changes_the_end: Whether callbacks may move the model after the last epoch.
 
         Raises:
             CheckpointError: `keep_best` names a log that there will not be.
@@ -142,7 +144,7 @@ class CheckpointSession:
                 f"`keep_best` is {best!r}, and there is no validation data. Pass some, or another log."
             )
         _require_state(self._contents.loop.phases.policy)
-        self._data = data
+        self._data, self._changes_the_end = data, changes_the_end
         self._saved_at, self._saved = time.monotonic(), self._now()
         try:
             with stop_on_sigterm():
@@ -160,7 +162,7 @@ class CheckpointSession:
         every = self._options.every_steps
         return sys.maxsize if every is None else every - self._contents.loop.state.step % every
 
-    def after_steps(self) -> None:
+    def after_steps(self, number: int, read_logs: ReadLogs) -> None:
         """Save the run, if so many steps or minutes have passed."""
         step, every, minutes = self._contents.loop.state.step, self._options.every_steps, self._options.every_minutes
         by_steps = every is not None and step % every == 0 and step != self._saved[0]
@@ -181,9 +183,10 @@ class CheckpointSession:
         if is_best or (every is not None and self._contents.loop.state.epoch % every == 0):
             self._save()
 
-    def after_fit(self) -> None:
+    def after_fit(self, logs: Mapping[str, Any]) -> None:
         """Save the run if it has gone on since, so that the same program, run again, finds that it is through."""
-        if self._saved != self._now():
+        # A fit that is stopped early is over, which the checkpoint of its last epoch does not say yet.
+        if self._saved != self._now() or (logs and (self._changes_the_end or self._contents.loop.stop_training)):
             self._save()
         self._writer.wait()
 

@@ -36,7 +36,7 @@ class SavesRuns:
             >>> import tempfile
             >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, name="head")])
             >>> trainer = tl.Trainer(model, loss="mse")
-            >>> history = trainer.fit((np.ones((8, 4)), np.ones((8, 2))), progress="none")
+            >>> history = trainer.fit((np.ones((8, 4)), np.ones((8, 2))), verbose=0)
             >>> path = tempfile.mkdtemp() + "/run"
             >>> trainer.save(path)
             >>> trainer.load(path)

@@ -27,7 +27,7 @@ class Phase:
         >>> dense = keras.layers.Dense
         >>> model = keras.Sequential([keras.Input((4,)), dense(3, name="base"), dense(2, name="head")])
         >>> trainer = tl.Trainer(model, tl.GradualUnfreeze(["head", "base"], every=1), loss="mse")
-        >>> history = trainer.fit((np.ones((8, 4)), np.ones((8, 2))), epochs=2, progress="none")
+        >>> history = trainer.fit((np.ones((8, 4)), np.ones((8, 2))), epochs=2, verbose=0)
         >>> [(phase.epoch, len(phase.selection.trained)) for phase in history.phases]
         [(0, 2), (1, 4)]
     """
@@ -63,7 +63,7 @@ class History:
 
     Example:
         >>> trainer = tl.Trainer(keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)]), loss="mse")
-        >>> history = trainer.fit((np.ones((8, 4)), np.ones((8, 2))), epochs=2, progress="none")
+        >>> history = trainer.fit((np.ones((8, 4)), np.ones((8, 2))), epochs=2, verbose=0)
         >>> history.epoch, list(history.history), len(history.history["loss"])
         ([1, 2], ['loss'], 2)
     """

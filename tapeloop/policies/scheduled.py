@@ -49,7 +49,7 @@ class Phases(_Scheduled, VariablePolicy):
         >>> dense = keras.layers.Dense
         >>> model = keras.Sequential([keras.Input((4,)), dense(3, name="base"), dense(2, name="head")])
         >>> trainer = tl.Trainer(model, tl.Phases({0: tl.Freeze("base"), 2: tl.TrainAll()}), loss="mse")
-        >>> history = trainer.fit((np.ones((8, 4)), np.ones((8, 2))), epochs=3, progress="none")
+        >>> history = trainer.fit((np.ones((8, 4)), np.ones((8, 2))), epochs=3, verbose=0)
         >>> [(phase.epoch, len(phase.selection.trained)) for phase in history.phases]
         [(0, 2), (2, 4)]
     """
@@ -101,7 +101,7 @@ class GradualUnfreeze(_Scheduled, VariablePolicy):
         >>> dense = keras.layers.Dense
         >>> model = keras.Sequential([keras.Input((4,)), dense(3, name="base"), dense(2, name="head")])
         >>> trainer = tl.Trainer(model, tl.GradualUnfreeze(["head", "base"], every=2), loss="mse")
-        >>> history = trainer.fit((np.ones((8, 4)), np.ones((8, 2))), epochs=3, progress="none")
+        >>> history = trainer.fit((np.ones((8, 4)), np.ones((8, 2))), epochs=3, verbose=0)
         >>> [(phase.epoch, phase.policy) for phase in history.phases]
         [(0, TrainOnly(glob('head'))), (2, TrainOnly(glob('head'), glob('base')))]
     """
@@ -148,7 +148,7 @@ class Cycle(_Scheduled, VariablePolicy):
         >>> model = keras.Sequential([keras.Input((4,)), dense(3, name="base"), dense(2, name="head")])
         >>> policy = tl.Cycle([tl.TrainOnly("head"), tl.TrainOnly("base")], every=2)
         >>> trainer = tl.Trainer(model, policy, loss="mse")
-        >>> history = trainer.fit((np.ones((32, 4)), np.ones((32, 2))), batch_size=8, progress="none")
+        >>> history = trainer.fit((np.ones((32, 4)), np.ones((32, 2))), batch_size=8, verbose=0)
         >>> [(phase.step, phase.policy) for phase in history.phases]
         [(0, TrainOnly(glob('head'))), (2, TrainOnly(glob('base')))]
     """

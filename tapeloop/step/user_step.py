@@ -9,6 +9,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tapeloop._keras_names import missing
 from tapeloop.model.tree import Model, Tree
 from tapeloop.optimization.tape import GroupTape
 from tapeloop.optimization.target_networks import checked_decay, paired
@@ -121,7 +122,7 @@ class UserStep:
             ...     def eval_step(self, batch):
             ...         return {"norm": keras.ops.norm(self.forward(batch[0], training=False))}
             >>> trainer = Norms(keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)]), loss="mse")
-            >>> list(trainer.evaluate((np.ones((8, 4)), np.ones((8, 2))), progress="none"))
+            >>> list(trainer.evaluate((np.ones((8, 4)), np.ones((8, 2))), verbose=0))
             ['norm']
         """
         loss, logs = _with_logs(self.compute_loss(batch, training=False))
@@ -319,7 +320,7 @@ class UserStep:
             )
         if hasattr(type(self), name):  # a property that raised an `AttributeError` of its own: let it come up
             return super().__getattribute__(name)
-        raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}.")
+        raise AttributeError(missing(self, name))
 
     def __getattribute__(self, name: str) -> Any:
         """Return an attribute, and note the numbers that a step reads while it is traced: they become constants."""

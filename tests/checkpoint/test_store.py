@@ -27,9 +27,7 @@ def large(policy=None, **options):
 
 def fitted(folder, epochs=3, trainer=None, **options):
     trainer = trainer or large()
-    trainer.fit(
-        (runs.X, runs.Y), batch_size=4, epochs=epochs, progress="none", checkpoint=tl.Checkpoints(folder, **options)
-    )
+    trainer.fit((runs.X, runs.Y), batch_size=4, epochs=epochs, verbose=0, checkpoint=tl.Checkpoints(folder, **options))
     return trainer
 
 

@@ -44,12 +44,12 @@ passes = [1]
 optimizer = keras.optimizers.SGD()
 trainer = tl.Trainer(model, loss="mse", optimizer=optimizer)
 try:
-    trainer.fit(Data(), epochs=5, progress="none")
+    trainer.fit(Data(), epochs=5, verbose=0)
 except KeyboardInterrupt:
     print("seconds", time.monotonic() - sent[0])
     print("counts", trainer.step, int(optimizer.iterations))
     print("epochs", trainer.history.epoch, len(trainer.history.history["loss"]))
-trainer.fit([(x, y)], progress="none")
+trainer.fit([(x, y)], verbose=0)
 print("goes on", trainer.step)
 """
 

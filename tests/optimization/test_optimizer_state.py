@@ -64,7 +64,7 @@ def test_state_survives_another_name_of_the_group(optimizer, second):
 
 def test_the_groups_of_one_cohort_have_rates_of_their_own():
     trainer = fit(network(), steps=1, optimizer=SGD(0.1))
-    step = lambda: trainer.fit([(X, Y)], progress="none")  # noqa: E731
+    step = lambda: trainer.fit([(X, Y)], verbose=0)  # noqa: E731
     trainer.policy = tl.Groups({"slow": "base", "fast": TAIL}, multipliers={"slow": 0.0})
     assert moved(trainer.model, step) == {f"{name}/{part}" for name in TAIL for part in ("kernel", "bias")}
     assert dict(trainer.learning_rates) == pytest.approx({"slow": 0.0, "fast": 0.1})
@@ -85,10 +85,10 @@ def test_two_updates_of_one_cohort_each_have_their_own_count():
     for policy, fits in ((tl.Freeze("base"), False), (TWO, True), (tl.Freeze("base"), False)):
         trainer.policy = policy
         if fits:
-            trainer.fit([(X, Y)] * 3, progress="none")
+            trainer.fit([(X, Y)] * 3, verbose=0)
         else:
             with pytest.raises(tl.PolicyError, match="`tape` was asked for the groups"):
-                trainer.fit([(X, Y)], progress="none")
+                trainer.fit([(X, Y)], verbose=0)
     assert inspect.iterations(trainer) == [3]
 
 
@@ -114,7 +114,7 @@ def test_a_global_norm_is_that_of_all_variables(policy):
     sgd = SGD(1.0, global_clipnorm=0.01)
     trainer = fit(network(), policy, steps=1, epochs=2, optimizer=sgd)
     before = trainer.model.get_weights()
-    trainer.fit([(X, Y)], progress="none")
+    trainer.fit([(X, Y)], verbose=0)
     squares = [((old - new) ** 2).sum() for old, new in zip(before, trainer.model.get_weights())]
     assert float(np.sqrt(sum(squares))) == pytest.approx(0.01, rel=1e-3)
     assert sgd.global_clipnorm == 0.01
@@ -221,7 +221,7 @@ def test_the_first_cohort_has_the_very_optimizer_and_the_next_a_clone_that_is_th
 def test_a_clone_that_would_lose_something_or_cannot_be_made_is_refused(policy, optimizer, text):
     trainer = tl.Trainer(network(), policy, loss="mse", optimizer=optimizer)
     with refused(trainer.model, tl.PolicyError, text):
-        trainer.fit([(X, Y)], epochs=2, progress="none")
+        trainer.fit([(X, Y)], epochs=2, verbose=0)
 
 
 def test_an_optimizer_that_is_built_elsewhere_is_cloned():
@@ -269,12 +269,12 @@ def test_a_rate_that_the_user_assigns_to_the_optimizer_holds_for_all_of_its_vari
     optimizer = SGD(0.1)
     trainer = tl.Trainer(network(), LATER, loss="mse", optimizer=optimizer)
     optimizer.learning_rate = 0.05
-    trainer.fit([(X, Y)], epochs=2, progress="none")
+    trainer.fit([(X, Y)], epochs=2, verbose=0)
     assert dict(trainer.learning_rates) == pytest.approx({"default": 0.05})
     trainer.learning_rates["default"] = 0.02
-    trainer.fit([(X, Y)], progress="none")
+    trainer.fit([(X, Y)], verbose=0)
     optimizer.learning_rate = 0.0
-    assert moved(trainer.model, lambda: trainer.fit([(X, Y)], progress="none")) == set()
+    assert moved(trainer.model, lambda: trainer.fit([(X, Y)], verbose=0)) == set()
     assert dict(trainer.learning_rates) == {"default": 0.0}
 
 
@@ -291,5 +291,5 @@ def test_what_is_excluded_from_weight_decay_is_so_in_clones_too(policy):
     optimizer.exclude_from_weight_decay(var_names=["kernel"])
     trainer = tl.Trainer(network(), policy, loss="mse", optimizer=optimizer)
     before = [layer.kernel.numpy() for layer in trainer.model.layers]
-    trainer.fit([(X, Y)] * 3, epochs=2, progress="none")
+    trainer.fit([(X, Y)] * 3, epochs=2, verbose=0)
     assert_close([layer.kernel.numpy() for layer in trainer.model.layers], before, atol=2e-3)

@@ -68,7 +68,7 @@ def test_layerwise_decay_moves_each_depth_by_its_rate():
     trainer = tl.Trainer(model, tl.LayerwiseDecay(0.5, of="block*"), loss="mse", optimizer=keras.optimizers.Adam(0.1))
     rates = {"below": 0.0125, "block0": 0.025, "block1": 0.05, "above": 0.1}
     assert dict(trainer.learning_rates) == pytest.approx(rates)
-    trainer.fit([(x, 10 * np.ones((8, 1), "float32"))], progress="none")
+    trainer.fit([(x, 10 * np.ones((8, 1), "float32"))], verbose=0)
     for variable in Tree.of(model).variables:
         moved = np.abs(variable.tf_variable.numpy() - before[variable.path]).max()
         layer = variable.path.split("/")[0]

@@ -11,14 +11,15 @@ ROOT = pathlib.Path(__file__).parents[2]
 PACKAGE = ROOT / "tapeloop"
 # From the ground up: a folder imports only folders below it. Names on one floor do not import each other.
 FLOORS = (
-    ("errors", "_validation", "_search", "_digest", "_version"),
+    ("errors", "_validation", "_search", "_digest", "_version", "_keras_names"),
     ("_backend",),
     ("data",),
     ("model",),
     ("policies", "optimization"),
     ("step",),
     ("loop",),
-    ("checkpoint", "feature_cache"),
+    ("callbacks", "checkpoint", "feature_cache"),
+    ("fitting",),
     ("trainer",),
     ("__init__",),
 )

@@ -39,7 +39,7 @@ class Run:
             pathlib.Path(getattr(checkpoint, "directory", checkpoint)).glob("0*-step-*")
         ):
             forget(trainer)
-        given = {"batch_size": BATCH, "progress": "none", **self.options, **options}
+        given = {"batch_size": BATCH, "verbose": 0, **self.options, **options}
         trainer.fit(self.data(), epochs=epochs, checkpoint=checkpoint, **given)
         return trainer
 
@@ -231,8 +231,8 @@ def interrupted_at(step):
         done = session._contents.loop.state.step
         return min(steps_left(session), step - done if step > done else 1)
 
-    def stop(session):
-        after_steps(session)
+    def stop(session, *args):
+        after_steps(session, *args)
         if session._contents.loop.state.step >= step:
             raise KeyboardInterrupt
 
