@@ -30,6 +30,7 @@ from tapeloop.optimization.clipping import Clipping
 from tapeloop.optimization.ema import MovingAverages
 from tapeloop.optimization.loss_scale import LossScale
 from tapeloop.optimization.optimizers import LearningRates, Optimizers
+from tapeloop.optimization.update_statistics import UpdateStatistics
 from tapeloop.optimization.updates import Updates
 from tapeloop.policies.base import VariablePolicy
 from tapeloop.policies.static import TrainAll
@@ -79,6 +80,7 @@ class Trainer(Fits, SavesRuns, UserStep):
         jit_compile: bool | str = "auto",
         run_eagerly: bool = False,
         steps_per_call: int | str = "auto",
+        log_updates: bool = False,
         ignore_model_step: bool = False,
         seed: int | None = None,
     ) -> None:
@@ -110,6 +112,8 @@ class Trainer(Fits, SavesRuns, UserStep):
             run_eagerly: Whether steps run op by op in Python, for breakpoints and prints.
             steps_per_call: The number of steps that the loop in the graph runs before the host looks; `"auto"`: for
                 about 0.2 s.
+            log_updates: Whether `group/gradient_norm`, before clipping, and `group/update_ratio`, the norm of the
+                update over that of the weights, are logged for each group.
             ignore_model_step: Whether the trainer may ignore a `train_step`, `test_step`, `compute_loss` or
                 `compute_metrics` that the model itself overrides for Keras' `fit`.
             seed: The seed by which arrays are shuffled.
@@ -133,10 +137,11 @@ class Trainer(Fits, SavesRuns, UserStep):
         # Found now and not in the first step: it is a matter of the options alone.
         if self.state.microbatches.adapts or self.state.microbatches.count > 1:
             objective.check_averages()
+        state, statistics = self.state, UpdateStatistics(is_on=log_updates)
         parts = StepParts(
             bodies={"train": self.train_step, "eval": self.eval_step, "predict": self._predict_step},
             objective=objective,
-            updates=Updates(self.state.optimizers, Clipping(clip_norm), self.state.averages, self.state.loss_scale),
+            updates=Updates(state.optimizers, Clipping(clip_norm), state.averages, state.loss_scale, statistics),
             attributes=UserAttributes(vars(self), model),
             # Python's `if` and `for` over tensors are the user's to write; converting our own code costs a second.
             compilation=Compilation(bool(overridden), jit_compile, run_eagerly, steps_per_call),

@@ -86,6 +86,8 @@ class StepCache:
     def reset(self, kind: str, tree: Tree) -> None:
         """Reset what the steps of a kind log."""
         self.parts.means[kind].reset()
+        if kind == "train":
+            self.parts.updates.statistics.reset()
         self.parts.objective.reset()
         # A metric that a step returns may be kept nowhere else.
         returned = [m for (k, _), s in self._steps.items() if k == kind for m in s.planner.metrics.by_name.values()]
@@ -107,6 +109,7 @@ class StepCache:
         }
         held = {name: [raw(variable) for variable in metric.variables] for name, metric in metrics.items()}
         held |= {"compiled": parts.objective.variables, **parts.means[kind].named_variables()}
+        held |= parts.updates.statistics.named_variables() if kind == "train" else {}
         return {f"{name}/{n}": variable for name, variables in held.items() for n, variable in enumerate(variables)}
 
     def logs(self, kind: str, logged: Iterable[StepMetrics]) -> tuple[dict[str, Any], int]:
@@ -117,6 +120,8 @@ class StepCache:
             logs |= renamed(self.parts.objective.results(), {name for each in logged for name in each.returned})
         for each in logged:
             logs |= each.results()
+        if kind == "train":
+            logs |= self.parts.updates.statistics.results()
         return {name: on_the_host(value) for name, value in logs.items()}, examples
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import tensorflow as tf
 
@@ -13,6 +14,7 @@ from tapeloop.optimization.ema import MovingAverages
 from tapeloop.optimization.loss_scale import LossScale
 from tapeloop.optimization.optimizers import Gradients, Optimizers
 from tapeloop.optimization.tape import GroupTape, gradients_of
+from tapeloop.optimization.update_statistics import UpdateStatistics
 
 
 @dataclass(frozen=True)
@@ -24,12 +26,14 @@ class Updates:
         clipping: The norms to which gradients are clipped.
         averages: The exponential moving averages of what trains.
         loss_scale: The number by which losses are multiplied, if a layer computes in float16.
+        statistics: How large gradients and updates are, if the user asked.
     """
 
     optimizers: Optimizers
     clipping: Clipping
     averages: MovingAverages
     loss_scale: LossScale
+    statistics: UpdateStatistics = field(default_factory=UpdateStatistics)
 
     def prepare(self, selection: Selection, step: int, *, changing: bool) -> None:
         """Make all that training with a selection needs, before anything is traced.
@@ -47,6 +51,7 @@ class Updates:
         self.optimizers.prepare(selection, changing=changing)
         self.averages.prepare(selection, step)
         self.loss_scale.prepare(selection)
+        self.statistics.prepare(selection)
 
     def gradients(self, tape: GroupTape, loss: tf.Tensor) -> Gradients:
         """Return the gradient of a loss for each variable that `tape` watches."""
@@ -54,11 +59,15 @@ class Updates:
 
     def make(self, selection: Selection, gradients: Gradients) -> tf.Tensor:
         """Give variables their new values."""
+        before = self.statistics.before(gradients)
         # The averages follow the new values, and the norm is that of the gradients of the whole update.
         self.optimizers.apply(selection, self.clipping.clip(selection, gradients))
+        self.statistics.take(selection, gradients, before)
         self.averages.update([variable for _, variable in gradients])
         return tf.constant(True)  # a branch of `tf.cond` has to return something, as the other does
 
-    def moved(self, variables: list[VariableInfo] | tuple[VariableInfo, ...]) -> list[tf.Variable]:
-        """List what an update of these variables moves: them, their optimizers' state, their averages."""
-        return [*(v.tf_variable for v in variables), *self.optimizers.state(variables), *self.averages.held(variables)]
+    def moved(self, selection: Selection, variables: Sequence[VariableInfo]) -> list[tf.Variable]:
+        """List what an update of these variables of a selection moves: them, and what is kept beside them."""
+        groups = dict.fromkeys(selection.group_of[variable] for variable in variables)
+        kept = [*self.optimizers.state(variables), *self.averages.held(variables), *self.statistics.held(groups)]
+        return [*(variable.tf_variable for variable in variables), *kept]
