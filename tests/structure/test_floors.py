@@ -11,14 +11,14 @@ ROOT = pathlib.Path(__file__).parents[2]
 PACKAGE = ROOT / "tapeloop"
 # From the ground up: a folder imports only folders below it. Names on one floor do not import each other.
 FLOORS = (
-    ("errors", "_validation", "_search", "_digest", "_version"),
+    ("errors", "_validation", "_search", "_digest", "_table", "_version"),
     ("_backend",),
     ("data",),
     ("model",),
-    ("policies", "optimization"),
+    ("plots", "policies", "optimization"),
     ("step",),
     ("loop",),
-    ("checkpoint", "feature_cache"),
+    ("checkpoint", "feature_cache", "inspection"),
     ("trainer",),
     ("__init__",),
 )
