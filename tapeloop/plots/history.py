@@ -51,7 +51,7 @@ def plot_history(
     drawing.figure.set_layout_engine("constrained", h_pad=0.04, hspace=0.03)
     grid = drawing.figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     for panel, (name, curves) in zip(grid, panels.items()):
-        _draw_panel(drawing, panel, name, curves, axis.ends)
+        _draw_panel(drawing, panel, shortened_path(name, int(12 * heights[0])), curves, axis.ends)
     for panel in grid[:-1]:
         panel.tick_params(labelbottom=False)
     _draw_axis(drawing, grid, axis, len(panels))
@@ -129,7 +129,7 @@ def _draw_panel(drawing: Drawing, panel: Any, name: str, curves: Mapping[bool, A
         if low is not None:
             has_several = True
             panel.fill_between(ends, low, high, color=colour, alpha=0.2, linewidth=0)
-    panel.set_ylabel(plain(shortened_path(name, 24)) + "\n(mean and range)" * has_several, fontsize=NORMAL)
+    panel.set_ylabel(plain(name) + "\n(mean and range)" * has_several, fontsize=NORMAL)
     panel.grid(True, alpha=0.3)
     panel.spines[["top", "right"]].set_visible(False)
     if is_empty:
@@ -161,7 +161,8 @@ def _draw_axis(drawing: Drawing, grid: Any, axis: Axis, panels: int) -> None:
         panel.tick_params(labelsize=SMALL)
     handles = {line.get_label(): line for panel in grid[:panels] for line in panel.get_lines()}
     if len(handles) > 1:
-        grid[0].legend(handles.values(), handles, frameon=False, fontsize=SMALL, loc="best")
+        legend = grid[0].legend(handles.values(), handles, fontsize=SMALL, loc="best", framealpha=0.7)
+        legend.get_frame().set_linewidth(0)
 
 
 def _shade(drawing: Drawing, panel: Any, bands: Sequence[tuple[float, float]]) -> None:
@@ -227,7 +228,7 @@ def _draw_key(
         handles.append((patches.Patch(color=colours[last]), f"... {last}, {len(colours)} groups in all"))
     if any(0 < share < 1 for line in lines for share in line.share):
         face, edge = drawing.mixed(drawing.ink, 0.2), drawing.mixed(drawing.ink, 0.6)
-        handles.append((patches.Patch(facecolor=face, edgecolor=edge), "lighter: a part of it trains"))
+        handles.append((patches.Patch(facecolor=face, edgecolor=edge), "pale: a part of it trains"))
     if handles:
         drawing.figure.legend(
             [handle for handle, _ in handles],

@@ -315,7 +315,8 @@ def _texts(area: Area, between: str) -> list[str]:
     # What is shared is counted once, so that submodels which look alike may have different shares of it.
     alike = area.count > 1 and area.size % area.count == 0
     number = f"{area.count} x {area.size // area.count:,}" if alike else f"{area.size:,}"
-    names = dict.fromkeys([area.label, area.label.rpartition("/")[2], shortened_path(area.label, 12)])
+    last = area.label.rpartition("/")[2]
+    names = dict.fromkeys([area.label, last, shortened_path(last, 12), shortened_path(last, 9)])
     return [f"{area.label}{between}{number}", *names]
 
 

@@ -1,4 +1,5 @@
 import math
+import pickle
 import sys
 
 import keras
@@ -78,7 +79,7 @@ def test_groups_have_colours_and_parts_are_lighter():
     assert [text.get_text() for text in legend.get_texts()] == [
         "group late",
         "group early",
-        "lighter: a part of it trains",
+        "pale: a part of it trains",
     ]
 
 
@@ -105,6 +106,17 @@ def test_one_epoch_of_many_phases_shows_when_within_it_each_began():
         left == pytest.approx(history.phases[5].step / 300, abs=1e-3)
         for left, _, _ in found[drawn[history.phases[5].step]]
     )
+
+
+@pytest.mark.parametrize("by", ["epoch", "step"])
+def test_a_phase_of_an_epoch_that_was_not_finished_is_left_out(by):
+    history = history_of(models.blocks(1), TWO_STAGES, epochs=4)
+    for values in (*history.history.values(), history.epoch, history.step):
+        del values[2:]
+    loss, timeline = history.plot(by=by).axes
+    end = {"epoch": 2, "step": 20}[by]
+    assert above(loss) == ["head"]
+    assert rows(timeline) == {"stem": [], "block0": [], "head": [(0, end, BLUE)]}
 
 
 def test_a_flat_model_with_more_layers_than_rows_has_neighbours_in_one():
@@ -170,6 +182,7 @@ def test_the_state_of_matplotlib_is_left_as_it_is_and_a_notebook_shows_the_figur
     assert isinstance(figure, matplotlib.figure.Figure)
     assert (matplotlib.rcParams, pyplot.get_fignums(), matplotlib.get_backend()) == (settings, figures, backend)
     assert figure._repr_png_().startswith(b"\x89PNG")
+    assert pickle.loads(pickle.dumps(figure)).axes[0].get_ylabel() == "loss"
 
 
 def test_backgrounds_and_shades_follow_the_style_of_the_moment():
