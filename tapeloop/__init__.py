@@ -5,6 +5,7 @@ from __future__ import annotations
 from tapeloop._version import __version__ as __version__
 from tapeloop.callbacks.keras_callbacks import ForGroup
 from tapeloop.checkpoint.checkpoints import Checkpoints
+from tapeloop.dry_run import DryPhase, DryRun
 from tapeloop.errors import (
     CacheError,
     CheckpointError,
@@ -34,6 +35,8 @@ __all__ = [
     "Cycle",
     "DataError",
     "DisconnectedError",
+    "DryPhase",
+    "DryRun",
     "Filter",
     "ForGroup",
     "Freeze",

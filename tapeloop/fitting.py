@@ -21,11 +21,11 @@ from tapeloop.data.arguments import is_array, joined, split_off
 from tapeloop.data.batch import as_tensors, examples_of, open_spec_of
 from tapeloop.data.loader import DataLoader, DataSpec
 from tapeloop.data.sampler import Sampler
+from tapeloop.dry_run import dry_run as trace_phases
 from tapeloop.feature_cache.cache import CachedData, FeatureCache
 from tapeloop.feature_cache.storage import Memory
 from tapeloop.loop.epochs import EpochLoop
 from tapeloop.loop.fit_data import FitData, Validation
-from tapeloop.loop.history import History
 from tapeloop.loop.progress import ProgressDisplay
 from tapeloop.loop.state import Resumption, TrainerState
 from tapeloop.model.tree import Model
@@ -70,8 +70,9 @@ class Fits:
         feature_cache: str | os.PathLike[str] | None = None,
         feature_cache_views: int = 1,
         checkpoint: Checkpoints | str | os.PathLike[str] | None = None,
+        dry_run: bool = False,
         **others: NoReturn,
-    ) -> History:
+    ) -> Any:
         """Train for some more epochs, as Keras' `fit` does.
 
         Args:
@@ -102,10 +103,13 @@ class Fits:
                 are stored. Epochs cycle through them: less variety, more speed.
             checkpoint: When the run is saved, or the folder alone, where it is saved after each epoch. A program that
                 was stopped and is run again goes on where it was: then `epochs` are those of the fit as a whole.
+            dry_run: Whether to trace each phase of the schedule on one batch and to return a `DryRun`, which says what
+                each takes in memory and what gets no gradient. Nothing moves then.
             **others: None. What Keras' `fit` takes beside these gets an error that says what to write instead.
 
         Returns:
-            The logs of each epoch, those of the validation as `val_...`.
+            A `History`: the logs of each epoch, those of the validation as `val_...`. Or a `DryRun`, if one was asked
+            for.
 
         Raises:
             PolicyError: The policy cannot be resolved for the model.
@@ -146,6 +150,12 @@ class Fits:
         )
         cache = FeatureCache(self._features, feature_cache, feature_cache_views)
         display = ProgressDisplay(verbose)
+        if dry_run:
+            span = range(self.state.epoch, self.state.epoch + epochs)
+            fit_data = FitData(spec, validation_spec if validation_data is not None else None, span)
+            self._loop.steps.build(self.model, fit_data.loader.specs)
+            self._loop.phases.resolve_to_come()
+            return trace_phases(self.model, self._loop, fit_data)
         with opened(checkpoint, self._contents) as session:
             fit_data, span = self._prepared(spec, validation_spec, epochs, cache, session)
             told.set_params(epochs=epochs, steps=fit_data.loader.batches_per_epoch, verbose=verbose)

@@ -25,7 +25,7 @@ def explain(selection: Selection, state_bytes: Callable[[VariableInfo], int], de
         ValueError: `depth` is no whole number of 1 or more.
     """
     shown = _unfold(selection, selection.tree.submodels[0], whole_number("depth", depth, 1))
-    lines = _table(HEADER, [_row(selection, each, state_bytes) for each in shown], RIGHT)
+    lines = table(HEADER, [_row(selection, each, state_bytes) for each in shown], RIGHT)
     variables, trained = selection.tree.variables, _size(selection.trained)
     total = _size(variables)
     penalized = [variable for variable in variables if variable.is_penalized]
@@ -81,7 +81,7 @@ def _path_rows(tree: Tree) -> list[str]:
                 shown.add(variable)
                 flag = "trainable" if variable.trainable else "seed" if variable.seed else "non-trainable"
                 rows.append((_all_paths(variable), variable.dtype, str(variable.shape), flag))
-    return _table(("path", "type", "shape", "Keras' flag"), rows, set())
+    return table(("path", "type", "shape", "Keras' flag"), rows, set())
 
 
 def _all_paths(info: SubmodelInfo | VariableInfo) -> str:
@@ -158,7 +158,14 @@ def _unique(values: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(values))
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]], right: set[str]) -> list[str]:
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], right: set[str]) -> list[str]:
+    """Return the lines of a table.
+
+    Args:
+        header: The names of the columns.
+        rows: Their cells.
+        right: The names of those that are aligned to the right.
+    """
     columns = []
     for column in zip(header, *rows):
         width, pad = max(map(len, column)), str.rjust if column[0] in right else str.ljust

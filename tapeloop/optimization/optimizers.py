@@ -204,6 +204,10 @@ class Optimizers:
         slots = [slot for cohort in self.cohorts for slot in cohort.slots.get(variable, ())]
         return sum(_bytes(slot) for slot in slots)
 
+    def slot_bytes(self, variable: VariableInfo, group: str) -> int:
+        """Return how many bytes of state a variable has, or would have, while it trains in a group."""
+        return self._templates[self._key(group)].slot_numbers(variable.shape) * (variable.bytes // (variable.size or 1))
+
     def named_variables(self) -> dict[str, tf.Variable]:
         """Return what the optimizers keep, by names that say what each variable belongs to."""
         return {

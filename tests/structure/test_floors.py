@@ -18,7 +18,7 @@ FLOORS = (
     ("policies", "optimization"),
     ("step",),
     ("loop",),
-    ("callbacks", "checkpoint", "feature_cache"),
+    ("callbacks", "checkpoint", "feature_cache", "dry_run"),
     ("fitting",),
     ("trainer",),
     ("__init__",),
