@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import random
+import weakref
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tapeloop._validation import whole_number
 from tapeloop.errors import PolicyError
 from tapeloop.model.filters import Filter, FilterLike, SubmodelKind, to_filter
-from tapeloop.model.tree import VariableInfo
+from tapeloop.model.tree import SubmodelInfo, Tree, VariableInfo
 from tapeloop.policies.base import DEFAULT_GROUP, Progress, VariablePolicy
 from tapeloop.policies.static import TrainOnly
 
@@ -192,39 +193,62 @@ class RandomSubset(_Scheduled, VariablePolicy):
 
     Example:
         >>> dense = keras.layers.Dense
-        >>> model = keras.Sequential([keras.Input((4,)), dense(3, name="base"), dense(2, name="head")])
-        >>> len(tl.Trainer(model, tl.RandomSubset(1, of=dense, every=100)).selection.trained)  # a kernel and a bias
-        2
+        >>> layers = [dense(3, name="low"), dense(3, name="high"), dense(2, name="head")]
+        >>> model = keras.Sequential([keras.Input((4,)), *layers])
+        >>> policy = tl.RandomSubset(1, of=dense, every=100, always="head")
+        >>> [variable.path for variable in tl.Trainer(model, policy).selection.trained]
+        ['high/kernel', 'high/bias', 'head/kernel', 'head/bias']
     """
 
     _k: int
     _kind: SubmodelKind
+    _always: Filter | None
     _seed: int
 
-    def __init__(self, k: int, *, of: type | str, every: int, seed: int = 0, unit: str = "step") -> None:
+    def __init__(
+        self,
+        k: int,
+        *,
+        of: type | str,
+        every: int,
+        always: FilterLike | None = None,
+        seed: int = 0,
+        unit: str = "step",
+    ) -> None:
         """Choose the submodels and how often they are drawn.
 
         Args:
             k: How many submodels train at a time.
             of: Which submodels are drawn from: a class of layers, or a path glob that names submodels.
             every: How many steps (or epochs) a draw holds.
+            always: What trains beside every draw: a path glob, a layer, a class of layers, a list of these, or a
+                filter. A submodel of which it leaves nothing to draw is not drawn from.
             seed: The seed of the draws.
             unit: What `every` counts: `"step"` or `"epoch"`.
 
         Raises:
-            TypeError: `of` is no class of layers and no path glob.
+            TypeError: `of` is no class of layers and no path glob, or `always` no filter.
             ValueError: `k` or `every` is no whole number of 1 or more, or `unit` no unit.
         """
         k, every = whole_number("k", k, 1), whole_number("every", every, 1)
-        self._set(unit, every, _k=k, _kind=SubmodelKind(of), _seed=seed)
+        chosen = None if always is None else to_filter(always)
+        self._set(unit, every, _k=k, _kind=SubmodelKind(of), _always=chosen, _seed=seed)
 
     def __repr__(self) -> str:
-        drawn = f"{self._k}, of={self._kind!r}, every={self._period}, seed={self._seed}"
+        always = "" if self._always is None else f", always={self._always!r}"
+        drawn = f"{self._k}, of={self._kind!r}, every={self._period}{always}, seed={self._seed}"
         return f"RandomSubset({drawn}{self._unit_unless('step')})"
+
+    def phases(self) -> tuple[VariablePolicy, ...]:
+        # Of draws without end: if one can be resolved for a model, so can the others.
+        return (self._draw(0),)
 
     def at(self, progress: Progress) -> VariablePolicy:
         # A policy of its own: as long as a draw holds, its selection is looked up by it and not resolved anew.
-        return _Draw(self._k, self._kind, self._seed, self._periods_before(progress))
+        return self._draw(self._periods_before(progress))
+
+    def _draw(self, number: int) -> _Draw:
+        return _Draw(self._k, self._kind, self._always, self._seed, number)
 
 
 @dataclass(frozen=True)
@@ -233,26 +257,49 @@ class _Draw(VariablePolicy):
 
     k: int
     kind: SubmodelKind
+    always: Filter | None
     seed: int
     number: int
+    # Of each model: a policy is asked about one variable at a time, and would draw anew for each.
+    _drawn: weakref.WeakKeyDictionary[Tree, frozenset[SubmodelInfo]] = field(
+        default_factory=weakref.WeakKeyDictionary, init=False, compare=False
+    )
 
     def __repr__(self) -> str:
-        return f"RandomSubset draw {self.number}"
+        return f"RandomSubset draw {self.number}{'' if self.always is None else f' (always {self.always!r})'}"
+
+    def filters(self) -> tuple[Filter, ...]:
+        return () if self.always is None else (self.always,)
 
     def group(self, variable: VariableInfo) -> str | None:
-        # Drawn anew for each variable, from the same seed: so a draw is a value and needs no state.
-        found = self.kind.found_in(variable.tree)
-        if self.k > len(found):
-            raise PolicyError(
-                f"`RandomSubset` was asked for {self.k} submodels of {self.kind!r}, but the model has {len(found)} "
-                "that hold variables that can train. Ask for fewer."
-            )
-        # Python's own generator takes a text as its seed, and draws the same on every machine.
-        chosen = random.Random(f"{self.seed} {self.number}").sample(found, self.k)
-        return DEFAULT_GROUP if any(submodel in variable.submodels for submodel in chosen) else None
+        drawn = self._drawn_in(variable.tree)
+        return DEFAULT_GROUP if self._is_always(variable) or not drawn.isdisjoint(variable.submodels) else None
 
     def rule(self, variable: VariableInfo) -> str:
-        return repr(self)
+        return f"RandomSubset{f': always {self.always!r}' if self._is_always(variable) else f' draw {self.number}'}"
+
+    def _is_always(self, variable: VariableInfo) -> bool:
+        return self.always is not None and self.always(variable)
+
+    def _drawn_in(self, tree: Tree) -> frozenset[SubmodelInfo]:
+        """Return the submodels of a model that are drawn: the same ones each time, so that a draw needs no state.
+
+        Raises:
+            PolicyError: There are fewer than are to be drawn.
+        """
+        if tree not in self._drawn:
+            found = self.kind.found_in(tree)
+            # One of which all trains already would be drawn for nothing.
+            left = [s for s in found if any(v.trainable and not self._is_always(v) for v in tree.variables_in[s])]
+            if self.k > len(left):
+                but = f", {len(found) - len(left)} of them in `always`" if len(left) < len(found) else ""
+                raise PolicyError(
+                    f"`RandomSubset` was asked for {self.k} submodels of {self.kind!r}, but the model has {len(found)} "
+                    f"that hold variables that can train{but}. Ask for fewer."
+                )
+            # Python's own generator takes a text as its seed, and draws the same on every machine.
+            self._drawn[tree] = frozenset(random.Random(f"{self.seed} {self.number}").sample(left, self.k))
+        return self._drawn[tree]
 
 
 def _check_policies(name: str, policies: Iterable[object]) -> None:

@@ -5,8 +5,10 @@ import pytest
 import tapeloop as tl
 from tapeloop.model.tree import Tree
 from tapeloop.policies.resolve import chain, resolve
+from tests.support.fitting import refused
 from tests.support.models import blocks
 
+ALL = tl.TrainAll()
 A, B, C = tl.TrainOnly("a"), tl.TrainOnly("b"), tl.TrainOnly("c")
 
 
@@ -61,6 +63,44 @@ def test_a_random_subset_follows_from_seed_and_draw_alone():
     assert [drawn(3, step) for step in range(50)] == [drawn(3, step) for step in range(50)]
 
 
+def draws(policy, tree, count=40):
+    """What trains in each of some draws, by the layers' names."""
+    drawn = [chain(policy, tl.Progress(step))[-1] for step in range(count)]
+    return [{v.path.split("/")[0] for v in resolve(draw, tree).trained} for draw in drawn]
+
+
+def test_what_trains_always_is_beside_every_draw_and_not_drawn_from():
+    tree = Tree.of(blocks())
+    found = draws(tl.RandomSubset(2, of=keras.layers.Dense, every=1, always=["head", "block3"]), tree)
+    # Six layers, of which four are left to draw two from.
+    assert all(len(trained) == 4 and {"head", "block3"} < trained for trained in found)
+    assert len(set(map(frozenset, found))) == 6
+    # A layer that is drawn from in part is drawn: of each the kernel is left.
+    biases = resolve(chain(tl.RandomSubset(1, of="block*", every=1, always="**/bias"), tl.Progress())[-1], tree)
+    assert [v.name for v in biases.trained].count("bias") == 6
+    assert [v.name for v in biases.trained].count("kernel") == 1
+    # Without it, and with what is not drawn from anyway, the draws are the same ones.
+    plain = draws(tl.RandomSubset(2, of="block*", every=1), tree)
+    beside = draws(tl.RandomSubset(2, of="block*", every=1, always="head"), tree)
+    assert [trained | {"head"} for trained in plain] == beside
+
+
+def test_a_draw_says_by_which_rule_a_variable_trains():
+    draw = chain(tl.RandomSubset(1, of="block*", every=5, always="head"), tl.Progress(10))[-1]
+    assert repr(draw) == "RandomSubset draw 2 (always glob('head'))"
+    rules = {v.path: rule for v, rule in resolve(draw, Tree.of(blocks())).rules.items()}
+    assert rules["head/kernel"] == "RandomSubset: always glob('head')"
+    assert rules["stem/kernel"] == "RandomSubset draw 2"
+
+
+def test_a_subset_that_cannot_be_drawn_is_found_before_its_phase_begins():
+    trainer = tl.Trainer(
+        blocks(), tl.Phases({0: ALL, 7: tl.RandomSubset(1, of="block*", every=1, always="haed")}), loss="mse"
+    )
+    with refused(trainer, tl.PolicyError, r"glob\('haed'\) in RandomSubset .* matches no variable.* are `head`"):
+        trainer.fit([(np.ones((8, 3), "float32"), np.ones((8, 1), "float32"))], progress="none")
+
+
 def test_layerwise_decay_moves_each_depth_by_its_rate():
     model = blocks(2)
     before = {v.path: v.tf_variable.numpy() for v in Tree.of(model).variables}
@@ -82,11 +122,14 @@ def test_policies_are_values_that_read_as_written():
         (lambda: tl.GradualUnfreeze(["a"]), "GradualUnfreeze([glob('a')], every=1)"),
         (lambda: tl.Cycle([A], every=3), "Cycle([TrainOnly(glob('a'))], every=3)"),
         (lambda: tl.RandomSubset(1, of="b*", every=2), "RandomSubset(1, of='b*', every=2, seed=0)"),
+        (lambda: tl.RandomSubset(1, of="b*", every=2, always=["a", keras.layers.Dense], seed=3),
+         "RandomSubset(1, of='b*', every=2, always=[glob('a'), of_type(Dense)], seed=3)"),
         (lambda: tl.LayerwiseDecay(0.5, of=keras.layers.Dense), "LayerwiseDecay(0.5, of=Dense)"),
-    ]:
+    ]:  # fmt: skip
         assert repr(make()) == said
         assert make() == make()
         assert hash(make()) == hash(make())
+        assert make().get_state() == {}
 
 
 def test_an_at_must_return_a_policy_that_settles():
