@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tapeloop._validation import whole_number
+from tapeloop._validation import is_number, whole_number
 from tapeloop.errors import PolicyError
 from tapeloop.model.filters import Filter, FilterLike, SubmodelKind, to_filter
 from tapeloop.model.tree import SubmodelInfo, Tree, VariableInfo
@@ -96,7 +96,11 @@ class Phases(_Scheduled, VariablePolicy):
 class GradualUnfreeze(_Scheduled, VariablePolicy):
     """Train the first stage, then the second too, then the third: `GradualUnfreeze(["head", "backbone/block3"])`.
 
-    Source: Howard and Ruder, Universal Language Model Fine-tuning for Text Classification, 2018, section 3.3.
+    With a `decay`, each stage is a group, `"stage0"`, `"stage1"` and so on, whose learning rate is that of the stage
+    before it times the decay: what is unfrozen later, and lies lower, learns more slowly.
+
+    Source: Howard and Ruder, Universal Language Model Fine-tuning for Text Classification, 2018: gradual unfreezing in
+    section 3.3; discriminative fine-tuning, with a decay of 1 / 2.6, in section 3.2.
 
     Example:
         >>> dense = keras.layers.Dense
@@ -105,39 +109,86 @@ class GradualUnfreeze(_Scheduled, VariablePolicy):
         >>> history = trainer.fit((np.ones((8, 4)), np.ones((8, 2))), epochs=3, progress="none")
         >>> [(phase.epoch, phase.policy) for phase in history.phases]
         [(0, TrainOnly(glob('head'))), (2, TrainOnly(glob('head'), glob('base')))]
+        >>> trainer.policy = tl.GradualUnfreeze(["head", "base"], every=2, decay=0.5)
+        >>> trainer.selection.multipliers
+        {'stage1': 0.5, 'stage0': 1.0}
     """
 
     _stages: tuple[Filter, ...]
+    _decay: float | None
 
-    def __init__(self, stages: Iterable[FilterLike], *, every: int = 1, unit: str = "epoch") -> None:
+    def __init__(
+        self, stages: Iterable[FilterLike], *, every: int = 1, decay: float | None = None, unit: str = "epoch"
+    ) -> None:
         """Set the stages.
 
         Args:
-            stages: What trains first, what joins then, and so on.
+            stages: What trains first, what joins then, and so on. What several choose belongs to the first of them.
             every: How many epochs (or steps) lie between two stages.
+            decay: The factor from the learning rate of one stage to that of the next, above 0 and at most 1; None: all
+                stages are one group.
             unit: What `every` counts: `"epoch"` or `"step"`.
 
         Raises:
             PolicyError: There are no stages.
             TypeError: `stages` is no list of filters.
-            ValueError: `every` is no whole number of 1 or more, or `unit` no unit.
+            ValueError: `every` is no whole number of 1 or more, `decay` is out of range, or `unit` no unit.
         """
         if isinstance(stages, str) or not isinstance(stages, Iterable):
             raise TypeError(f"`GradualUnfreeze` takes a list of filters. Received: {stages!r}.")
         filters = tuple(to_filter(stage) for stage in stages)
         if not filters:
             raise PolicyError("`GradualUnfreeze` needs one or more stages. Received none: say what trains first.")
-        self._set(unit, whole_number("every", every, 1), _stages=filters)
+        if decay is not None and (not is_number(decay) or not 0 < decay <= 1):
+            raise ValueError(f"`decay` must be above 0 and at most 1. Received: {decay!r}.")
+        decay = None if decay is None else float(decay)
+        self._set(unit, whole_number("every", every, 1), _stages=filters, _decay=decay)
 
     def __repr__(self) -> str:
-        return f"GradualUnfreeze({list(self._stages)!r}, every={self._period}{self._unit_unless('epoch')})"
+        decay = "" if self._decay is None else f", decay={self._decay}"
+        return f"GradualUnfreeze({list(self._stages)!r}, every={self._period}{decay}{self._unit_unless('epoch')})"
 
     def phases(self) -> tuple[VariablePolicy, ...]:
-        return tuple(TrainOnly(*self._stages[:count]) for count in range(1, 1 + len(self._stages)))
+        return tuple(self._first(count) for count in range(1, 1 + len(self._stages)))
 
     def at(self, progress: Progress) -> VariablePolicy:
-        # Once all stages train, the slice stays the same.
-        return TrainOnly(*self._stages[: 1 + self._periods_before(progress)])
+        return self._first(1 + self._periods_before(progress))
+
+    def _first(self, count: int) -> VariablePolicy:
+        """Return the policy that trains so many stages; once all of them train, it stays the same."""
+        stages = self._stages[:count]
+        return TrainOnly(*stages) if self._decay is None else _Stages(stages, self._decay)
+
+
+@dataclass(frozen=True)
+class _Stages(VariablePolicy):
+    """The first stages of a `GradualUnfreeze`, each with a learning rate of its own."""
+
+    stages: tuple[Filter, ...]
+    decay: float
+
+    def __repr__(self) -> str:
+        return f"GradualUnfreeze stages {list(self.stages)!r} (decay={self.decay})"
+
+    def filters(self) -> tuple[Filter, ...]:
+        return self.stages
+
+    def group(self, variable: VariableInfo) -> str | None:
+        stage = self._stage(variable)
+        return None if stage is None else f"stage{stage}"
+
+    def multiplier(self, variable: VariableInfo) -> float:
+        return self.decay ** (self._stage(variable) or 0)
+
+    def rule(self, variable: VariableInfo) -> str:
+        stage = self._stage(variable)
+        if stage is None:
+            return "GradualUnfreeze: all else"
+        return f"GradualUnfreeze: {self.stages[stage]!r} x{self.multiplier(variable):.3g}"
+
+    def _stage(self, variable: VariableInfo) -> int | None:
+        # The first that chooses it: the last stage is often the whole backbone, which those before are parts of.
+        return next((number for number, stage in enumerate(self.stages) if stage(variable)), None)
 
 
 @dataclass(frozen=True, init=False, repr=False)

@@ -232,6 +232,8 @@ def test_a_policy_without_group_says_what_to_write(tree):
         (lambda: tl.Cycle([ALL], every=0), ValueError, r"`every` must be a whole number, 1 or more. Received: 0"),
         (lambda: tl.GradualUnfreeze([]), tl.PolicyError, r"needs one or more stages"),
         (lambda: tl.GradualUnfreeze("head"), TypeError, r"takes a list of filters. Received: 'head'"),
+        (lambda: tl.GradualUnfreeze(["a"], decay=0), ValueError, r"`decay` must be above 0 and at most 1. Received: 0"),
+        (lambda: tl.GradualUnfreeze(["a"], decay=True), ValueError, r"`decay` must be .* Received: True"),
         (lambda: tl.RandomSubset(0, of="b", every=1), ValueError, r"`k` must be a whole number"),
         (lambda: tl.RandomSubset(1, of=3, every=1), TypeError, r"`of` must be a class of layers, or a path glob"),
         (lambda: tl.RandomSubset(1, of="b", every=1, always=3), TypeError, r"A filter must be .* Received: 3"),

@@ -36,6 +36,27 @@ def test_gradual_unfreezing_adds_a_stage_at_a_time():
     assert tl.GradualUnfreeze(["a", "b"], every=50, unit="step").every == 50
 
 
+def stages(model, epoch, decay=0.5):
+    """The names and multipliers of the groups at an epoch, and the layers in each."""
+    policy = tl.GradualUnfreeze(["head", "block1", "block*"], every=2, decay=decay)
+    selection = resolve(chain(policy, tl.Progress(epoch=epoch))[-1], Tree.of(model))
+    layers = {g: sorted({v.path.split("/")[0] for v in group}) for g, group in selection.groups.items()}
+    return {group: (selection.multipliers[group], layers[group]) for group in sorted(layers)}
+
+
+def test_stages_with_a_decay_are_groups_each_slower_than_the_one_before():
+    model = blocks(3)
+    head, top, rest = (1.0, ["head"]), (0.5, ["block1"]), (0.25, ["block0", "block2"])
+    assert stages(model, 0) == {"stage0": head}
+    assert stages(model, 2) == {"stage0": head, "stage1": top}
+    # What a stage before has chosen, such as `block1`, stays there.
+    assert stages(model, 4) == stages(model, 99) == {"stage0": head, "stage1": top, "stage2": rest}
+    draw = chain(tl.GradualUnfreeze(["head", "block*"], decay=0.25), tl.Progress(epoch=1))[-1]
+    rules = {v.path: rule for v, rule in resolve(draw, Tree.of(model)).rules.items()}
+    assert rules["block0/kernel"] == "GradualUnfreeze: glob('block*') x0.25"
+    assert rules["stem/kernel"] == "GradualUnfreeze: all else"
+
+
 def test_a_cycle_goes_around():
     assert over(tl.Cycle([A, B, C], every=2), range(8), "step") == [A, A, B, B, C, C, A, A]
     assert tl.Cycle([A, B], every=100).every == 100
@@ -120,6 +141,8 @@ def test_policies_are_values_that_read_as_written():
         (lambda: tl.Phases({0: A}), "Phases({0: TrainOnly(glob('a'))})"),
         (lambda: tl.Phases({0: A}, unit="step"), "Phases({0: TrainOnly(glob('a'))}, unit='step')"),
         (lambda: tl.GradualUnfreeze(["a"]), "GradualUnfreeze([glob('a')], every=1)"),
+        (lambda: tl.GradualUnfreeze(["a"], every=50, decay=1, unit="step"),
+         "GradualUnfreeze([glob('a')], every=50, decay=1.0, unit='step')"),
         (lambda: tl.Cycle([A], every=3), "Cycle([TrainOnly(glob('a'))], every=3)"),
         (lambda: tl.RandomSubset(1, of="b*", every=2), "RandomSubset(1, of='b*', every=2, seed=0)"),
         (lambda: tl.RandomSubset(1, of="b*", every=2, always=["a", keras.layers.Dense], seed=3),
