@@ -53,9 +53,10 @@ class Updates:
         self.loss_scale.prepare(selection)
         self.statistics.prepare(selection)
 
-    def gradients(self, tape: GroupTape, loss: tf.Tensor) -> Gradients:
+    def gradients(self, tape: GroupTape, loss: tf.Tensor, *, allow_unconnected: bool = False) -> Gradients:
         """Return the gradient of a loss for each variable that `tape` watches."""
-        return list(zip(gradients_of(tape, loss, self.loss_scale.value), tape.variables))
+        gradients = gradients_of(tape, loss, self.loss_scale.value, allow_unconnected=allow_unconnected)
+        return list(zip(gradients, tape.variables))
 
     def make(self, selection: Selection, gradients: Gradients) -> tf.Tensor:
         """Give variables their new values."""
