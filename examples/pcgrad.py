@@ -52,7 +52,7 @@ def main(epochs: int = 20, seed: int = 0) -> None:
         trunk = keras.layers.Dense(32, activation="relu", name="trunk")(inputs := keras.Input((96,)))
         model = keras.Model(inputs, [keras.layers.Dense(width)(trunk) for width in (10, 1)])
         trainer = kind(model, optimizer=keras.optimizers.Adam(3e-3), seed=seed)
-        logs = trainer.fit((images, (labels[left], labels[right, None])), epochs=epochs, progress="none").history
+        logs = trainer.fit((images, (labels[left], labels[right, None])), epochs=epochs, verbose=0).history
         print(f"{kind.__name__}:", ", ".join(f"{name} {values[-1]:.3f}" for name, values in logs.items()))
 
 

@@ -6,12 +6,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from tapeloop._backend.traced_graph import bytes_kept_for_gradient
+from tapeloop._table import Table, table
 from tapeloop.data.batch import sized_spec_of, tensors_in
 from tapeloop.errors import DataError, DisconnectedError
 from tapeloop.loop.epochs import EpochLoop
 from tapeloop.loop.fit_data import FitData
 from tapeloop.model.selection import Selection
-from tapeloop.model.summary import format_bytes, table
+from tapeloop.model.summary import format_bytes
 from tapeloop.model.tree import Model, Tree, VariableInfo
 from tapeloop.policies.resolve import selections_to_come
 from tapeloop.step.plan import Planner
@@ -67,6 +68,13 @@ class DryRun:
     examples: int | None
 
     def __repr__(self) -> str:
+        problems = [f"phase {n}: {phase.disconnected}" for n, phase in enumerate(self.phases) if phase.disconnected]
+        return "\n".join([self._table(), *problems])
+
+    def _repr_html_(self) -> str:
+        return self._table().html
+
+    def _table(self) -> Table:
         rows = [
             (
                 str(number),
@@ -80,9 +88,7 @@ class DryRun:
             )
             for number, phase in enumerate(self.phases)
         ]
-        problems = [f"phase {n}: {phase.disconnected}" for n, phase in enumerate(self.phases) if phase.disconnected]
-        said = f"a batch of {self.examples} examples; nothing has moved"
-        return "\n".join([*table(HEADER, rows, RIGHT), said, *problems])
+        return table(HEADER, rows, RIGHT, [("examples", f"{self.examples} in a batch"), ("moved", "nothing")])
 
 
 def dry_run(model: Model, loop: EpochLoop, data: FitData) -> DryRun:

@@ -109,7 +109,7 @@ def test_a_stage_that_joins_at_a_rate_of_its_own_leaves_the_state_of_those_befor
     assert_alike(trainer, model)
     # A rate that the user sets stays, whatever stage joins after.
     trainer.learning_rates["stage1"] = 0.5
-    trainer.fit([(X, Y)], progress="none")
+    trainer.fit([(X, Y)], verbose=0)
     assert trainer.learning_rates["stage1"] == pytest.approx(0.5)
 
 

@@ -59,7 +59,7 @@ def trainer_of(kind, model=None, **options):
 
 
 def run(trainer):
-    trainer.fit([(X, (A, B))], progress="none")
+    trainer.fit([(X, (A, B))], verbose=0)
 
 
 @pytest.mark.parametrize("how", [{}, {"microbatches": 2}, {"run_eagerly": True}], ids=str)

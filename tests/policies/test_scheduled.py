@@ -119,7 +119,7 @@ def test_a_subset_that_cannot_be_drawn_is_found_before_its_phase_begins():
         blocks(), tl.Phases({0: ALL, 7: tl.RandomSubset(1, of="block*", every=1, always="haed")}), loss="mse"
     )
     with refused(trainer, tl.PolicyError, r"glob\('haed'\) in RandomSubset .* matches no variable.* are `head`"):
-        trainer.fit([(np.ones((8, 3), "float32"), np.ones((8, 1), "float32"))], progress="none")
+        trainer.fit([(np.ones((8, 3), "float32"), np.ones((8, 1), "float32"))], verbose=0)
 
 
 def test_layerwise_decay_moves_each_depth_by_its_rate():

@@ -11,14 +11,14 @@ ROOT = pathlib.Path(__file__).parents[2]
 PACKAGE = ROOT / "tapeloop"
 # From the ground up: a folder imports only folders below it. Names on one floor do not import each other.
 FLOORS = (
-    ("errors", "_validation", "_search", "_digest", "_version", "_keras_names"),
+    ("errors", "_validation", "_search", "_digest", "_table", "_version", "_keras_names"),
     ("_backend",),
     ("data",),
     ("model",),
-    ("policies", "optimization"),
+    ("plots", "policies", "optimization"),
     ("step",),
     ("loop",),
-    ("callbacks", "checkpoint", "feature_cache", "dry_run"),
+    ("callbacks", "checkpoint", "feature_cache", "dry_run", "inspection"),
     ("fitting",),
     ("trainer",),
     ("__init__",),
