@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+from tapeloop._text import format_bytes
 from tapeloop._validation import whole_number
 from tapeloop.model.selection import Selection
 from tapeloop.model.tree import Model, SubmodelInfo, Tree, VariableInfo
@@ -72,20 +73,32 @@ def paths(model: Model) -> None:
 
 
 def _path_rows(tree: Tree) -> list[str]:
-    rows, shown = [], set[VariableInfo]()
-    for submodel in tree.submodels:
-        # The tree lists parents before children, in the order in which the model holds them: the order of the table.
-        rows.append((_all_paths(submodel), type(submodel.object).__name__, "", ""))
-        for variable in _own_variables(tree, submodel):
-            if variable not in shown:  # of a tied weight, the row under its first owner names all paths
-                shown.add(variable)
-                flag = "trainable" if variable.trainable else "seed" if variable.seed else "non-trainable"
-                rows.append((_all_paths(variable), variable.dtype, str(variable.shape), flag))
+    rows = [
+        (all_paths(info), type(info.object).__name__, "", "")
+        if isinstance(info, SubmodelInfo)
+        else (all_paths(info), info.dtype, str(info.shape), keras_flag(info))
+        for info in with_variables(tree)
+    ]
     return table(("path", "type", "shape", "Keras' flag"), rows, set())
 
 
-def _all_paths(info: SubmodelInfo | VariableInfo) -> str:
+def with_variables(tree: Tree) -> list[SubmodelInfo | VariableInfo]:
+    """List each submodel of a model with the variables directly in it, as a table of paths shows them."""
+    rows: list[SubmodelInfo | VariableInfo] = []
+    # The tree lists parents before children, in the order in which the model holds them: the order of the table.
+    for submodel in tree.submodels:
+        rows += [submodel, *_own_variables(tree, submodel)]
+    return list(dict.fromkeys(rows))  # of a tied weight, the row under its first owner names all paths
+
+
+def all_paths(info: SubmodelInfo | VariableInfo) -> str:
+    """Return all paths of a submodel or variable in one line."""
     return " = ".join(path or "(model)" for path in info.paths)
+
+
+def keras_flag(variable: VariableInfo) -> str:
+    """Return whether Keras trains a variable, and why not if it is a seed."""
+    return "trainable" if variable.trainable else "seed" if variable.seed else "non-trainable"
 
 
 def _own_variables(tree: Tree, submodel: SubmodelInfo) -> list[VariableInfo]:
@@ -96,14 +109,6 @@ def _own_variables(tree: Tree, submodel: SubmodelInfo) -> list[VariableInfo]:
 
 def _size(variables: Iterable[VariableInfo]) -> int:
     return sum(variable.size for variable in variables)
-
-
-def format_bytes(count: int) -> str:
-    """Return a number of bytes in the largest fitting unit: `1.5 MiB`."""
-    size, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
-    while size >= 1024 and len(units) > 1:
-        size, units = size / 1024, units[1:]
-    return f"{size:.{int(units[0] != 'B')}f} {units[0]}"
 
 
 def _unfold(selection: Selection, submodel: SubmodelInfo, depth: int) -> list[SubmodelInfo | VariableInfo]:
