@@ -22,7 +22,8 @@ FLOORS = (
     ("fitting",),
     ("trainer",),
     ("_public",),
-    ("__init__",),
+    ("cli",),
+    ("__init__", "__main__"),
 )
 HEIGHT = {name: height for height, floor in enumerate(FLOORS) for name in floor}
 FILES = sorted(PACKAGE.rglob("*.py"))
