@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from tapeloop._backend.traced_graph import bytes_kept_for_gradient
 from tapeloop._table import Table, table
+from tapeloop._text import format_bytes
 from tapeloop.data.batch import sized_spec_of, tensors_in
 from tapeloop.errors import DataError, DisconnectedError
 from tapeloop.loop.epochs import EpochLoop
 from tapeloop.loop.fit_data import FitData
 from tapeloop.model.selection import Selection
-from tapeloop.model.summary import format_bytes
 from tapeloop.model.tree import Model, Tree, VariableInfo
 from tapeloop.policies.resolve import selections_to_come
 from tapeloop.step.plan import Planner

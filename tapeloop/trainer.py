@@ -29,8 +29,7 @@ from tapeloop.optimization.clipping import Clipping
 from tapeloop.optimization.ema import MovingAverages
 from tapeloop.optimization.loss_scale import LossScale
 from tapeloop.optimization.optimizers import LearningRates, Optimizers
-from tapeloop.optimization.update_statistics import UpdateStatistics
-from tapeloop.optimization.updates import Updates
+from tapeloop.optimization.updates import Updates, UpdateStatistics
 from tapeloop.policies.base import VariablePolicy
 from tapeloop.policies.static import TrainAll
 from tapeloop.step.accumulation import Microbatches

@@ -16,7 +16,8 @@ import numpy as np
 import tensorflow as tf
 
 from tapeloop._version import __version__
-from tapeloop.checkpoint.saved import FORMAT, SavedRun
+from tapeloop.checkpoint.records import FORMAT
+from tapeloop.checkpoint.saved import SavedRun
 from tapeloop.data.loader import DataPosition
 from tapeloop.errors import CheckpointError, listed
 from tapeloop.loop.epochs import EpochLoop

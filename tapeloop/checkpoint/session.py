@@ -231,7 +231,8 @@ class CheckpointSession(FitListener):
         with deferred_interrupt():
             variables = {**contents.variables(), **contents.log_variables()}
             iterator_state = self._iterator_state()
-            record = {**contents.record(variables), "epoch_logs": self._epoch_logs()}
+            best = None if self._options.keep_best is None else "max" if self._options.is_more_better else "min"
+            record = {**contents.record(variables), "epoch_logs": self._epoch_logs(), "best": best}
             record["data"]["has_iterator"] = iterator_state is not None
             # TensorFlow copies a variable when it is next assigned to, as long as somebody holds its value.
             tensors = {name: variable.read_value() for name, variable in variables.items()}
