@@ -6,8 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from tapeloop._backend.traced_graph import bytes_kept_for_gradient
-from tapeloop._table import Table, table
-from tapeloop._text import format_bytes
+from tapeloop._table import Table, format_bytes, table
 from tapeloop.data.batch import sized_spec_of, tensors_in
 from tapeloop.errors import DataError, DisconnectedError
 from tapeloop.loop.epochs import EpochLoop

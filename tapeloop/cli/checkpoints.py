@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tapeloop._text import format_bytes
+from tapeloop._table import format_bytes
 from tapeloop.checkpoint.checkpoints import Checkpoints
 from tapeloop.cli.answer import Answer, table
 from tapeloop.cli.visit import Folder, Visit

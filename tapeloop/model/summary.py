@@ -6,8 +6,7 @@ import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
-from tapeloop._table import Table, table
-from tapeloop._text import format_bytes
+from tapeloop._table import Table, format_bytes, table
 from tapeloop._validation import whole_number
 from tapeloop.model.rows import Info, Row, folded, own_variables, unfolded
 from tapeloop.model.tree import Model, SubmodelInfo, Tree, VariableInfo

@@ -2,7 +2,7 @@ import keras
 import pytest
 
 import tapeloop as tl
-from tapeloop._text import format_bytes
+from tapeloop._table import format_bytes
 from tests.support import models
 
 

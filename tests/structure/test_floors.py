@@ -11,7 +11,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 PACKAGE = ROOT / "tapeloop"
 # From the ground up: a folder imports only folders below it. Names on one floor do not import each other.
 FLOORS = (
-    ("errors", "_validation", "_search", "_digest", "_text", "_table", "_version", "_keras_names"),
+    ("errors", "_validation", "_search", "_digest", "_table", "_version", "_keras_names"),
     ("_backend",),
     ("data",),
     ("model",),
