@@ -161,8 +161,11 @@ class Fits:
             told.set_params(epochs=epochs, steps=fit_data.loader.batches_per_epoch, verbose=verbose)
             if session is None:
                 return self._loop.fit(fit_data, span, display, [told], validation)
+            saved = session.saved_beside(span)
+            if saved is not None:
+                told.go_on(*saved)
             # What callbacks do comes before the run is saved.
-            with session.saving(fit_data, changes_the_end=told.changes_the_end):
+            with session.saving(fit_data, beside=told, changes_the_end=told.changes_the_end):
                 return self._loop.fit(fit_data, span, display, [told, session], validation)
 
     def evaluate(
