@@ -43,7 +43,7 @@ def cut(data: Any, examples: int | None) -> Any:
 
 def tapeloop(model: Any, policy: tl.VariablePolicy, data: Any, batch: int, **options: Any) -> Arm:
     """Return one epoch of a trainer, with a progress bar, and with what comes by default."""
-    fitted = {"progress": "bar", "shuffle": True, "feature_cache": None}
+    fitted = {"verbose": 1, "shuffle": True, "feature_cache": None}
     fitted |= {name: options.pop(name) for name in fitted if name in options}
     options = {"metrics": ["accuracy"], "loss": cross_entropy(), "optimizer": Adam(1e-4), **options}
     trainer = options.pop("trainer", tl.Trainer)(model, policy, **options)

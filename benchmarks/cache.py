@@ -43,7 +43,7 @@ def measure(application: str, rounds: int, most: float) -> None:
 
     def fit(cache: str | None, data: Any, epochs: int) -> float:
         began = time.perf_counter()
-        trainers[cache].fit(data, batch_size=BATCH, epochs=epochs, feature_cache=cache, progress="none")
+        trainers[cache].fit(data, batch_size=BATCH, epochs=epochs, feature_cache=cache, verbose=0)
         return time.perf_counter() - began
 
     names = {"memory": "cached", None: "uncached"}

@@ -49,7 +49,7 @@ def measure_time(rounds: int, steps: int) -> None:
             checkpoint = tl.Checkpoints(folder, every_steps=EVERY, every_epochs=None) if saved else None
             some = data if number else tuple(part[: 2 * BATCH] for part in data)  # the first round only traces
             began = time.perf_counter()
-            trainer.fit(some, batch_size=BATCH, progress="none", checkpoint=checkpoint)
+            trainer.fit(some, batch_size=BATCH, verbose=0, checkpoint=checkpoint)
             if number:
                 times["saved" if saved else "not saved"].append((time.perf_counter() - began) / steps)
             shutil.rmtree(folder)
@@ -63,7 +63,7 @@ def measure_bytes() -> None:
     for name, policy in (("all", tl.TrainAll()), ("head", tl.Freeze("backbone"))):
         folder = pathlib.Path(tempfile.mkdtemp())
         checkpoints = tl.Checkpoints(folder, every_epochs=1)
-        resnet(policy).fit(data, batch_size=BATCH, epochs=2, progress="none", checkpoint=checkpoints)
+        resnet(policy).fit(data, batch_size=BATCH, epochs=2, verbose=0, checkpoint=checkpoints)
         assert checkpoints.newest is not None
         sizes[name] = sum(path.stat().st_size for path in checkpoints.newest.iterdir())
         shutil.rmtree(folder)
@@ -79,7 +79,7 @@ def measure_resume(rounds: int) -> None:
         x = np.random.default_rng(0).normal(size=(64 * (steps + left), 64)).astype("float32")
         runs[steps] = (x, np.zeros(len(x), "int64")), tempfile.mkdtemp()
         checkpoints = tl.Checkpoints(runs[steps][1], every_steps=steps, every_epochs=None)
-        _mlp_trainer().fit(runs[steps][0], batch_size=64, progress="none", checkpoint=checkpoints)
+        _mlp_trainer().fit(runs[steps][0], batch_size=64, verbose=0, checkpoint=checkpoints)
     times: dict[str, list[float]] = {"100": [], "3900": []}
     for _ in range(rounds):
         for steps, (data, folder) in runs.items():
@@ -87,7 +87,7 @@ def measure_resume(rounds: int) -> None:
             began = time.perf_counter()
             trainer.load(f"{folder}/000001-step-{steps}")
             assert trainer.step == steps
-            trainer.fit(data, batch_size=64, progress="none")
+            trainer.fit(data, batch_size=64, verbose=0)
             assert trainer.step == steps + left
             times[str(steps)].append(time.perf_counter() - began)
             traces.add(trainer.trace_count)

@@ -85,7 +85,7 @@ def measure_mlp(rounds: int) -> None:
         "metrics": tapeloop(
             mlp(), tl.TrainAll(), (x, y), batch, metrics=[*several, keras.metrics.SparseCategoricalCrossentropy()]
         ),
-        "bare": tapeloop(mlp(), tl.TrainAll(), (x, y), batch, metrics=None, progress="none"),
+        "bare": tapeloop(mlp(), tl.TrainAll(), (x, y), batch, metrics=None, verbose=0),
     }
     rows = [
         Row("MLP, batch 64 / Keras `fit`", "tapeloop", "keras", 0.25),
@@ -141,7 +141,7 @@ def first_step(arm: str) -> float:
     data, model = images(16), classifier("MobileNetV2")
     began = time.perf_counter()
     if arm == "tapeloop":
-        run = tapeloop(model, tl.Freeze("backbone"), data, 16, progress="lines")
+        run = tapeloop(model, tl.Freeze("backbone"), data, 16, verbose=2)
     else:
         model.get_layer("backbone").trainable = False
         run = keras_fit(model, data, 16)

@@ -62,14 +62,14 @@ def measure(arm: str, size: int, batch: int, steps: int, threads: int) -> dict[s
     data, model = images(batch, size), make_model(size)
     options = {"remat": "block*"} if arm == "remat" else {"microbatches": int(arm)}
     trainer = tl.Trainer(model, loss=cross_entropy(), optimizer="adam", **options)
-    trainer.fit(data, batch_size=batch, progress="none")
+    trainer.fit(data, batch_size=batch, verbose=0)
     slots = 2 * 4 * sum(variable.size for variable in trainer.selection.trained)  # Adam's moments, in float32
     persistent = slots + sum(variable.value.numpy().nbytes for variable in model.variables)
     tf.config.experimental.reset_memory_stats("CPU:0")
     seconds = []
     for _ in range(steps):
         began = time.perf_counter()
-        trainer.fit(data, batch_size=batch, progress="none")
+        trainer.fit(data, batch_size=batch, verbose=0)
         seconds.append(time.perf_counter() - began)
     peak = tf.config.experimental.get_memory_info("CPU:0")["peak"]
     mib = 2**20

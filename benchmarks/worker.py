@@ -88,7 +88,7 @@ def _leaves(model: keras.Model) -> Iterator[keras.Layer]:
 
 def _tapeloop(work: Workload, case: Case, **options: Any) -> Arm:
     options = {"loss": work.loss, "metrics": None, "jit_compile": case.group.xla, **options}
-    return tapeloop(work.model, work.policy, work.data, case.group.batch, progress="none", shuffle=False, **options)
+    return tapeloop(work.model, work.policy, work.data, case.group.batch, verbose=0, shuffle=False, **options)
 
 
 def _by_hand(work: Workload, case: Case, trained: Any, model: Any = None, default_tape: bool = False) -> Arm:

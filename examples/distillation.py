@@ -62,7 +62,7 @@ def main(seed: int = 0) -> dict[str, float]:
 
     teacher = make_network(256, 2)
     teaching = tl.Trainer(teacher, loss=ENTROPY, seed=seed)
-    teaching.fit((x, y), epochs=15, batch_size=BATCH, progress="none")
+    teaching.fit((x, y), epochs=15, batch_size=BATCH, verbose=0)
 
     before = bits(teacher)
     trainer = Distillation(
@@ -72,12 +72,12 @@ def main(seed: int = 0) -> dict[str, float]:
         ema=0.99,
         seed=seed,
     )
-    trainer.fit(x, epochs=30, batch_size=BATCH, progress="none")
+    trainer.fit(x, epochs=30, batch_size=BATCH, verbose=0)
     print(trainer.explain(depth=1))
 
     alone = tl.Trainer(make_network(24, 1), loss=ENTROPY, optimizer=keras.optimizers.Adam(3e-3), seed=seed)
     batches = -(-LABELLED // BATCH)  # as many steps as the other student had
-    alone.fit((x[:LABELLED], y[:LABELLED]), epochs=trainer.step // batches, batch_size=BATCH, progress="none")
+    alone.fit((x[:LABELLED], y[:LABELLED]), epochs=trainer.step // batches, batch_size=BATCH, verbose=0)
 
     scores = {"teacher": accuracy(teaching), "alone": accuracy(alone), "distilled": accuracy(trainer)}
     with trainer.ema_weights():

@@ -51,7 +51,7 @@ def by_keras(model: keras.Model) -> dict[str, list[float]]:
 
 
 def by_tapeloop(model: keras.Model) -> dict[str, list[float]]:
-    return tl.Trainer(model, tl.Freeze("base"), loss="mse", optimizer="sgd").fit((X, Y), progress="none").history
+    return tl.Trainer(model, tl.Freeze("base"), loss="mse", optimizer="sgd").fit((X, Y), verbose=0).history
 
 
 def moved(fit: Fit, model: keras.Model, under: str = "base") -> list[str]:
@@ -110,7 +110,7 @@ def watched(fit: Fit) -> str:
             seen.extend(tape.watched_variables())
             super().update(tape, loss)
 
-    Watching(model, tl.Freeze("base"), loss="mse").fit((X, Y), progress="none")
+    Watching(model, tl.Freeze("base"), loss="mse").fit((X, Y), verbose=0)
     return "frozen weights too" if len(seen) > 2 else "what trains"
 
 
@@ -127,9 +127,9 @@ def unfrozen(fit: Fit) -> str:
             return f"`{str(error).split(':')[0]}`"
         return "trains" if (model.get_layer("base").get_weights()[0] != before).any() else "stays frozen, silently"
     trainer = tl.Trainer(model, tl.Freeze("base"), loss="mse", optimizer="sgd")
-    trainer.fit((X, Y), progress="none")
+    trainer.fit((X, Y), verbose=0)
     trainer.policy = tl.TrainAll()
-    return "trains" if moved(lambda model: trainer.fit((X, Y), progress="none"), model) else "stays frozen"
+    return "trains" if moved(lambda model: trainer.fit((X, Y), verbose=0), model) else "stays frozen"
 
 
 ROWS: dict[str, Callable[[Fit], str]] = {

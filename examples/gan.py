@@ -89,7 +89,7 @@ def main(seed: int = 0, epochs: int = 50) -> dict[str, float]:
     images = (pixels / 8.0 - 1.0).reshape(-1, 8, 8, 1).astype("float32")
     classifier = keras.Sequential([layers.Flatten(), layers.Dense(128, activation="relu"), layers.Dense(10)])
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    tl.Trainer(classifier, loss=loss, seed=seed).fit((images, labels), epochs=15, progress="none")
+    tl.Trainer(classifier, loss=loss, seed=seed).fit((images, labels), epochs=15, verbose=0)
 
     trainer = GAN(
         make_models(),
@@ -102,7 +102,7 @@ def main(seed: int = 0, epochs: int = 50) -> dict[str, float]:
     noise = tf.random.normal((1000, NOISE))
     real, untrained = judge(classifier, images)[0], judge(classifier, trainer.model["generator"](noise))[0]
     batches = tf.data.Dataset.from_tensor_slices(images).shuffle(len(images), seed=seed)
-    history = trainer.fit(batches.batch(UPDATES * BATCH, drop_remainder=True), epochs=epochs, progress="none").history
+    history = trainer.fit(batches.batch(UPDATES * BATCH, drop_remainder=True), epochs=epochs, verbose=0).history
     share, digits = judge(classifier, trainer.model["generator"](noise))
 
     print(f"surely a digit: {share:.3f} of the generated images (untrained {untrained:.3f}, real {real:.3f})")

@@ -93,8 +93,8 @@ def main(seed: int = 0) -> dict[str, float]:
         optimizer = keras.optimizers.Adam(3e-3)
         trainer = tl.Trainer(model, policy, loss=loss, optimizer=optimizer, metrics=["accuracy"], seed=seed)
         train, test = load(digits)
-        trainer.fit(train, epochs=epochs, batch_size=64, progress="none")
-        return trainer, trainer.evaluate(test, progress="none")["accuracy"]
+        trainer.fit(train, epochs=epochs, batch_size=64, verbose=0)
+        return trainer, trainer.evaluate(test, verbose=0)["accuracy"]
 
     scores = {"pretrained on 0-4": fit(tl.Freeze(ADAPTERS), range(5), 15)[1]}
     before = bits(encoder)

@@ -93,7 +93,7 @@ def main(seed: int = 0, steps: int = 2000) -> dict[str, float]:
         keras.utils.set_random_seed(seed)
         model = keras.Sequential([keras.Input((1,)), layers.Dense(WIDTH), layers.Dense(WIDTH), layers.Dense(1)])
         trainer = MAML(model, optimizer=keras.optimizers.Adam(3e-3), inner_rate=inner_rate, seed=seed)
-        trainer.fit(tasks, batch_size=TASKS, progress="none")
+        trainer.fit(tasks, batch_size=TASKS, verbose=0)
         before, after = (float(trainer.loss_after_a_step(new_tasks, rate)) for rate in (0.0, RATE))
         print(f"{name}: loss on new waves {before:.2f}, after one step {after:.2f}")
         scores[name] = after

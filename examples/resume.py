@@ -64,7 +64,7 @@ def train(folder: str | None, step: int = 0, ending: int = 0) -> str:
     trainer = make_trainer()
     data = batches_that_end(images / 16.0, labels, step, ending)
     checkpoint = None if folder is None else tl.Checkpoints(folder, every_steps=10)
-    trainer.fit(data, epochs=EPOCHS, progress="none", checkpoint=checkpoint)
+    trainer.fit(data, epochs=EPOCHS, verbose=0, checkpoint=checkpoint)
     logs = trainer.history.history
     print(f"  step {trainer.step}, epoch {trainer.epoch}, accuracy {logs['accuracy'][-1]:.3f}", flush=True)
     return hashlib.sha256(b"".join(weight.tobytes() for weight in trainer.model.get_weights())).hexdigest()

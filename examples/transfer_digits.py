@@ -98,13 +98,13 @@ def cost(policies: dict[str, tl.VariablePolicy], data: tuple[np.ndarray, np.ndar
     seconds: dict[str, list[float]] = {name: [] for name in trainers}
     peaks = {}
     for trainer in trainers.values():
-        trainer.fit(batch, epochs=3, progress="none")
+        trainer.fit(batch, epochs=3, verbose=0)
     for _ in range(15):
         for name, trainer in trainers.items():
             held = tf.config.experimental.get_memory_info(DEVICE)["current"]
             tf.config.experimental.reset_memory_stats(DEVICE)
             began = time.perf_counter()
-            trainer.fit(batch, progress="none")
+            trainer.fit(batch, verbose=0)
             seconds[name].append(time.perf_counter() - began)
             peaks[name] = tf.config.experimental.get_memory_info(DEVICE)["peak"] - held
     print(f"\n{'batch of 128':<24}{'step':>10}{'/ full':>8}{'peak above weights':>20}{'/ full':>8}{'trained':>10}")
@@ -125,8 +125,8 @@ def main() -> dict[str, float]:
 
     backbone = make_backbone()
     pretraining = trainer_of(under_head(backbone), tl.TrainAll(), 1e-3)
-    pretraining.fit(low_train, epochs=10, progress="lines")
-    accuracy = {"pretrained on 0-4": pretraining.evaluate(low_test, progress="none")["accuracy"]}
+    pretraining.fit(low_train, epochs=10, verbose=2)
+    accuracy = {"pretrained on 0-4": pretraining.evaluate(low_test, verbose=0)["accuracy"]}
 
     trainer = trainer_of(under_head(backbone), tl.Freeze("backbone"), 1e-2)
     phases = {"head only": trainer.policy, "head and last block": tl.TrainOnly("head", "backbone/block3")}
@@ -134,11 +134,11 @@ def main() -> dict[str, float]:
         trainer.policy = policy
         print(f"\n{phase} on 5-9\n{trainer.explain()}")
         before = bits(trainer.selection)
-        trainer.fit(high_train, epochs=8, progress="lines")
+        trainer.fit(high_train, epochs=8, verbose=2)
         if bits(trainer.selection) != before:
             raise SystemExit(f"{phase}: a frozen variable has moved")
         print(f"the bits of all {len(before)} frozen variables, statistics and seed states are as they were")
-        accuracy[phase] = trainer.evaluate(high_test, progress="none")["accuracy"]
+        accuracy[phase] = trainer.evaluate(high_test, verbose=0)["accuracy"]
 
     print("\ntest accuracy: " + ", ".join(f"{phase} {value:.3f}" for phase, value in accuracy.items()))
     cost({"full backprop": tl.TrainAll(), **phases}, high_train)

@@ -62,7 +62,7 @@ def main(seed: int = 0) -> dict[str, tuple[float, float]]:
 
     backbone = make_backbone()
     before = trainer_of(backbone, tl.TrainAll(), keras.optimizers.Adam(2e-3), seed)
-    before.fit(low, epochs=10, progress="none")
+    before.fit(low, epochs=10, verbose=0)
     pretrained = backbone.get_weights()
 
     fast, slow = speed(1e-2, 0.1), speed(1e-4, 0.3)
@@ -82,8 +82,8 @@ def main(seed: int = 0) -> dict[str, tuple[float, float]]:
             as_scheduled &= all(rates[group] == float(speeds[group](trainer.step)) for group in speeds)
             if name == "two speeds" and epoch % 4 == 0:
                 print(f"step {trainer.step:>2}: head {rates['head']:.1e}, backbone {rates['backbone']:.1e}")
-            trainer.fit(high, batch_size=BATCH, progress="none")
-        learned, kept = trainer.evaluate(high_test, progress="none"), before.evaluate(low_test, progress="none")
+            trainer.fit(high, batch_size=BATCH, verbose=0)
+        learned, kept = trainer.evaluate(high_test, verbose=0), before.evaluate(low_test, verbose=0)
         scores[name] = learned["accuracy"], kept["accuracy"]
 
     told = (f"{name} {learned:.3f} and {kept:.3f}" for name, (learned, kept) in scores.items())

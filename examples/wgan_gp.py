@@ -81,7 +81,7 @@ def main(seed: int = 0, steps: int = 1000) -> dict[str, float]:
     )
     noise = tf.random.normal((2000, NOISE))
     untrained, _ = judge(trainer.model["generator"](noise).numpy())
-    history = trainer.fit(points, batch_size=UPDATES * BATCH, epochs=steps // 100, progress="none").history
+    history = trainer.fit(points, batch_size=UPDATES * BATCH, epochs=steps // 100, verbose=0).history
     share, modes = judge(trainer.model["generator"](noise).numpy())
     norm = history["norm"][-1]
 

@@ -1,4 +1,4 @@
-"""Tables: one text that prints as it is, and shows as HTML in a notebook."""
+"""Tables: one text that prints as it is, and shows as HTML in a notebook; and numbers of bytes in them."""
 
 from __future__ import annotations
 
@@ -81,3 +81,11 @@ def shortened(items: Sequence[Any], most: int) -> list[Any]:
         return list(items)
     first = most // 3
     return [*items[:first], None, *items[len(items) - (most - first - 1) :]]
+
+
+def format_bytes(count: int) -> str:
+    """Return a number of bytes in the largest fitting unit: `1.5 MiB`."""
+    size, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while size >= 1024 and len(units) > 1:
+        size, units = size / 1024, units[1:]
+    return f"{size:.{int(units[0] != 'B')}f} {units[0]}"

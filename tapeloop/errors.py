@@ -52,7 +52,7 @@ class DisconnectedError(TapeloopError, ValueError):
         ...         return 0.0 * inputs
         >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(4, name="head")])
         >>> try:
-        ...     Constant(model, loss="mse").fit((np.ones((8, 4)), np.ones((8, 4))), progress="none")
+        ...     Constant(model, loss="mse").fit((np.ones((8, 4)), np.ones((8, 4))), verbose=0)
         ... except tl.DisconnectedError as error:
         ...     print(type(error).__name__)
         DisconnectedError
@@ -69,7 +69,7 @@ class NonFiniteError(TapeloopError, ArithmeticError):
     Example:
         >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, name="head")])
         >>> try:
-        ...     tl.Trainer(model, loss="mse").fit((np.full((8, 4), np.nan), np.ones((8, 2))), progress="none")
+        ...     tl.Trainer(model, loss="mse").fit((np.full((8, 4), np.nan), np.ones((8, 2))), verbose=0)
         ... except tl.NonFiniteError as error:
         ...     print(error.step, error.paths)
         0 ('head/kernel', 'head/bias')
@@ -86,10 +86,10 @@ class CacheError(TapeloopError):
         >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, name="head")])
         >>> trainer = tl.Trainer(model, loss="mse")
         >>> try:
-        ...     trainer.fit((np.ones((8, 4)), np.ones((8, 2))), feature_cache="memory", progress="none")
+        ...     trainer.fit((np.ones((8, 4)), np.ones((8, 2))), feature_cache="memory", verbose=0)
         ... except tl.CacheError as error:
         ...     print(str(error).split(":")[0])
-        Of the train step on `data` nothing can be cached
+        Of the train step on `x` nothing can be cached
     """
 
 
@@ -112,8 +112,8 @@ class DataError(TapeloopError, ValueError):
     Example:
         >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, name="head")])
         >>> try:
-        ...     tl.Trainer(model, loss="mse").fit((np.ones((8, 4)), np.ones((6, 2))), progress="none")
+        ...     tl.Trainer(model, loss="mse").fit((np.ones((8, 4)), np.ones((6, 2))), verbose=0)
         ... except tl.DataError as error:
         ...     print(str(error).split(",")[0])
-        The arrays of `data` must have the same number of examples
+        The arrays of `x` must have the same number of examples
     """

@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
-import tensorflow as tf
-
 from tapeloop._validation import whole_number
-from tapeloop.checkpoint.checkpoints import Checkpoints
 from tapeloop.checkpoint.contents import RunContents
-from tapeloop.checkpoint.session import opened
 from tapeloop.checkpoint.verbs import SavesRuns
-from tapeloop.data.batch import as_tensors, examples_of, open_spec_of
+from tapeloop.data.arguments import joined
 from tapeloop.data.loader import DataSpec
-from tapeloop.data.sampler import Sampler
-from tapeloop.feature_cache.cache import CachedData, FeatureCache
 from tapeloop.feature_cache.report import Frontier, frontier_of
 from tapeloop.feature_cache.storage import Memory
+from tapeloop.fitting import Fits
 from tapeloop.inspection import ShowsItself
 from tapeloop.loop.epochs import EpochLoop
-from tapeloop.loop.fit_data import FitData
 from tapeloop.loop.history import History
 from tapeloop.loop.nonfinite import NonFiniteHandler
 from tapeloop.loop.phases import PhaseTracker
-from tapeloop.loop.progress import ProgressDisplay
 from tapeloop.loop.state import TrainerState
 from tapeloop.loop.step_cache import StepCache
 from tapeloop.loop.steps_per_call import Pace
@@ -38,7 +29,7 @@ from tapeloop.optimization.clipping import Clipping
 from tapeloop.optimization.ema import MovingAverages
 from tapeloop.optimization.loss_scale import LossScale
 from tapeloop.optimization.optimizers import LearningRates, Optimizers
-from tapeloop.optimization.updates import Updates
+from tapeloop.optimization.updates import Updates, UpdateStatistics
 from tapeloop.policies.base import VariablePolicy
 from tapeloop.policies.static import TrainAll
 from tapeloop.step.accumulation import Microbatches
@@ -49,7 +40,7 @@ from tapeloop.step.user_attributes import UserAttributes
 from tapeloop.step.user_step import OVERRIDABLE, UserStep
 
 
-class Trainer(SavesRuns, ShowsItself, UserStep):
+class Trainer(Fits, SavesRuns, ShowsItself, UserStep):
     """Trains what a policy selects of a model, and leaves the rest bit-identical.
 
     In research code, subclass it and override `forward`, `compute_loss`, `train_step` or `eval_step`, from least to
@@ -63,7 +54,7 @@ class Trainer(SavesRuns, ShowsItself, UserStep):
         >>> dense = keras.layers.Dense
         >>> model = keras.Sequential([keras.Input((4,)), dense(3, name="base"), dense(2, name="head")])
         >>> trainer = tl.Trainer(model, tl.Freeze("base"), loss="mse", optimizer="adam", metrics=["mae"])
-        >>> history = trainer.fit((np.ones((8, 4)), np.ones((8, 2))), epochs=2, progress="none")
+        >>> history = trainer.fit((np.ones((8, 4)), np.ones((8, 2))), epochs=2, verbose=0)
         >>> sorted(history.history), trainer.step
         (['loss', 'mae'], 2)
     """
@@ -87,6 +78,7 @@ class Trainer(SavesRuns, ShowsItself, UserStep):
         jit_compile: bool | str = "auto",
         run_eagerly: bool = False,
         steps_per_call: int | str = "auto",
+        log_updates: bool = False,
         ignore_model_step: bool = False,
         seed: int | None = None,
     ) -> None:
@@ -118,6 +110,8 @@ class Trainer(SavesRuns, ShowsItself, UserStep):
             run_eagerly: Whether steps run op by op in Python, for breakpoints and prints.
             steps_per_call: The number of steps that the loop in the graph runs before the host looks; `"auto"`: for
                 about 0.2 s.
+            log_updates: Whether `group/gradient_norm`, before clipping, and `group/update_ratio`, the norm of the
+                update over that of the weights, are logged for each group.
             ignore_model_step: Whether the trainer may ignore a `train_step`, `test_step`, `compute_loss` or
                 `compute_metrics` that the model itself overrides for Keras' `fit`.
             seed: The seed by which arrays are shuffled.
@@ -141,10 +135,11 @@ class Trainer(SavesRuns, ShowsItself, UserStep):
         # Found now and not in the first step: it is a matter of the options alone.
         if self.state.microbatches.adapts or self.state.microbatches.count > 1:
             objective.check_averages()
+        state, statistics = self.state, UpdateStatistics(is_on=log_updates)
         parts = StepParts(
             bodies={"train": self.train_step, "eval": self.eval_step, "predict": self._predict_step},
             objective=objective,
-            updates=Updates(self.state.optimizers, Clipping(clip_norm), self.state.averages, self.state.loss_scale),
+            updates=Updates(state.optimizers, Clipping(clip_norm), state.averages, state.loss_scale, statistics),
             attributes=UserAttributes(vars(self), model),
             # Python's `if` and `for` over tensors are the user's to write; converting our own code costs a second.
             compilation=Compilation(bool(overridden), jit_compile, run_eagerly, steps_per_call),
@@ -161,186 +156,6 @@ class Trainer(SavesRuns, ShowsItself, UserStep):
         # Kept from one fit to the next, which finds the features of the first.
         self._features = Memory()
         self.policy = TrainAll() if policy is None else policy
-
-    # Running it
-
-    def fit(
-        self,
-        data: Any,
-        *,
-        epochs: int = 1,
-        batch_size: int = 32,
-        shuffle: bool = True,
-        steps_per_epoch: int | None = None,
-        class_weight: Mapping[int, float] | None = None,
-        validation_data: Any = None,
-        validation_steps: int | None = None,
-        feature_cache: str | os.PathLike[str] | None = None,
-        feature_cache_views: int = 1,
-        checkpoint: Checkpoints | str | os.PathLike[str] | None = None,
-        progress: str = "auto",
-    ) -> History:
-        """Train for some more epochs.
-
-        Args:
-            data: A `tf.data.Dataset` of batches, arrays `(inputs, targets[, sample_weight])`, a
-                `keras.utils.PyDataset`, or any other iterable of batches. Arrays are NumPy's, tensors (ragged and
-                sparse ones too), data frames, or files such as `np.memmap`, with the examples as first dimension.
-            epochs: The number of epochs more.
-            batch_size: Examples per batch, for arrays.
-            shuffle: Whether arrays, and the batches of a `PyDataset`, are shuffled anew each epoch.
-            steps_per_epoch: Batches per epoch, for data without end.
-            class_weight: Weights of examples by the class of their target; other classes have the weight 1.
-            validation_data: Data to evaluate after each epoch.
-            validation_steps: Batches per evaluation, for data without end.
-            feature_cache: Where the features of the frozen part that comes first in the model are kept, so that they
-                are computed once for each example and not once an epoch: `"memory"`, or the path of a folder, which
-                later runs use too.
-            feature_cache_views: If the model augments at random first: how many augmented versions of each example
-                are stored. Epochs cycle through them: less variety, more speed.
-            checkpoint: When the run is saved, or the folder alone, where it is saved after each epoch. A program that
-                was stopped and is run again goes on where it was: then `epochs` are those of the fit as a whole.
-            progress: `"auto"`, `"bar"`, `"lines"` or `"none"`.
-
-        Returns:
-            The logs of each epoch, those of the validation as `val_...`.
-
-        Raises:
-            PolicyError: The policy cannot be resolved for the model.
-            DataError: The data is empty or does not fit the model.
-            CacheError: Nothing can be cached, it would be wrong, or it does not fit.
-            CheckpointError: The folder cannot be used, or has checkpoints of another model or trainer.
-            DisconnectedError: A variable that should train gets no gradient.
-            NonFiniteError: A loss or a gradient is Inf or NaN.
-            RuntimeError: Called inside `ema_weights()`, or within an epoch of this trainer.
-
-        Example:
-            >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
-            >>> trainer = tl.Trainer(model, loss="mse")
-            >>> x, y = np.ones((32, 4)), np.ones((32, 2))
-            >>> history = trainer.fit((x, y), epochs=2, batch_size=16, validation_data=(x, y), progress="none")
-            >>> len(history.history["val_loss"]), trainer.epoch
-            (2, 2)
-        """
-        self._loop.check_idle()
-        whole_number("epochs", epochs, 0)
-        self.state.averages.check_may_train()
-        display, drawn = ProgressDisplay(progress), Sampler(shuffle, self._seed).seed
-        cache = FeatureCache(self._features, feature_cache, feature_cache_views)
-        with opened(checkpoint, self._contents) as session:
-            span, resumption = self.state.plan_fit(epochs, None if session is None else session.resumption)
-            first, seed = (
-                (span.start, drawn) if resumption is None else (resumption.first_epoch, resumption.shuffle_seed)
-            )
-            steps = ("steps_per_epoch", steps_per_epoch)
-            spec = DataSpec("data", data, batch_size, steps, class_weight, shuffle, seed)
-            steps = ("validation_steps", validation_steps)
-            validation_spec = DataSpec("validation_data", validation_data, batch_size, steps)
-            validates = validation_data is not None
-            given = spec, validation_spec if validates else None, range(first, span.stop), resumption
-            fit_data = FitData(*given) if feature_cache is None else CachedData(cache, *given)
-            self.state.microbatches.require_examples(fit_data.loader.smallest_batch)
-            # Whatever is wrong with the options is said before the model is built, which costs a trace.
-            is_eager, is_saved = self._parts.compilation.run_eagerly, session is not None
-            cache.require_compatible(
-                [spec, validation_spec], self.state.microbatches, run_eagerly=is_eager, is_saved=is_saved
-            )
-            self._loop.steps.build(self.model, fit_data.loader.specs)
-            if session is not None:
-                session.resume()
-            # A policy is asked about variables, which a model that was not called before has only now.
-            self._loop.phases.resolve_to_come()
-            self.state.begin_fit(span, fit_data.resumption, seed)
-            if self.state.is_of_later_fit:
-                fit_data.pass_over(epochs)
-            if session is None:
-                return self._loop.fit(fit_data, span, display)
-            with session.saving(fit_data):
-                return self._loop.fit(fit_data, span, display, session)
-
-    def evaluate(
-        self, data: Any, *, batch_size: int = 32, steps: int | None = None, progress: str = "auto"
-    ) -> dict[str, Any]:
-        """Return the loss and metrics on any data that `fit` accepts.
-
-        Args:
-            data: The data.
-            batch_size: Examples per batch, for arrays.
-            steps: The number of batches, for data without end.
-            progress: As for `fit`.
-
-        Raises:
-            DataError: The data is empty or does not fit the model.
-            RuntimeError: Called within an epoch of this trainer, such as by a policy.
-
-        Example:
-            >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
-            >>> trainer = tl.Trainer(model, loss="mse", metrics=["mae"])
-            >>> sorted(trainer.evaluate((np.ones((8, 4)), np.ones((8, 2))), progress="none"))
-            ['loss', 'mae']
-        """
-        self._loop.check_idle()
-        loader = DataSpec("data", data, batch_size, ("steps", steps)).loader()
-        loader.require_epochs(1)
-        self._loop.steps.build(self.model, loader.specs)
-        return self._loop.evaluate(self._loop.evaluation(), loader, ProgressDisplay(progress), "evaluation")
-
-    def train_on_batch(self, x: Any, y: Any = None, sample_weight: Any = None) -> dict[str, Any]:
-        """Train one step on one batch, for data that comes one batch at a time: online or reinforcement learning.
-
-        The step counts, the epoch does not: a policy that changes with epochs changes with those of `fit`. The model's
-        `trainable` flags are read at the first batch, and after each `fit`.
-
-        Args:
-            x: The inputs, with the batch as first dimension; without `y`, a whole batch as `train_step` takes it.
-            y: The targets.
-            sample_weight: The weights of the examples.
-
-        Returns:
-            What the step logged, of this batch alone.
-
-        Raises:
-            PolicyError, DataError, DisconnectedError, NonFiniteError, RuntimeError: As `fit` does.
-
-        Example:
-            >>> trainer = tl.Trainer(keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)]), loss="mse")
-            >>> logs = trainer.train_on_batch(np.ones((8, 4)), np.ones((8, 2)))
-            >>> list(logs), trainer.step
-            (['loss'], 1)
-        """
-        self._loop.check_idle()
-        self.state.averages.check_may_train()
-        given = x if y is None and sample_weight is None else (x, y) if sample_weight is None else (x, y, sample_weight)
-        # As `fit` does of arrays: in Keras' float type, so that both share a trace.
-        batch = as_tensors(given, "the batch")
-        if self.state.microbatches.count > 1:
-            self.state.microbatches.require_examples(tf.get_static_value(examples_of(batch)))
-        self._loop.steps.build(self.model, lambda: iter([open_spec_of(batch)]))
-        return self._loop.train_on_batch(batch)
-
-    def predict(self, data: Any, *, batch_size: int = 32, steps: int | None = None) -> Any:
-        """Return the model's outputs on data as NumPy arrays, examples first.
-
-        Args:
-            data: Any data that `fit` accepts; of batches `(inputs, targets, ...)` the inputs count. Several inputs in
-                arrays are a dict, or `([first, second],)`.
-            batch_size: Examples per batch, for arrays.
-            steps: The number of batches, for data without end.
-
-        Raises:
-            DataError: The data is empty or does not fit the model.
-
-        Example:
-            >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
-            >>> tl.Trainer(model).predict(np.ones((8, 4))).shape
-            (8, 2)
-        """
-        loader = DataSpec("data", data, batch_size, ("steps", steps)).loader()
-        loader.require_epochs(1)
-        self._loop.steps.build(self.model, loader.specs, "predict")
-        # A scalar for a batch, such as a mean, becomes a row, so that batches can be joined.
-        outputs = [tf.nest.map_structure(np.atleast_1d, batch) for batch in self._loop.predict(loader)]
-        return tf.nest.map_structure(lambda *arrays: np.concatenate(arrays), *outputs)
 
     # Reading it
 
@@ -411,21 +226,23 @@ class Trainer(SavesRuns, ShowsItself, UserStep):
         Example:
             >>> x, y = np.ones((8, 4)), np.ones((8, 2))
             >>> trainer = tl.Trainer(keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)]), loss="mse", ema=0.9)
-            >>> history = trainer.fit((x, y), progress="none")
+            >>> history = trainer.fit((x, y), verbose=0)
             >>> with trainer.ema_weights():
-            ...     logs = trainer.evaluate((x, y), progress="none")
+            ...     logs = trainer.evaluate((x, y), verbose=0)
         """
         with self.state.averages.swap(self.state.step):
             yield
 
-    def frontier(self, data: Any, *, batch_size: int = 32) -> Frontier:
+    def frontier(self, x: Any, y: Any = None, sample_weight: Any = None, *, batch_size: int = 32) -> Frontier:
         """Return the part of a training step that `fit(feature_cache=...)` computes once for each example.
 
         That part is frozen, comes first, and gives the same for an example whenever it comes. What the cache would
         save is measured on a batch of the data; no variable of the model moves.
 
         Args:
-            data: Any data that `fit` accepts and that can be gone through again.
+            x: The inputs, or any data that `fit` accepts and that can be gone through again.
+            y: The targets, as for `fit`.
+            sample_weight: The weights of the examples, likewise.
             batch_size: Examples per batch, for arrays.
 
         Raises:
@@ -435,11 +252,11 @@ class Trainer(SavesRuns, ShowsItself, UserStep):
             >>> dense = keras.layers.Dense
             >>> model = keras.Sequential([keras.Input((4,)), dense(3, name="base"), dense(2, name="head")])
             >>> trainer = tl.Trainer(model, tl.Freeze("base"), loss="mse")
-            >>> trainer.frontier((np.ones((8, 4), "float32"), np.ones((8, 2), "float32"))).submodels
+            >>> trainer.frontier(np.ones((8, 4), "float32"), np.ones((8, 2), "float32")).submodels
             ('base',)
         """
         self._loop.check_idle()
-        loader = DataSpec("data", data, batch_size).loader()
+        loader = DataSpec("x", joined(x, y, sample_weight), batch_size).loader()
         self._loop.steps.build(self.model, loader.specs)
         return frontier_of(self._loop.phases.due(starting=True).step, loader)
 

@@ -57,7 +57,7 @@ class NoLoss(tl.Trainer):
 )  # fmt: skip
 def test_what_cannot_train_raises_before_anything_has_moved(make, error, text):
     with refused(trainer := make(), error, text):
-        trainer.fit(models.images(8), progress="none")
+        trainer.fit(models.images(8), verbose=0)
 
 
 @pytest.mark.parametrize(
@@ -67,24 +67,24 @@ def test_what_cannot_train_raises_before_anything_has_moved(make, error, text):
         (lambda x, y: ((x, x), y), r"do not fit the model"),
         (lambda x, y: (x, y[:, None, None, None]), r"does not fit the batch: the targets are \(8, 1, 1, 1"),
         (lambda x, y: (x,), r"The loss needs targets, but the batch has none"),
-        (lambda x, y: (x, y[:5]), r"The arrays of `data` must have the same number of examples"),
-        (lambda x, y: (x[:0], y[:0]), r"`data` is empty: its arrays have no examples"),
-        (lambda x, y: [], r"`data` is empty: it was asked for a batch"),
-        (lambda x, y: None, r"`data` must be a `tf.data.Dataset`.*Received: None of type NoneType"),
-        (lambda x, y: 3, r"`data` must be a `tf.data.Dataset`.*Received: 3 of type int"),
+        (lambda x, y: (x, y[:5]), r"The arrays of `x` must have the same number of examples"),
+        (lambda x, y: (x[:0], y[:0]), r"`x` is empty: its arrays have no examples"),
+        (lambda x, y: [], r"`x` is empty: it was asked for a batch"),
+        (lambda x, y: None, r"`x` must be a `tf.data.Dataset`.*Received: None of type NoneType"),
+        (lambda x, y: 3, r"`x` must be a `tf.data.Dataset`.*Received: 3 of type int"),
         (lambda x, y: [(tf.constant(1.0), tf.constant(1.0))], r"do not fit the model|must hold a tensor"),
     ],
 )  # fmt: skip
 def test_data_that_does_not_fit_raises_before_anything_has_moved(data, text):
     with refused(trainer := trainer_of(metrics=["accuracy"]), tl.DataError, text):
-        trainer.fit(data(*models.images(8)), progress="none")
+        trainer.fit(data(*models.images(8)), verbose=0)
 
 
 def test_a_subclassed_model_called_on_the_wrong_shape():
     x, y = models.images(8)
     text = r"cannot be called on a batch of inputs \(8, 5, 6, 1\) float32"
     with refused(trainer := trainer_of(models.built(models.Subclassed())), tl.DataError, text):
-        trainer.fit((x[:, :5], y), progress="none")
+        trainer.fit((x[:, :5], y), verbose=0)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_a_subclassed_model_called_on_the_wrong_shape():
 def test_validation_data_is_tried_before_anything_has_moved(validation, text):
     x, y = models.images(8)
     with refused(trainer := trainer_of(), tl.DataError, text):
-        trainer.fit((x, y), epochs=2, validation_data=validation(x, y), progress="none")
+        trainer.fit((x, y), epochs=2, validation_data=validation(x, y), verbose=0)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_validation_data_is_tried_before_anything_has_moved(validation, text):
         (lambda: trainer_of(policy="base"), TypeError, r"`policy` must be a `VariablePolicy`.*Received: 'base'"),
         (lambda: trainer_of(policy=tl.Freeze), TypeError, r"`policy` must be a `VariablePolicy`"),
         (lambda: trainer_of().fit(models.images(8), epochs=-1), ValueError, r"`epochs` must be a whole number"),
-        (lambda: trainer_of().fit(models.images(8), progress="loud"), ValueError, r"`progress` must be one of 'auto'"),
+        (lambda: trainer_of().fit(models.images(8), verbose="loud"), ValueError, r"`verbose` must be 'auto', 0"),
         (lambda: trainer_of().tape(), RuntimeError, r"`tape` was called outside a step that trains"),
         (lambda: setattr(trainer_of(), "policy", "base"), TypeError, r"`policy` must be a `VariablePolicy`"),
         (lambda: tl.Trainer({"a": 3}), TypeError, r"from names without slashes to Keras models.*Received: 'a': 3"),

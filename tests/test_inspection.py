@@ -35,7 +35,7 @@ def test_a_trainer_says_what_it_trains_in_a_few_lines():
         "  optimizer: SGD(0.5)\n"
         "  trained:   0 steps, 0 epochs>"
     )
-    trainer.fit(DATA, batch_size=4, progress="none")
+    trainer.fit(DATA, batch_size=4, verbose=0)
     assert lines(trainer)["trained"] == "2 steps, 1 epoch"
 
 
@@ -86,10 +86,10 @@ def test_a_policy_that_keeps_state_is_not_asked(around):
 def test_what_a_policy_has_answered_is_said_and_asked_no_more():
     own = Alternating()
     trainer = blocks(own)
-    trainer.fit(DATA, progress="none")
+    trainer.fit(DATA, verbose=0)
     assert lines(trainer)["trains"] == "4 parameters (10.0%), by group: default 4"
     assert own.asked == 1
-    trainer.fit(DATA, progress="none")
+    trainer.fit(DATA, verbose=0)
     assert lines(trainer)["trains"] == "12 parameters (30.0%), by group: default 12"
     assert own.asked == 2
 
@@ -111,7 +111,7 @@ def test_inside_a_step_it_says_what_trains_and_reads_nothing(run_eagerly):
 
     policy = tl.Phases({0: tl.TrainOnly("head")})
     trainer = tl.Trainer(models.blocks(1), policy, loss=loss, optimizer=SGD(0.5), run_eagerly=run_eagerly)
-    trainer.fit(DATA, progress="none")
+    trainer.fit(DATA, verbose=0)
     assert seen[0]["trains"].startswith("4 parameters")
     assert (seen[0]["optimizer"], seen[0]["trained"]) == ("SGD(0.5)", "0 steps, 0 epochs")
 

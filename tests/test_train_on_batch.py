@@ -19,7 +19,7 @@ def test_it_trains_as_a_fit_of_one_batch_does(how):
     by_fit, by_batch = (trainer_of(tl.Freeze("base"), metrics=["mae"], optimizer="adam", **how) for _ in range(2))
     weights = np.ones(8, "float32")
     for number in range(3):
-        history = by_fit.fit([(X, Y, weights)], progress="none").history
+        history = by_fit.fit([(X, Y, weights)], verbose=0).history
         logs = by_batch.train_on_batch(X, Y, weights)
         assert logs == pytest.approx({name: values[0] for name, values in history.items()}, rel=1e-5)
         assert by_batch.step == number + 1
@@ -58,7 +58,7 @@ def test_the_policy_is_asked_at_the_first_batch_and_every_so_many_steps():
 def test_it_goes_with_fit():
     trainer = trainer_of(tl.Phases({0: tl.TrainOnly("head"), 1: tl.TrainAll()}))
     trainer.train_on_batch(X, Y)
-    trainer.fit([(X, Y)], progress="none")
+    trainer.fit([(X, Y)], verbose=0)
     assert "base/kernel" in moved(trainer.model, lambda: trainer.train_on_batch(X, Y))
     assert (trainer.step, trainer.epoch) == (3, 1)
 

@@ -148,3 +148,26 @@ def optimizer_bookkeeping() -> frozenset[str]:
     plain.build([])
     settings = {"weight_decay", "clipnorm", "clipvalue", "global_clipnorm", "momentum", "nesterov"}
     return frozenset(vars(plain)) - settings - {name for name in vars(plain) if name.startswith("_exclude")}
+
+
+def is_overridden(callback: keras.callbacks.Callback, name: str) -> bool:
+    """Tell whether a callback does something at a moment, by its class or by an attribute of its own."""
+    method = getattr(callback, name)
+    return getattr(method, "__func__", method) is not vars(keras.callbacks.Callback)[name]
+
+
+def needs_batches(callback: keras.callbacks.Callback, names: tuple[str, ...]) -> bool:
+    """Tell whether a callback must be told of each batch.
+
+    Two of Keras' own look at batches and do nothing with them, unless they are asked to: whether TensorBoard profiles
+    is told by a private attribute alone.
+
+    Args:
+        callback: The callback.
+        names: Its methods for batches.
+    """
+    if type(callback) is keras.callbacks.ModelCheckpoint:
+        return bool(callback.save_freq != "epoch")
+    if type(callback) is keras.callbacks.TensorBoard:
+        return bool(callback.update_freq != "epoch" or callback.write_steps_per_second or callback._should_trace)
+    return any(is_overridden(callback, name) for name in names)

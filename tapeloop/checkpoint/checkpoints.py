@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tapeloop._validation import whole_number
-from tapeloop.checkpoint.store import CheckpointStore
+from tapeloop.checkpoint.records import names_in, records_in
 from tapeloop.errors import CheckpointError
 
 RESUME = "auto", "never", "must"
@@ -44,7 +44,7 @@ class Checkpoints:
         >>> def run(epochs):
         ...     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, name="head")])
         ...     trainer = tl.Trainer(model, loss="mse")
-        ...     trainer.fit((x, y), epochs=epochs, progress="none", checkpoint=checkpoints)
+        ...     trainer.fit((x, y), epochs=epochs, verbose=0, checkpoint=checkpoints)
         ...     return trainer.epoch
         >>> checkpoints = tl.Checkpoints(tempfile.mkdtemp(), keep=2)
         >>> run(2), run(3)  # the second goes on after the first, and trains one epoch more
@@ -87,13 +87,13 @@ class Checkpoints:
     @property
     def newest(self) -> pathlib.Path | None:
         """The folder of the newest checkpoint, or None."""
-        names = CheckpointStore(self.path).names()
+        names = names_in(self.path)
         return self.path / names[-1] if names else None
 
     @property
     def best(self) -> pathlib.Path | None:
         """The folder of the best checkpoint by `keep_best`, or None."""
-        found = self.best_of(CheckpointStore(self.path).records())
+        found = self.best_of(records_in(self.path))
         return None if found is None else self.path / found
 
     def restore_best(self, trainer: Any) -> pathlib.Path:
@@ -110,7 +110,7 @@ class Checkpoints:
             >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, name="head")])
             >>> trainer = tl.Trainer(model, loss="mse")
             >>> checkpoints = tl.Checkpoints(tempfile.mkdtemp(), keep_best="loss")
-            >>> history = trainer.fit((np.ones((8, 4)), np.ones((8, 2))), progress="none", checkpoint=checkpoints)
+            >>> history = trainer.fit((np.ones((8, 4)), np.ones((8, 2))), verbose=0, checkpoint=checkpoints)
             >>> checkpoints.restore_best(trainer).name
             '000001-step-1'
         """

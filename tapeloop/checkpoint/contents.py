@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
+import functools
 import logging
 import math
 from collections.abc import Mapping
@@ -14,13 +16,13 @@ import numpy as np
 import tensorflow as tf
 
 from tapeloop._version import __version__
-from tapeloop.checkpoint.saved import FORMAT, SavedRun
+from tapeloop.checkpoint.records import FORMAT
+from tapeloop.checkpoint.saved import SavedRun
 from tapeloop.data.loader import DataPosition
 from tapeloop.errors import CheckpointError, listed
 from tapeloop.loop.epochs import EpochLoop
 from tapeloop.loop.history import Phase
 from tapeloop.loop.state import EpochProgress, Resumption
-from tapeloop.model.selection import Selection
 from tapeloop.model.tree import Model, Tree
 from tapeloop.policies.recorded import Recorded, described
 from tapeloop.policies.resolve import resolve
@@ -61,7 +63,7 @@ class RunContents:
         return _under("log", self.loop.log_variables()) if self.loop.state.under_way is not None else {}
 
     def record(self, variables: Mapping[str, tf.Variable]) -> dict[str, Any]:
-        """Return what a checkpoint says of the run beside its tensors."""
+        """Return what a checkpoint says of the run beside its tensors: nothing in it changes while the run goes on."""
         state, phases = self.loop.state, self.loop.phases
         phase, under_way = phases.record(), state.under_way
         versions = {
@@ -74,17 +76,18 @@ class RunContents:
             "written_by": versions,
             "saved_at": datetime.datetime.now().astimezone().isoformat(" ", "seconds"),
             **{name: getattr(state, name) for name in COUNTERS},
+            "fit_starts": list(state.fit_starts),
             "logs": _plain(state.logs),
             "microbatches": state.microbatches.count,
-            "policy": {"name": described(phases.policy), "state": phases.policy.get_state()},
-            "phase": None if phase is None else asdict(phase),
-            "under_way": None if under_way is None else self._under_way(under_way),
+            "policy": {"name": described(phases.policy), "state": copy.deepcopy(phases.policy.get_state())},
+            "phase": phase,
+            "epoch_under_way": None if under_way is None else self._under_way(under_way),
             "optimizers": state.optimizers.describe(),
             "averages": state.averages.describe(),
             "loss_scale": state.loss_scale.value is not None,
             **self._fit(),
             "history": self._history(),
-            "shapes": {name: variable.shape.as_list() for name, variable in variables.items()},
+            "shapes": {name: shape_of(variable) for name, variable in variables.items()},
             "dtypes": {name: variable.dtype.name for name, variable in variables.items()},
         }
 
@@ -94,7 +97,9 @@ class RunContents:
         if data is None:
             return {}
         said = {"positions": data.positions(), "has_iterator": False, **data.described()}
-        return {"fit": {"first_epoch": data.first_epoch, "epochs": span.stop - data.first_epoch}, "data": said}
+        epochs = span.stop - data.first_epoch
+        is_stopped = self.loop.stop_training and self.loop.state.under_way is None
+        return {"fit": {"first_epoch": data.first_epoch, "epochs": epochs, "is_stopped": is_stopped}, "data": said}
 
     def _under_way(self, progress: EpochProgress) -> dict[str, Any]:
         # What was logged so far, since the data may be at its end: then nothing is traced any more that could tell.
@@ -133,7 +138,7 @@ class RunContents:
             self.loop.steps.forget()
         left_out = ("log/", *OF_OPTIMIZERS) if fresh_optimizer else ("log/",)
         for name, variable in self.variables().items():
-            fits = name in saved.names and variable.shape.as_list() == saved.shape(name)
+            fits = name in saved.names and shape_of(variable) == saved.shape(name)
             value = saved.read(name) if fits and not name.startswith(left_out) else None
             if value is not None:
                 variable.assign(value)
@@ -155,7 +160,7 @@ class RunContents:
             CheckpointError: They have not.
         """
         kinds = ("model/", "attribute/")
-        here = {n: f"{v.dtype.name} {v.shape.as_list()}" for n, v in self.variables().items() if n.startswith(kinds)}
+        here = {n: f"{v.dtype.name} {shape_of(v)}" for n, v in self.variables().items() if n.startswith(kinds)}
         there = {n: f"{saved.record['dtypes'][n]} {saved.shape(n)}" for n in saved.names if n.startswith(kinds)}
         both = sorted(here.keys() & there.keys())
         differ = [f"{_without_kind(n)} {there[n]}, here {here[n]}" for n in both if here[n] != there[n]]
@@ -166,13 +171,15 @@ class RunContents:
         }
         problems = " ".join(f"{who} {listed(names)}." for who, names in found.items() if names)
         if problems and (strict or not both):
-            is_built = all(layer.object.built for layer in Tree.of(self.model).layers)
-            remedy = "Call the model on a batch first, to build it."
-            if is_built:
-                remedy = (
-                    "If Keras has counted the names of layers up (`dense_1`), give them names of your own. To load "
-                    "what fits, call `trainer.load(path, strict=False)`."
-                )
+            remedy = (
+                "If Keras has counted the names of layers up (`dense_1`), give them names of your own. To load "
+                "what fits, call `trainer.load(path, strict=False)`."
+            )
+            unbuilt = [f"`self.{name}`" for name in self.attributes.unbuilt()]
+            if not all(layer.object.built for layer in Tree.of(self.model).layers):
+                unbuilt = ["the model", *unbuilt]
+            if unbuilt:
+                remedy = f"Call {' and '.join(unbuilt)} on a batch first, to make the variables."
             raise CheckpointError(f"{saved.folder} is of another model. {problems} {remedy}")
         if problems:
             _LOG.warning("%s was loaded in part. %s", saved.folder, problems)
@@ -198,6 +205,7 @@ class RunContents:
         record, state, phases = saved.record, self.loop.state, self.loop.phases
         for name in COUNTERS:
             setattr(state, name, record[name])
+        state.fit_starts = list(record["fit_starts"])
         state.logs = _arrays(record["logs"])
         if state.microbatches.adapts:  # otherwise the program says it
             state.microbatches.count = record["microbatches"]
@@ -209,17 +217,15 @@ class RunContents:
 
     def _history(self) -> dict[str, Any]:
         history = self.loop.state.history
-        # A cycle comes back to the same selections, each of which is written once. Policies need have no hash.
-        places: dict[tuple[str, Selection], int] = {}
-        for phase in history.phases:
-            places.setdefault((described(phase.policy), phase.selection), len(places))
-        of_phase = [places[described(phase.policy), phase.selection] for phase in history.phases]
+        # A cycle comes back to the same selections, each of which is written once.
+        places: dict[Recorded, int] = {}
+        of_phase = [places.setdefault(phase.recorded, len(places)) for phase in history.phases]
         return {
             "history": {name: [_plain_value(value) for value in values] for name, values in history.history.items()},
             "epoch": list(history.epoch),
             "step": list(history.step),
             "phases": [[phase.step, phase.epoch, number] for phase, number in zip(history.phases, of_phase)],
-            "selections": [asdict(Recorded.of(name, selection, None)) for name, selection in places],
+            "selections": list(places),
         }
 
     def _restore_history(self, record: Mapping[str, Any], tree: Tree) -> None:
@@ -229,9 +235,9 @@ class RunContents:
         # Runs that were saved before steps were recorded have none.
         history.step = list(record.get("step", ()))
         policies = [recorded_phase(answer) for answer in record["selections"]]
-        selections = [resolve(policy, tree, trains=False) for policy in policies]
+        resolved = [functools.cache(functools.partial(resolve, policy, tree, trains=False)) for policy in policies]
         history.phases = [
-            Phase(step, epoch, policies[number], selections[number]) for step, epoch, number in record["phases"]
+            Phase(step, epoch, policies[number], resolved[number]) for step, epoch, number in record["phases"]
         ]
 
 
@@ -245,17 +251,20 @@ def resumption_of(saved: SavedRun) -> Resumption | None:
     """Return where the fit goes on of which a checkpoint was saved, if it was saved of a fit."""
     if "data" not in saved.record:
         return None
-    fit, data, under_way = saved.record["fit"], saved.record["data"], saved.record["under_way"]
+    fit, data, under_way = saved.record["fit"], saved.record["data"], saved.record["epoch_under_way"]
     logs = {} if under_way is None else _arrays(under_way["logs"])
     progress = None
     if under_way is not None:
         trained = logs if under_way["is_trained"] else None
         progress = EpochProgress(under_way["began"], under_way["asked"], under_way["drawn"], trained)
+    epoch, ends = saved.record["epoch"], fit["first_epoch"] + fit["epochs"]
     return Resumption(
-        saved.record["epoch"],
+        epoch,
         fit["first_epoch"],
         saved.record["shuffle_seed"],
-        under_way is None and saved.record["epoch"] >= fit["first_epoch"] + fit["epochs"],
+        under_way is None and (epoch >= ends or fit["is_stopped"]),
+        fit["epochs"] if fit["is_stopped"] else None,
+        tuple(saved.record["fit_starts"]),
         {name: DataPosition(*position) for name, position in data["positions"].items()},
         data,
         progress,
@@ -269,8 +278,13 @@ def resumption_of(saved: SavedRun) -> Resumption | None:
 def _assign_logs(saved: SavedRun, variables: Mapping[str, tf.Variable]) -> None:
     """Restore the variables of what an epoch logs."""
     for name, variable in _under("log", variables).items():
-        if name in saved.names and variable.shape.as_list() == saved.shape(name):
+        if name in saved.names and shape_of(variable) == saved.shape(name):
             variable.assign(saved.read(name))
+
+
+def shape_of(variable: tf.Variable) -> list[int | None] | None:
+    """Return the shape of a variable as JSON has it; None where it is unknown."""
+    return None if variable.shape.rank is None else variable.shape.as_list()
 
 
 def _under(kind: str, named: Mapping[str, Any]) -> dict[str, Any]:

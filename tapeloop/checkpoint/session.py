@@ -27,13 +27,15 @@ from tapeloop.checkpoint.writer import BackgroundWriter
 from tapeloop.errors import CheckpointError
 from tapeloop.loop.fit_data import FitData
 from tapeloop.loop.interrupts import StopRequested, deferred_interrupt, stop_on_sigterm
+from tapeloop.loop.listener import FitListener, ReadLogs
 from tapeloop.loop.state import Resumption
 from tapeloop.policies.base import VariablePolicy
 
 _LOG = logging.getLogger("tapeloop")
+OF_CALLBACKS = "callback"  # what the names of tensors begin with that callbacks hold
 
 
-class CheckpointSession:
+class CheckpointSession(FitListener):
     """One fit's use of a folder of checkpoints.
 
     Attributes:
@@ -56,23 +58,44 @@ class CheckpointSession:
         self._writer = BackgroundWriter(self._store, options)
         self._data: FitData | None = None
         self._saved_at, self._saved = 0.0, (0, 0)
-        self._has_warned = False
+        self._has_warned = self._changes_the_end = False
+        self._beside = FitListener()
 
     @property
     def resumption(self) -> Resumption | None:
         """Where the fit goes on that was saved last."""
         return None if self.found is None else resumption_of(self.found)
 
-    def resume(self) -> None:
-        """Bring the run to where the checkpoint has it, and say so."""
+    def resume(self, epochs: range) -> None:
+        """Bring the run to where the checkpoint has it, and say so.
+
+        Args:
+            epochs: The epochs of the fit.
+        """
         if self.found is None:
             return
         self._contents.restore(self.found)
         record = self.found.record
-        within = f" and {record['under_way']['drawn']} batches" if record["under_way"] else ""
+        within = f" and {record['epoch_under_way']['drawn']} batches" if record["epoch_under_way"] else ""
         step, epoch = record["step"], record["epoch"]
+        rest = "" if epoch < epochs.stop else f". All {len(epochs)} epochs of the fit are trained already"
         # A warning, since Python shows no others unless it is told to, and nobody should have to guess.
-        _LOG.warning("Resuming from %s: step %s, after %s epochs%s.", self.found.folder, step, epoch, within)
+        _LOG.warning("Resuming from %s: step %s, after %s epochs%s%s.", self.found.folder, step, epoch, within, rest)
+
+    def saved_beside(self, epochs: range) -> tuple[Any, Callable[[str], Any]] | None:
+        """Return what was saved of who looked on as well, and what reads its arrays, if it looked on at this fit.
+
+        Args:
+            epochs: The epochs of the fit.
+        """
+        found = self.found
+        if found is None or "fit" not in found.record or found.record["fit"]["first_epoch"] != epochs.start:
+            return None
+
+        def read(name: str) -> Any:
+            return found.read(f"{OF_CALLBACKS}/{name}") if f"{OF_CALLBACKS}/{name}" in found.names else None
+
+        return found.record["callbacks"], read
 
     def take_folder(self) -> FolderLock:
         """Take the folder, and look for a checkpoint to go on from.
@@ -105,7 +128,7 @@ class CheckpointSession:
                 )
             if found is not None:
                 self._store.take_up(found)
-                there = found.record["step"], found.record["epoch"], found.record["under_way"] is not None
+                there = found.record["step"], found.record["epoch"], found.record["epoch_under_way"] is not None
                 here = state.step, state.epoch, state.resumption is not None
                 # A second fit of one program begins where the first has ended.
                 self.found = found if there > here or state.is_of_later_fit else None
@@ -121,11 +144,15 @@ class CheckpointSession:
         return lock
 
     @contextlib.contextmanager
-    def saving(self, data: FitData) -> Iterator[None]:
+    def saving(
+        self, data: FitData, *, beside: FitListener | None = None, changes_the_end: bool = False
+    ) -> Iterator[None]:
         """Save the fit inside this context, and once more if a signal ends it.
 
         Args:
             data: The data of the fit.
+            beside: Who looks on as well, and whose state is saved too.
+            changes_the_end: Whether callbacks may move the model after the last epoch.
 
         Raises:
             CheckpointError: `keep_best` names a log that there will not be.
@@ -137,7 +164,7 @@ class CheckpointSession:
                 f"`keep_best` is {best!r}, and there is no validation data. Pass some, or another log."
             )
         _require_state(self._contents.loop.phases.policy)
-        self._data = data
+        self._data, self._beside, self._changes_the_end = data, beside or FitListener(), changes_the_end
         self._saved_at, self._saved = time.monotonic(), self._now()
         try:
             with stop_on_sigterm():
@@ -155,7 +182,7 @@ class CheckpointSession:
         every = self._options.every_steps
         return sys.maxsize if every is None else every - self._contents.loop.state.step % every
 
-    def after_steps(self) -> None:
+    def after_steps(self, number: int, read_logs: ReadLogs) -> None:
         """Save the run, if so many steps or minutes have passed."""
         step, every, minutes = self._contents.loop.state.step, self._options.every_steps, self._options.every_minutes
         by_steps = every is not None and step % every == 0 and step != self._saved[0]
@@ -166,7 +193,7 @@ class CheckpointSession:
     def after_epoch(self, logs: Mapping[str, Any]) -> None:
         """Save the run, if so many epochs have passed or this was the best one."""
         every, best = self._options.every_epochs, self._options.keep_best
-        known = {} if best is None or np.ndim(logs.get(best, [])) else {best: float(logs[best])}
+        known = self._epoch_logs()
         if best is not None and not known:
             said = ", ".join(repr(name) for name in sorted(logs) if not np.ndim(logs[name]))
             _LOG.warning(
@@ -174,11 +201,12 @@ class CheckpointSession:
             )
         is_best = any(map(self._is_best, known.values()))
         if is_best or (every is not None and self._contents.loop.state.epoch % every == 0):
-            self._save(known)
+            self._save()
 
-    def after_fit(self) -> None:
+    def after_fit(self, logs: Mapping[str, Any]) -> None:
         """Save the run if it has gone on since, so that the same program, run again, finds that it is through."""
-        if self._saved != self._now():
+        # A fit that is stopped early is over, which the checkpoint of its last epoch does not say yet.
+        if self._saved != self._now() or (logs and (self._changes_the_end or self._contents.loop.stop_training)):
             self._save()
         self._writer.wait()
 
@@ -207,7 +235,15 @@ class CheckpointSession:
         before = records[name]["epoch_logs"][best]
         return value > before if self._options.is_more_better else value < before
 
-    def _save(self, epoch_logs: Mapping[str, float] | None = None) -> None:
+    def _epoch_logs(self) -> dict[str, float]:
+        """Return the log by which checkpoints are compared, at the end of an epoch that has it."""
+        # Of the run and not of the call: Ctrl-C may come between the end of an epoch and `after_epoch`.
+        state, best = self._contents.loop.state, self._options.keep_best
+        if best is None or state.under_way is not None or np.ndim(state.logs.get(best, [])):
+            return {}
+        return {best: float(state.logs[best])}
+
+    def _save(self) -> None:
         """Save the run as it is now; files are written while training goes on."""
         # One copy of the state at a time: a second would take as much memory as the first.
         self._writer.wait()
@@ -215,10 +251,13 @@ class CheckpointSession:
         with deferred_interrupt():
             variables = {**contents.variables(), **contents.log_variables()}
             iterator_state = self._iterator_state()
-            record = {**contents.record(variables), "epoch_logs": dict(epoch_logs or {})}
+            best = None if self._options.keep_best is None else "max" if self._options.is_more_better else "min"
+            record = {**contents.record(variables), "epoch_logs": self._epoch_logs(), "best": best}
             record["data"]["has_iterator"] = iterator_state is not None
+            record["callbacks"], arrays = self._beside.state()
             # TensorFlow copies a variable when it is next assigned to, as long as somebody holds its value.
             tensors = {name: variable.read_value() for name, variable in variables.items()}
+            tensors |= {f"{OF_CALLBACKS}/{name}": tf.constant(array) for name, array in arrays.items()}
             self._writer.start(record, tensors, contents.still(), iterator_state)
             self._saved_at, self._saved = time.monotonic(), self._now()
 

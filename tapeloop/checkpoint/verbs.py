@@ -36,12 +36,13 @@ class SavesRuns:
             >>> import tempfile
             >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, name="head")])
             >>> trainer = tl.Trainer(model, loss="mse")
-            >>> history = trainer.fit((np.ones((8, 4)), np.ones((8, 2))), progress="none")
+            >>> history = trainer.fit((np.ones((8, 4)), np.ones((8, 2))), verbose=0)
             >>> path = tempfile.mkdtemp() + "/run"
             >>> trainer.save(path)
             >>> trainer.load(path)
         """
-        folder = pathlib.Path(path).expanduser()
+        # A link stays, and what it leads to is replaced.
+        folder = pathlib.Path(path).expanduser().resolve()
         if foreign.is_keras(folder):
             foreign.save_keras(folder, self._contents.model)
             return
@@ -51,7 +52,7 @@ class SavesRuns:
             raise CheckpointError(f"{folder} is there already and is no checkpoint. Choose another path.")
         variables = {**self._contents.variables(), **self._contents.log_variables()}
         tensors = {name: variable.read_value() for name, variable in variables.items()}
-        record = {**self._contents.record(variables), "epoch_logs": {}}
+        record = {**self._contents.record(variables), "epoch_logs": {}, "best": None}
         try:
             with files.written_aside(folder) as aside:
                 write_checkpoint(aside, record, tensors, {})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 import os
 import pathlib
@@ -41,8 +40,6 @@ class BackgroundWriter:
         write_more: Callable[[pathlib.Path], None] | None,
     ) -> None:
         """Begin to write a checkpoint; see `CheckpointStore.write`."""
-        # The run goes on, and adds to lists that the record may hold.
-        record = copy.deepcopy(record)
 
         def write() -> None:
             # Steps come first: what is left of the processors is enough to write with. Linux has priorities by thread.

@@ -10,6 +10,7 @@ import keras
 import tensorflow as tf
 
 from tapeloop._validation import whole_number
+from tapeloop.data.arguments import is_array
 from tapeloop.data.array_source import ArraySource, DatasetSource, FileSlices, SparseSource, lies_in_file
 from tapeloop.data.batch import as_tensors, open_spec_of, shapes, tensors_in
 from tapeloop.data.class_weight import ClassWeights, class_weights_of
@@ -267,10 +268,8 @@ class DataSpec:
     @property
     def is_arrays(self) -> bool:
         """Whether the data is arrays, of which any example can be had, and no iterable of batches."""
-        # A tuple is `(inputs, targets)`, a list is a list of batches. Data frames are told by their method.
-        return isinstance(self.data, (tuple, Mapping, tf.RaggedTensor, tf.SparseTensor)) or (
-            hasattr(self.data, "shape") and (hasattr(self.data, "__array__") or hasattr(self.data, "tocoo"))
-        )
+        # A tuple is `(inputs, targets)`, a list is a list of batches.
+        return isinstance(self.data, (tuple, Mapping)) or is_array(self.data)
 
     @property
     def is_sparse(self) -> bool:

@@ -88,6 +88,11 @@ class FeatureCache:
         self._ready: dict[str, _Ready] = {}
         self._train_step: CompiledStep | None = None
 
+    @property
+    def is_on(self) -> bool:
+        """Whether features are kept at all."""
+        return self._is_on
+
     def require_compatible(
         self, data: Sequence[DataSpec], microbatches: Microbatches, *, run_eagerly: bool, is_saved: bool
     ) -> None:

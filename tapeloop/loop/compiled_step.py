@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import math
 import warnings
 import weakref
@@ -21,6 +22,7 @@ from tapeloop.step import atomic
 from tapeloop.step.accumulation import Microbatches, accumulate, compute_in_pieces
 from tapeloop.step.plan import Planner, StepPlan
 
+_LOG = logging.getLogger("tapeloop")
 COMPILE_ERRORS = (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError, tf.errors.InternalError)
 
 
@@ -119,6 +121,18 @@ class CompiledStep:
         """Trace the loop for the batches of a cursor, which shows what is wrong before anything has moved."""
         if not self.planner.parts.compilation.run_eagerly:
             self._loop_over(cursor)
+
+    def find_logs(self, cursor: BatchCursor) -> None:
+        """Find out what the step logs, which its trace tells: the metrics have their variables from then on."""
+        if not self.planner.parts.compilation.run_eagerly:
+            self._loop_over(cursor)
+            return
+        try:
+            self.plan(cursor.spec())
+        except Exception as error:
+            # Run eagerly, a step may do what no trace allows, such as reading a number.
+            said = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()[:200]
+            _LOG.warning("The step cannot be traced (%s): its metrics cover the rest of this epoch alone.", said)
 
     def plan(self, spec: Any) -> StepPlan:
         """Plan the step for batches of a signature, or for features of them."""

@@ -5,20 +5,23 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import tensorflow as tf
 
 from tapeloop._backend.assertions import refusal
+from tapeloop.data.batch import examples_of
 from tapeloop.data.cursor import BatchCursor
 from tapeloop.data.loader import DataLoader
 from tapeloop.errors import DataError, TapeloopError
 from tapeloop.loop.compiled_step import CompiledStep
-from tapeloop.loop.fit_data import FitData
+from tapeloop.loop.fit_data import FitData, Validation
 from tapeloop.loop.history import History, LazyLogs, Phase
 from tapeloop.loop.interrupts import StopRequested, deferred_interrupt
+from tapeloop.loop.listener import FitListener
 from tapeloop.loop.nonfinite import NonFiniteHandler
 from tapeloop.loop.phases import ActivePhase, PhaseTracker
 from tapeloop.loop.progress import ProgressDisplay
@@ -26,25 +29,6 @@ from tapeloop.loop.state import EpochProgress, Resumption, TrainerState
 from tapeloop.loop.step_cache import StepCache, on_the_host
 from tapeloop.loop.step_counts import StepCounts, counts_before
 from tapeloop.policies.base import VariablePolicy
-
-
-class Saver(Protocol):
-    """Saves a run as it goes."""
-
-    def steps_left(self) -> int:
-        """Return after how many steps it must be called, at the latest."""
-
-    def after_steps(self) -> None:
-        """Take in that some steps have run."""
-
-    def after_epoch(self, logs: Mapping[str, Any]) -> None:
-        """Take in that an epoch has ended, with these logs."""
-
-    def after_fit(self) -> None:
-        """Take in that all epochs of the fit have ended."""
-
-    def on_stop(self, stop: BaseException) -> None:
-        """Take in that a signal ends the fit, after the last whole step."""
 
 
 class EpochLoop:
@@ -59,6 +43,8 @@ class EpochLoop:
         data: The data of the fit that is under way, or None.
         span: The epochs of that fit.
         is_resuming: Whether it is not yet where a checkpoint has it that was loaded.
+        is_starting: Whether an epoch is about to begin, of which the policy has not been asked yet.
+        stop_training: Whether the fit shall end: after the steps that run, and the validation of the epoch.
     """
 
     def __init__(self, steps: StepCache, phases: PhaseTracker, state: TrainerState, handler: NonFiniteHandler) -> None:
@@ -73,56 +59,77 @@ class EpochLoop:
         self.data: FitData | None = None
         self.span = range(0)
         self.is_resuming = False
-        self._saver: Saver | None = None
+        self.is_starting = False
+        self.stop_training = False
+        self._listeners: Sequence[FitListener] = ()
+        self._validation = Validation()
         self._data_is_new = True
         self._read_logs: Callable[[], tuple[dict[str, Any], int]] = lambda: ({}, 0)
 
-    def fit(self, data: FitData, epochs: range, display: ProgressDisplay, saver: Saver | None = None) -> History:
+    def fit(
+        self,
+        data: FitData,
+        epochs: range,
+        display: ProgressDisplay,
+        listeners: Sequence[FitListener] = (),
+        validation: Validation | None = None,
+    ) -> History:
         """Train for some epochs, validating after each.
 
         Args:
             data: The data.
             epochs: The epochs of the fit, of which those before `state.epoch` are trained already.
             display: Where progress is shown.
-            saver: What saves the run as it goes.
+            listeners: Who looks on, in this order.
+            validation: When epochs are validated; by default each is.
         """
         history, state = self.state.history.since(epochs.start), self.state
         self.steps.start_fit()
-        self.data, self.span, self._saver, state.under_way = data, epochs, saver, None
-        self.is_resuming = state.resumption is not None
+        self.data, self.span, self._listeners, state.under_way = data, epochs, listeners, None
+        self._validation = validation or Validation()
+        self.is_resuming, self.stop_training, logs = state.resumption is not None, False, dict[str, Any]()
+        self.is_starting = state.epoch < epochs.stop
         try:
+            for listener in listeners:
+                listener.before_fit()
             for number in range(state.epoch, epochs.stop):
-                title = f"epoch {number + 1 - epochs.start}/{len(epochs)}"
-                logs = self._run_epoch(data, display, title, history)
+                if self.stop_training:
+                    break
+                logs = self._run_epoch(data, display, f"epoch {number + 1 - epochs.start}/{len(epochs)}", history)
                 # An interrupt comes before all of this, or after it.
                 with deferred_interrupt():
                     state.epoch, state.logs, state.under_way = number + 1, logs, None
                     history.add_epoch(state.epoch, state.step, logs)
                     state.history.add_epoch(state.epoch, state.step, logs)
-                if saver is not None:
-                    saver.after_epoch(logs)
-            if saver is not None:
-                saver.after_fit()
+                for listener in listeners:
+                    listener.after_epoch(logs)
+            for listener in listeners:
+                listener.after_fit(logs)
         except BaseException as error:
-            if saver is not None and isinstance(error, (KeyboardInterrupt, StopRequested)):
-                saver.on_stop(error)
+            if isinstance(error, (KeyboardInterrupt, StopRequested)):
+                for listener in listeners:
+                    listener.on_stop(error)
             # What is left of the epoch is not trained: the next fit begins it anew.
             state.under_way = None
             data.close()
             raise
         finally:
-            self.data, self._saver, self._data_is_new = None, None, True
+            self.data, self._listeners, self._data_is_new, self.is_starting = None, (), True, False
         return history
 
     def _run_epoch(self, data: FitData, display: ProgressDisplay, title: str, history: History) -> dict[str, Any]:
         """Train for one epoch, or for the rest of one, validate, and return the logs of both."""
-        state, resumption = self.state, self.state.resumption
-        state.resumption = None
+        state, number = self.state, self.state.epoch - self.span.start
+        # First of all: what is done here, such as to a `trainable` flag, is for this epoch.
+        self.is_starting = True
+        for listener in self._listeners:
+            listener.before_epoch(number)
+        resumption, state.resumption = state.resumption, None
         progress = None if resumption is None else resumption.progress
         with deferred_interrupt():
             # The model may have changed since the last epoch, and the policy may go by its logs.
             phase = self.phases.due(starting=True) if progress is None else self.phases.again()
-            state.under_way = progress or EpochProgress(state.step, state.step)
+            self.is_starting, state.under_way = False, progress or EpochProgress(state.step, state.step)
             self._record(phase, history)
         loader = data.training(phase, state.epoch)
         validates = data.validation_spec is not None
@@ -136,13 +143,21 @@ class EpochLoop:
             state.under_way.logs = self._train(phase, loader, display, title, history, resumption)
         self.is_resuming = False
         logs = dict(state.under_way.logs)
-        if validates:
-            evaluation = self.evaluation()
-            loader = data.validation(evaluation)
-            evaluated = self.evaluate(evaluation, loader, display, "  validation")
-            loader.rewind()  # so that each epoch is validated on the same batches
-            logs |= {f"val_{name}": value for name, value in evaluated.items()}
+        if validates and self._validation.is_due(number):
+            logs |= self._validate(data, display)
+        for listener in self._listeners:
+            listener.end_epoch(number, logs)
         return logs
+
+    def _validate(self, data: FitData, display: ProgressDisplay) -> dict[str, Any]:
+        """Return what the model, or its averages, log on the validation data."""
+        evaluation = self.evaluation()
+        loader = data.validation(evaluation)
+        averages = self._validation.values == "ema"
+        with self.state.averages.swap(self.state.step) if averages else contextlib.nullcontext():
+            logs = self.evaluate(evaluation, loader, display, "  validation", self._listeners)
+        loader.rewind()  # so that each epoch is validated on the same batches
+        return {f"val_{name}": value for name, value in logs.items()}
 
     def log_variables(self) -> dict[str, tf.Variable]:
         """Return the variables of what the epoch that is under way has logged, by name."""
@@ -159,16 +174,34 @@ class EpochLoop:
         """Return the step that evaluates under what trained last."""
         return self.steps.get("eval", self.phases.held())
 
-    def evaluate(self, step: CompiledStep, loader: DataLoader, display: ProgressDisplay, title: str) -> dict[str, Any]:
+    def evaluate(
+        self,
+        step: CompiledStep,
+        loader: DataLoader,
+        display: ProgressDisplay,
+        title: str,
+        listeners: Sequence[FitListener] = (),
+    ) -> dict[str, Any]:
         """Run a step over one epoch of batches, and return its logs."""
         read_logs = functools.partial(self.steps.logs, "eval", [step.planner.metrics])
         self._start(step)
+        for listener in listeners:
+            listener.before_evaluation(loader)
+        number = 0
         with self._shown(loader, display, title):
             for cursor in loader.epoch():
                 while cursor.remaining != 0:
-                    display.advance(self._call(step, cursor, loader), read_logs)
+                    for listener in listeners:
+                        listener.before_evaluating(number)
+                    ran = self._call(step, cursor, loader, _fewest(listeners))
+                    display.advance(ran, read_logs)
+                    number += ran
+                    for listener in listeners if ran else ():
+                        listener.after_evaluating(number - 1, read_logs)
             logs, examples = read_logs()
             display.end(logs, examples)
+        for listener in listeners:
+            listener.after_evaluation(logs)
         return logs
 
     def train_on_batch(self, batch: Any) -> dict[str, Any]:
@@ -191,12 +224,21 @@ class EpochLoop:
         self._is_reset = step
         return {name: on_the_host(value) for name, value in logs.items()}
 
-    def predict(self, loader: DataLoader) -> Iterator[Any]:
+    def predict(self, loader: DataLoader, display: ProgressDisplay) -> Iterator[Any]:
         """Yield the outputs for each batch of one epoch."""
         step = self.steps.get("predict", self.phases.held())
         step.planner.warn_stale()
-        for batch in loader:
-            yield step.predict(batch, self._before())
+        examples = 0
+        display.start("prediction", loader.batches_per_epoch)
+        try:
+            for batch in loader:
+                outputs = step.predict(batch, self._before())
+                examples += int(examples_of(batch))
+                yield outputs
+                display.advance(1, functools.partial(_without_logs, examples))
+            display.end({}, examples)
+        finally:
+            display.close()
 
     def check_idle(self) -> None:
         """Check that no epoch is under way.
@@ -220,7 +262,7 @@ class EpochLoop:
         resumption: Resumption | None,
     ) -> dict[str, Any]:
         """Train for one epoch, asking the policy again when it says so, and return the logs."""
-        state, progress, saver = self.state, self.state.under_way, self._saver
+        state, progress, listeners = self.state, self.state.under_way, self._listeners
         assert progress is not None
         used = {phase.step.selection: phase.step.planner.metrics}
 
@@ -238,16 +280,21 @@ class EpochLoop:
         self.is_resuming = False
         with self._shown(loader, display, title, progress.drawn):
             for cursor in loader.epoch(progress.drawn) if has_more else ():
-                while cursor.remaining != 0:
+                while cursor.remaining != 0 and not self.stop_training:
                     phase = self._phase_within_epoch(phase, loader, history)
                     used[phase.step.selection] = phase.step.planner.metrics
-                    most = [saver.steps_left()] if saver is not None else []
+                    most = _fewest(listeners)
                     if phase.every_steps:
-                        most.append(phase.every_steps - state.step % phase.every_steps)
-                    ran = self._call(phase.step, cursor, loader, min(most, default=None))
+                        most = min(most, phase.every_steps - state.step % phase.every_steps)
+                    for listener in listeners:
+                        listener.before_steps(progress.drawn)
+                    ran = self._call(phase.step, cursor, loader, most)
                     display.advance(ran, self._read_logs)
-                    if saver is not None:
-                        saver.after_steps()
+                    for listener in listeners if ran else ():
+                        listener.after_steps(progress.drawn - 1, self._read_logs)
+                if self.stop_training:
+                    loader.close()
+                    break
             logs, examples = self._read_logs()
             # Every step was skipped: there is nothing to average.
             if state.step == progress.began:
@@ -276,8 +323,7 @@ class EpochLoop:
         """Go on logging where an epoch was left."""
         self._start(step)
         if has_more:
-            # What a step logs is known once it is traced.
-            step.trace(loader.cursor())
+            step.find_logs(loader.cursor())
             # Those of a phase before in this epoch, and of steps that run eagerly.
             for names in resumption.log_scalars:
                 self.steps.parts.means["train"].prepare(names)
@@ -319,7 +365,8 @@ class EpochLoop:
 
     def _record(self, phase: ActivePhase, *histories: History) -> None:
         """Take down that a phase begins."""
-        began = Phase(self.state.step, self.state.epoch, phase.policy, phase.step.selection)
+        selection = phase.step.selection
+        began = Phase(self.state.step, self.state.epoch, phase.policy, lambda: selection)
         for history in (self.state.history, *histories):
             history.add_phase(began)
 
@@ -355,6 +402,15 @@ class EpochLoop:
             yield
         finally:
             self.runs = False
+
+
+def _without_logs(examples: int) -> tuple[Mapping[str, Any], int]:
+    return {}, examples
+
+
+def _fewest(listeners: Sequence[FitListener]) -> int:
+    """Return after how many steps the first of them must be told."""
+    return min((listener.steps_left() for listener in listeners), default=sys.maxsize)
 
 
 def _locate(error: BaseException, place: str, number: int) -> None:

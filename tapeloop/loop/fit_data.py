@@ -1,17 +1,43 @@
-"""The data of a fit, epoch by epoch."""
+"""The data of a fit, epoch by epoch, and when it is validated."""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import astuple
+from collections.abc import Collection
+from dataclasses import astuple, dataclass
 from typing import Any
 
+from tapeloop._validation import whole_number
 from tapeloop.data.loader import DataLoader, DataSpec
 from tapeloop.loop.compiled_step import CompiledStep
 from tapeloop.loop.phases import ActivePhase
 from tapeloop.loop.state import Resumption
 
 _LOG = logging.getLogger("tapeloop")
+VALUES = "own", "ema"
+
+
+@dataclass(frozen=True)
+class Validation:
+    """When the epochs of a fit are validated, and with which values.
+
+    Attributes:
+        freq: After every this many epochs, or after these epochs, of which the first is 1.
+        values: `"own"`: those of the variables; `"ema"`: their averages.
+    """
+
+    freq: int | Collection[int] = 1
+    values: str = "own"
+
+    def __post_init__(self) -> None:
+        for number in self.freq if isinstance(self.freq, Collection) else (self.freq,):
+            whole_number("validation_freq", number, 1)
+        if self.values not in VALUES:
+            raise ValueError(f"`validate_with` must be 'own' or 'ema'. Received: {self.values!r}.")
+
+    def is_due(self, epoch: int) -> bool:
+        """Tell whether an epoch of the fit is validated, of which the first is 0."""
+        return (epoch + 1) in self.freq if isinstance(self.freq, Collection) else (epoch + 1) % self.freq == 0
 
 
 class FitData:

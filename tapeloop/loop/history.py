@@ -16,6 +16,7 @@ from tapeloop.model.selection import Selection
 from tapeloop.plots.drawing import Figure
 from tapeloop.plots.history import plot_history
 from tapeloop.policies.base import VariablePolicy
+from tapeloop.policies.recorded import Recorded, described
 
 MOST_ROWS = 15  # of epochs and of phases that a notebook shows
 
@@ -28,13 +29,13 @@ class Phase:
         step: The step at which it began, counted over all fits.
         epoch: The epoch in which it began, likewise.
         policy: The policy that held.
-        selection: What trained.
+        resolved: Returns what trained.
 
     Example:
         >>> dense = keras.layers.Dense
         >>> model = keras.Sequential([keras.Input((4,)), dense(3, name="base"), dense(2, name="head")])
         >>> trainer = tl.Trainer(model, tl.GradualUnfreeze(["head", "base"], every=1), loss="mse")
-        >>> history = trainer.fit((np.ones((8, 4)), np.ones((8, 2))), epochs=2, progress="none")
+        >>> history = trainer.fit((np.ones((8, 4)), np.ones((8, 2))), epochs=2, verbose=0)
         >>> [(phase.epoch, len(phase.selection.trained)) for phase in history.phases]
         [(0, 2), (1, 4)]
     """
@@ -42,7 +43,20 @@ class Phase:
     step: int
     epoch: int
     policy: VariablePolicy
-    selection: Selection = field(repr=False)
+    # Of a run that was saved it is resolved when somebody looks: there may be thousands.
+    resolved: Callable[[], Selection] = field(repr=False, compare=False)
+
+    @property
+    def selection(self) -> Selection:
+        """What trained."""
+        return self.resolved()
+
+    @functools.cached_property
+    def recorded(self) -> Recorded:
+        """What trained, as a checkpoint records it."""
+        if isinstance(self.policy, Recorded):
+            return self.policy
+        return Recorded.of(described(self.policy), self.selection, None)
 
 
 @dataclass
@@ -58,7 +72,7 @@ class History:
 
     Example:
         >>> trainer = tl.Trainer(keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)]), loss="mse")
-        >>> history = trainer.fit((np.ones((8, 4)), np.ones((8, 2))), epochs=2, progress="none")
+        >>> history = trainer.fit((np.ones((8, 4)), np.ones((8, 2))), epochs=2, verbose=0)
         >>> history.epoch, list(history.history), len(history.history["loss"])
         ([1, 2], ['loss'], 2)
     """
@@ -96,7 +110,7 @@ class History:
 
         Example:
             >>> trainer = tl.Trainer(keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)]), loss="mse")
-            >>> history = trainer.fit((np.ones((8, 4)), np.ones((8, 2))), epochs=2, progress="none")
+            >>> history = trainer.fit((np.ones((8, 4)), np.ones((8, 2))), epochs=2, verbose=0)
             >>> figure = history.plot()
             >>> [axes.get_ylabel() for axes in figure.axes]
             ['loss', '']

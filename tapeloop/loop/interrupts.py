@@ -6,6 +6,7 @@ import contextlib
 import signal
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 
@@ -42,36 +43,45 @@ def deferred_interrupt() -> Iterator[None]:
     """Hold back a `KeyboardInterrupt` or `StopRequested` until the end of this context; a second one comes at once.
 
     Between a call of the compiled loop and the bookkeeping of it, an interrupt would leave the two apart. A handler
-    of the user's own is left alone, and so is any thread but the main one, which alone gets signals.
+    of the user's own may raise too, and is called at the end likewise.
     """
     found = (
         {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)} if _is_main_thread() else {}
     )
-    handlers: dict[int, Any] = {number: handler for number, handler in found.items() if handler in _RAISING}
-    received: list[tuple[int, Any]] = []
-
-    def note(number: int, frame: Any) -> None:
-        if received:
-            handlers[number](number, frame)
-        received.append((number, frame))
-
-    for number in handlers:
-        signal.signal(number, note)
+    # One that holds signals back already goes on to; what is not callable is none of Python's.
+    deferral = _Deferral({n: each for n, each in found.items() if callable(each) and not isinstance(each, _Deferral)})
+    for number in deferral.handlers:
+        signal.signal(number, deferral)
     try:
         yield
     finally:
-        for number, handler in handlers.items():
+        for number, handler in deferral.handlers.items():
             signal.signal(number, handler)
     # Now that the bookkeeping is done.
-    for number, frame in received:
-        handlers[number](number, frame)
+    for number, frame in deferral.received:
+        deferral.handlers[number](number, frame)
+
+
+@dataclass(eq=False)
+class _Deferral:
+    """A handler of signals that notes the first, for the handler that it stands for.
+
+    Attributes:
+        handlers: The handlers of each signal.
+        received: What was noted.
+    """
+
+    handlers: dict[int, Any]
+    received: list[tuple[int, Any]] = field(default_factory=list)
+
+    def __call__(self, number: int, frame: Any) -> None:
+        if self.received:
+            self.handlers[number](number, frame)
+        self.received.append((number, frame))
 
 
 def _raise_stop(number: int, frame: Any) -> NoReturn:
     raise StopRequested(number)
-
-
-_RAISING = (signal.default_int_handler, _raise_stop)
 
 
 def _is_main_thread() -> bool:

@@ -78,6 +78,10 @@ class PhaseTracker:
         policy = held[1] if held is not None and held[0] is self.policy else self._chain()[-1]
         return resolve(policy, Tree.of(self._model), trains)
 
+    def current(self) -> Selection:
+        """Return what trains, or trained last, as it was resolved then."""
+        return self.held() if self._active is None else self._active.step.selection
+
     def known(self, *, is_under_way: bool) -> Selection | None:
         """Return what trains now, or None if a policy would have to be asked that may answer otherwise each time.
 
@@ -121,6 +125,10 @@ class PhaseTracker:
         # A typo in the phase of epoch 7 is found in epoch 0.
         to_come = selections_to_come(self.policy, self._fresh)
         self._state.optimizers.require_groups(to_come, changing=True)
+
+    def read_again(self) -> None:
+        """Have the model be read anew: its flags may have changed since the fit began."""
+        self._fresh = None
 
     def due(self, logs: Mapping[str, Any] | None = None, *, starting: bool = False) -> ActivePhase:
         """Return what trains next, and make everything that it needs.

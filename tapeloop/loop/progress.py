@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 from tqdm.auto import tqdm
 
-STYLES = ("auto", "bar", "lines", "none")
+STYLES = {0: "none", 1: "bar", 2: "lines"}
 EVERY_SECONDS = 0.1  # at least between two looks at the logs, which the host fetches
 COLUMNS = 80  # of a bar in a terminal that does not say how wide it is
 
@@ -24,7 +24,7 @@ class ProgressDisplay:
 
     def __init__(
         self,
-        style: str = "auto",
+        verbose: int | str = "auto",
         *,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.perf_counter,
@@ -32,20 +32,23 @@ class ProgressDisplay:
         """Choose how to show progress.
 
         Args:
-            style: `"bar"` (tqdm), `"lines"` (one an epoch), `"none"`, or `"auto"`: a bar in a terminal or notebook,
-                else lines.
+            verbose: 1: a bar (tqdm); 2: a line an epoch; 0: nothing; `"auto"`: a bar in a terminal or notebook, else
+                lines.
             stream: Where to write; standard error by default.
             clock: Seconds, from any origin.
 
         Raises:
-            ValueError: `style` is none of these.
+            ValueError: `verbose` is none of these.
         """
-        if style not in STYLES:
-            raise ValueError(f"`progress` must be one of {', '.join(map(repr, STYLES))}. Received: {style!r}.")
+        if verbose not in ("auto", *STYLES):
+            raise ValueError(
+                f"`verbose` must be 'auto', 0 (nothing), 1 (a bar) or 2 (a line an epoch). Received: {verbose!r}."
+            )
         self._stream = sys.stderr if stream is None else stream
         # In a log file each update of a bar would be a line of its own.
-        if style == "auto":
-            style = "bar" if _is_terminal(self._stream) or "ipykernel" in sys.modules else "lines"
+        if verbose == "auto":
+            verbose = 1 if _is_terminal(self._stream) or "ipykernel" in sys.modules else 2
+        style = STYLES[int(verbose)]
         # Some services close standard error, or replace it by None.
         self._style = style if _is_open(self._stream) else "none"
         self._clock = clock

@@ -43,6 +43,8 @@ class Resumption:
         first_epoch: The epoch at which the fit began that was saved.
         shuffle_seed: The seed by which that fit shuffled arrays.
         is_over: Whether that fit had trained all of its epochs.
+        stopped_after: The number of epochs of that fit, if it was stopped before it had trained them all; or None.
+        fit_starts: The epochs at which the fits of the run began.
         positions: How far each data set of it was read.
         data: What the checkpoint says of the data.
         progress: How far the epoch had come that was under way, if one was.
@@ -56,6 +58,8 @@ class Resumption:
     first_epoch: int
     shuffle_seed: int | None
     is_over: bool
+    stopped_after: int | None
+    fit_starts: tuple[int, ...]
     positions: Mapping[str, DataPosition]
     data: Mapping[str, Any]
     progress: EpochProgress | None
@@ -85,6 +89,7 @@ class TrainerState:
         under_way: How far the epoch has come that is under way, or None between epochs.
         resumption: Where the next fit goes on, after a checkpoint was loaded.
         was_loaded: Whether the user has loaded a checkpoint since the last fit.
+        fit_starts: The epochs at which the fits of the run began: one that was stopped early ends before its last.
         ahead: By how many epochs a loaded checkpoint is ahead of what the fits so far have asked for.
         is_of_later_fit: Whether the state is that of a checkpoint which a fit to come has saved.
     """
@@ -104,6 +109,7 @@ class TrainerState:
     under_way: EpochProgress | None = None
     resumption: Resumption | None = None
     was_loaded: bool = False
+    fit_starts: list[int] = field(default_factory=list)
     ahead: int = 0
     is_of_later_fit: bool = False
 
@@ -117,7 +123,13 @@ class TrainerState:
         # A program that is run again makes the same fits. One that was over when the run was saved trains nothing, and
         # the fits after it count from where it would have ended, and not from where the checkpoint is.
         first = self.epoch - self.ahead
-        span, resumption = range(first, first + epochs), found or self.resumption
+        resumption = found or self.resumption
+        later = [] if resumption is None else [start for start in resumption.fit_starts if start > first]
+        # One that was stopped early ended where the next began; with none after it, it was to have as many epochs.
+        stop = min([first + epochs, *later])
+        if resumption is not None and resumption.first_epoch == first and resumption.stopped_after == epochs:
+            stop = resumption.epoch
+        span = range(first, stop)
         if (
             resumption is None
             or resumption.epoch >= span.stop
@@ -135,6 +147,8 @@ class TrainerState:
             shuffle_seed: The seed by which it shuffles arrays: the state tells in which order it trained.
         """
         self.ahead, self.was_loaded = max(0, self.epoch - span.stop), False
+        if span.start not in self.fit_starts:
+            self.fit_starts.append(span.start)
         # What the program does between this fit and the one that was saved acts on a state that has it already: that
         # fit loads the checkpoint again.
         later = self.resumption is not None and self.resumption.first_epoch >= span.stop

@@ -58,6 +58,8 @@ class StepCache:
     def build(self, model: Model, specs: Callable[[], Iterator[Any]], kind: str = "train") -> None:
         """Make the variables of a model that makes them in its first call, by tracing a step that trains nothing.
 
+        So are those of the layers and models among the trainer's own attributes.
+
         Args:
             model: The model.
             specs: Gives signatures of batches; the next is tried if a layer needs to know more than the first says.
@@ -68,7 +70,9 @@ class StepCache:
         tree = Tree.of(model)
         # Nobody can say whether a `tf.Module` is built; Keras layers say it themselves.
         modules = len(tree.submodels) - len(tree.layers) - isinstance(model, Mapping)
-        if modules or not all(submodel.object.built for submodel in tree.layers):
+        is_built = not modules and all(submodel.object.built for submodel in tree.layers)
+        # What the trainer holds beside it counts for training alone.
+        if not is_built or (kind == "train" and self.parts.attributes.unbuilt()):
             for spec in specs():
                 try:
                     self.parts.build_model(model, spec, kind)
@@ -82,6 +86,8 @@ class StepCache:
     def reset(self, kind: str, tree: Tree) -> None:
         """Reset what the steps of a kind log."""
         self.parts.means[kind].reset()
+        if kind == "train":
+            self.parts.updates.statistics.reset()
         self.parts.objective.reset()
         # A metric that a step returns may be kept nowhere else.
         returned = [m for (k, _), s in self._steps.items() if k == kind for m in s.planner.metrics.by_name.values()]
@@ -103,6 +109,7 @@ class StepCache:
         }
         held = {name: [raw(variable) for variable in metric.variables] for name, metric in metrics.items()}
         held |= {"compiled": parts.objective.variables, **parts.means[kind].named_variables()}
+        held |= parts.updates.statistics.named_variables() if kind == "train" else {}
         return {f"{name}/{n}": variable for name, variables in held.items() for n, variable in enumerate(variables)}
 
     def logs(self, kind: str, logged: Iterable[StepMetrics]) -> tuple[dict[str, Any], int]:
@@ -113,6 +120,8 @@ class StepCache:
             logs |= renamed(self.parts.objective.results(), {name for each in logged for name in each.returned})
         for each in logged:
             logs |= each.results()
+        if kind == "train":
+            logs |= self.parts.updates.statistics.results()
         return {name: on_the_host(value) for name, value in logs.items()}, examples
 
 

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
-from tapeloop._table import Table, table
+from tapeloop._table import Table, format_bytes, table
 from tapeloop._validation import whole_number
 from tapeloop.model.rows import Info, Row, folded, own_variables, unfolded
 from tapeloop.model.tree import Model, SubmodelInfo, Tree, VariableInfo
@@ -132,20 +132,25 @@ def paths(model: Model) -> None:
 
 
 def _path_rows(tree: Tree) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = []
-    shown = set[VariableInfo]()
+    return [
+        (all_paths(info), type(info.object).__name__, "", "")
+        if isinstance(info, SubmodelInfo)
+        else (all_paths(info), info.dtype, str(info.shape), keras_flag(info))
+        for info in with_variables(tree)
+    ]
+
+
+def with_variables(tree: Tree) -> list[SubmodelInfo | VariableInfo]:
+    """List each submodel of a model with the variables directly in it, as a table of paths shows them."""
+    rows: list[SubmodelInfo | VariableInfo] = []
+    # The tree lists parents before children, in the order in which the model holds them: the order of the table.
     for submodel in tree.submodels:
-        # The tree lists parents before children, in the order in which the model holds them: the order of the table.
-        rows.append((_all_paths(submodel), type(submodel.object).__name__, "", ""))
-        for variable in own_variables(tree, submodel):
-            if variable not in shown:  # of a tied weight, the row under its first owner names all paths
-                shown.add(variable)
-                flag = "trainable" if variable.trainable else "seed" if variable.seed else "non-trainable"
-                rows.append((_all_paths(variable), variable.dtype, str(variable.shape), flag))
-    return rows
+        rows += [submodel, *own_variables(tree, submodel)]
+    return list(dict.fromkeys(rows))  # of a tied weight, the row under its first owner names all paths
 
 
-def _all_paths(info: SubmodelInfo | VariableInfo) -> str:
+def all_paths(info: SubmodelInfo | VariableInfo) -> str:
+    """Return all paths of a submodel or variable in one line."""
     return " = ".join(path or "(model)" for path in info.paths)
 
 
@@ -154,12 +159,9 @@ def size_of(variables: Iterable[VariableInfo]) -> int:
     return sum(variable.size for variable in variables)
 
 
-def format_bytes(count: int) -> str:
-    """Return a number of bytes in the largest fitting unit: `1.5 MiB`."""
-    size, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
-    while size >= 1024 and len(units) > 1:
-        size, units = size / 1024, units[1:]
-    return f"{size:.{int(units[0] != 'B')}f} {units[0]}"
+def keras_flag(variable: VariableInfo) -> str:
+    """Return whether Keras trains a variable, and why not if it is a seed."""
+    return "trainable" if variable.trainable else "seed" if variable.seed else "non-trainable"
 
 
 def _differs(selection: Selected, submodel: SubmodelInfo) -> bool:

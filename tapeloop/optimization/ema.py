@@ -137,6 +137,15 @@ class MovingAverages:
         """
         self.check_own_values("`fit` was called inside `ema_weights()`, which would undo it at its end.")
 
+    def check_exists(self) -> None:
+        """Check that what trains is averaged.
+
+        Raises:
+            ValueError: It is not.
+        """
+        if self._decay is None:
+            raise ValueError("To validate with averages, make the trainer with `ema=0.999`, say: it has no `ema`.")
+
     def check_own_values(self, said: str) -> None:
         """Check that the variables have their own values.
 

@@ -225,6 +225,10 @@ class Optimizers:
         slots = [slot for cohort in self.cohorts for slot in cohort.slots.get(variable, ())]
         return sum(_bytes(slot) for slot in slots)
 
+    def slot_bytes(self, variable: VariableInfo, group: str) -> int:
+        """Return how many bytes of state a variable has, or would have, while it trains in a group."""
+        return self._templates[self._key(group)].slot_numbers(variable.shape) * (variable.bytes // (variable.size or 1))
+
     def named_variables(self) -> dict[str, tf.Variable]:
         """Return what the optimizers keep, by names that say what each variable belongs to."""
         return {
@@ -243,13 +247,13 @@ class Optimizers:
                 "optimizer": self._key_of(cohort),
                 "variables": [variable.path for variable in cohort.slots],
                 "groups": list(cohort.groups),
-                "shares": list(cohort.shares),
-                "latest": latest[cohort],
+                "groups_so_far": list(cohort.shares),
+                "updates": latest[cohort],
             }
             for cohort in self.cohorts
         ]
         templates = {key: template.describe() for key, template in self._templates.items()}
-        return {"cohorts": cohorts, "templates": templates, "set": dict(self._set)}
+        return {"cohorts": cohorts, "configured": templates, "learning_rates_set": dict(self._set)}
 
     def differences(self, description: Mapping[str, Any]) -> list[str]:
         """Say why these optimizers cannot hold the state that was described; an empty list if they can."""
@@ -257,13 +261,13 @@ class Optimizers:
         there = {entry["optimizer"] for entry in description["cohorts"]}
         said = []
         for key in sorted(there):
-            kind, name = description["templates"][key]["kind"], f"the group {key!r}" if key else "all groups"
+            kind, name = description["configured"][key]["kind"], f"the group {key!r}" if key else "all groups"
             if key not in kinds:
                 said.append(f"it has an optimizer for {name}, the trainer has those for {sorted(kinds)}")
             elif kinds[key] != kind:
                 said.append(f"the optimizer of {name} is {kind} there and {kinds[key]} here")
-            elif description["templates"][key]["slots"] != self._templates[key].slot_settings:
-                slots = description["templates"][key]["slots"], self._templates[key].slot_settings
+            elif description["configured"][key]["slots"] != self._templates[key].slot_settings:
+                slots = description["configured"][key]["slots"], self._templates[key].slot_settings
                 said.append(f"the {kind} of {name} has {slots[0]} there and {slots[1]} here")
         return said
 
@@ -284,16 +288,16 @@ class Optimizers:
             alike = [cohort for cohort in free if free[cohort] == key and list(cohort.slots) == variables]
             cohort = alike[0] if alike else new_cohort(self._templates[key], variables)
             free.pop(cohort, None)
-            for group in entry["shares"]:
+            for group in entry["groups_so_far"]:
                 cohort.spread_over(group)
             cohort.groups = tuple(entry["groups"])
             self.cohorts.append(cohort)
             self._home |= {(variable, key): cohort for variable in variables}
-            self._latest |= {by_path[path]: cohort for path in entry["latest"] if path in by_path}
+            self._latest |= {by_path[path]: cohort for path in entry["updates"] if path in by_path}
         for key, template in self._templates.items():
-            if key in description["templates"]:
-                template.restore(description["templates"][key])
-        self._set = dict(description["set"])
+            if key in description["configured"]:
+                template.restore(description["configured"][key])
+        self._set = dict(description["learning_rates_set"])
         return bool(free)
 
     def start_over(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -65,5 +66,7 @@ class Recorded(VariablePolicy):
 
 
 def described(policy: VariablePolicy) -> str:
-    """Return how a policy is written, without the address of an object that does not say it."""
-    return f"{type(policy).__name__}()" if type(policy).__repr__ is object.__repr__ else repr(policy)
+    """Return how a policy is written, without the addresses of objects, which differ from process to process."""
+    if type(policy).__repr__ is object.__repr__:
+        return f"{type(policy).__name__}()"
+    return re.sub(r" at 0x[0-9A-Fa-f]+", "", repr(policy))

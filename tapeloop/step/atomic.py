@@ -96,10 +96,10 @@ def variables_to_restore(planner: Planner, plan: StepPlan, context: Training) ->
     moved_before = [target.tf_variable for follow in context.follows for target, _ in follow.pairs]
     # An update in a branch or a loop cannot be told from an earlier one: it may have happened already.
     earlier = context.updates[:-1] + [last for last in context.updates[-1:] if last.in_control_flow]
-    moved_before += parts.updates.moved([variable for update in earlier for variable in update.variables])
+    moved_before += parts.updates.moved(selection, [variable for update in earlier for variable in update.variables])
     # What only the last update moves needs no snapshot, nor does what no layer can move, unless the user assigns to it.
     # Frozen batch statistics are among these: to keep them for nothing took 104 reads of a MobileNetV2.
-    aside = {variable.ref() for variable in parts.updates.moved(selection.trained)}
+    aside = {variable.ref() for variable in parts.updates.moved(selection, selection.trained)}
     aside |= {variable.tf_variable.ref() for variable in immutable_variables(selection)}
     aside -= {variable.tf_variable.ref() for variable in context.assigned}
     aside |= {variable.ref() for variable in _bookkeeping(planner)}
@@ -123,7 +123,7 @@ def movable_variables(planner: Planner) -> list[tf.Variable]:
     """List everything that a training step may move: what it trains, what it is rolled back in, what keeps count."""
     parts, selection = planner.parts, planner.selection
     model = [variable.tf_variable for variable in selection.tree.variables]
-    mine = [*parts.updates.moved(selection.trained), *parts.objective.variables, *_bookkeeping(planner)]
+    mine = [*parts.updates.moved(selection, selection.trained), *parts.objective.variables, *_bookkeeping(planner)]
     touched = [reference.deref() for reference in planner.touched]
     found = (*model, *mine, *touched, *parts.attributes.all_variables())
     return list({variable.ref(): variable for variable in found}.values())

@@ -111,6 +111,11 @@ class Objective:
                 )
 
     @property
+    def metrics(self) -> list[keras.metrics.Metric]:
+        """The metrics, in the collections in which Keras keeps those of a compiled model."""
+        return list(self._stand_in.metrics)
+
+    @property
     def variables(self) -> list[tf.Variable]:
         """What the metrics keep; nothing before the first batch."""
         return [raw(variable) for variable in self._stand_in.metrics_variables] if self._stand_in.built else []

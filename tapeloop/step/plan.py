@@ -277,7 +277,7 @@ class Planner:
         if logged.uses_compiled:
             logs |= renamed(objective.results(), logged.returned)
             objective.reset()
-        logs |= logged.results()
+        logs |= logged.results() | self.parts.updates.statistics.pop_results(self.selection)
         for metric in logged.by_name.values():
             metric.reset_state()
         return logs

@@ -45,6 +45,11 @@ class UserAttributes:
         # A part of the model may be an attribute too, for short.
         return {name: v for name, v in {**self._own(), **self._beside()}.items() if id(v) not in mine}
 
+    def unbuilt(self) -> list[str]:
+        """Return the names of the attributes that hold a layer or model without its variables."""
+        parts = {name: part for name, part in self._found((keras.Layer,)).items() if part is not self._model}
+        return [name for name, part in parts.items() if not all(layer.object.built for layer in Tree.of(part).layers)]
+
     def _own(self) -> dict[str, tf.Variable]:
         kinds = tf.random.Generator, keras.random.SeedGenerator, tf.Variable, keras.Variable
         return {name: raw(getattr(found, "state", found)) for name, found in self._found(kinds).items()}

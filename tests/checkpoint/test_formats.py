@@ -26,7 +26,7 @@ def trainer_of(seed, policy=None, **options):
 
 
 def fitted(trainer):
-    trainer.fit((runs.X, runs.Y), batch_size=4, progress="none")
+    trainer.fit((runs.X, runs.Y), batch_size=4, verbose=0)
     return trainer
 
 

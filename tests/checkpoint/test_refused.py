@@ -28,7 +28,7 @@ def trainer_of(*names, units=6, dtype="float32", **options):
 
 
 def fitted(trainer, folder=None, **options):
-    trainer.fit((runs.X, runs.Y), batch_size=4, progress="none", checkpoint=folder, **options)
+    trainer.fit((runs.X, runs.Y), batch_size=4, verbose=0, checkpoint=folder, **options)
     return trainer
 
 
@@ -60,7 +60,7 @@ def saved(tmp_path_factory):
         (lambda: trainer_of("a", "b", ema=0.9), "its `ema` is None, the trainer's is 0.9"),
         (
             lambda: tl.Trainer(keras.Sequential([layers.Dense(3, name="b")]), loss="mse"),
-            "Call the model on a batch first",
+            "Call the model on a batch first, to make the variables",
         ),
     ],
 )
@@ -169,7 +169,7 @@ def test_the_log_to_go_by_must_be_there(tmp_path, caplog):
 def test_other_data_and_another_rate_are_warned_of(tmp_path, caplog):
     fitted(trainer_of("a", "b", optimizer=keras.optimizers.Adam(0.01)), tmp_path)
     trainer = trainer_of("a", "b", optimizer=keras.optimizers.Adam(0.02))
-    trainer.fit((runs.X[:8], runs.Y[:8]), batch_size=4, epochs=2, progress="none", checkpoint=tmp_path)
+    trainer.fit((runs.X[:8], runs.Y[:8]), batch_size=4, epochs=2, verbose=0, checkpoint=tmp_path)
     assert "The data has changed (batches 5, now 2; examples 20, now 8)" in caplog.text
     assert "This program sets the learning rate of Adam to 0.02, and the run began with 0.01" in caplog.text
     assert trainer.step == 7
@@ -202,7 +202,7 @@ def test_a_position_that_cannot_be_saved_is_said_and_batches_are_left_out(tmp_pa
         data = tf.data.Dataset.from_generator(batches, output_signature=spec)
         keras.utils.set_random_seed(0)
         trainer = trainer_of("a", "b")
-        trainer.fit(data, epochs=2, progress="none", **options)
+        trainer.fit(data, epochs=2, verbose=0, **options)
         return runs.digest(trainer)
 
     expected = fit()

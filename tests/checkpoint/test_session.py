@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import keras
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 
 import tapeloop as tl
+from tapeloop.checkpoint.session import CheckpointSession
+from tapeloop.checkpoint.store import CheckpointStore
 from tests.support import runs
 
 layers = keras.layers
@@ -42,7 +45,7 @@ def test_a_run_that_is_over_trains_nothing_and_one_with_more_epochs_goes_on(tmp_
     trainer = PLAIN.fit(2, tmp_path)
     caplog.clear()
     again = PLAIN.fit(2, tmp_path)
-    assert f"Resuming from {tmp_path / '000002-step-10'}: step 10, after 2 epochs." in caplog.text
+    assert f"Resuming from {tmp_path / '000002-step-10'}: step 10, after 2 epochs. All 2 epochs of the" in caplog.text
     assert again.trace_count == 0
     assert runs.digest(again) == runs.digest(trainer)
     assert runs.digest(PLAIN.fit(3, tmp_path)) == runs.uninterrupted("plain", 3)
@@ -52,18 +55,27 @@ def test_a_second_fit_of_one_program_trains_its_own_epochs_and_so_it_does_when_r
     def program(stop):
         trainer = PLAIN.trainer()
         with runs.interrupted_at(stop):
-            trainer.fit((runs.X, runs.Y), batch_size=4, epochs=1, progress="none", checkpoint=tmp_path)
-            trainer.fit(
-                (runs.Y @ np.ones((3, 4)), runs.Y), batch_size=5, epochs=2, progress="none", checkpoint=tmp_path
-            )
+            trainer.fit((runs.X, runs.Y), batch_size=4, epochs=1, verbose=0, checkpoint=tmp_path)
+            trainer.fit((runs.Y @ np.ones((3, 4)), runs.Y), batch_size=5, epochs=2, verbose=0, checkpoint=tmp_path)
         return trainer
 
     uninterrupted = PLAIN.trainer()
-    uninterrupted.fit((runs.X, runs.Y), batch_size=4, epochs=1, progress="none")
-    uninterrupted.fit((runs.Y @ np.ones((3, 4)), runs.Y), batch_size=5, epochs=2, progress="none")
+    uninterrupted.fit((runs.X, runs.Y), batch_size=4, epochs=1, verbose=0)
+    uninterrupted.fit((runs.Y @ np.ones((3, 4)), runs.Y), batch_size=5, epochs=2, verbose=0)
     for stop in (3, 7, 10):
         program(stop)
     assert runs.digest(program(100)) == runs.digest(uninterrupted)
+
+
+def test_an_epoch_at_whose_end_the_user_stops_may_be_the_best(tmp_path, monkeypatch):
+    def stop(session, value):
+        raise KeyboardInterrupt
+
+    checkpoints = tl.Checkpoints(tmp_path, keep_best="loss")
+    monkeypatch.setattr(CheckpointSession, "_is_best", stop)
+    with pytest.raises(KeyboardInterrupt):
+        PLAIN.fit(2, checkpoints)
+    assert checkpoints.best == tmp_path / "000001-step-5"
 
 
 @pytest.mark.parametrize("stop", [7, 10])
@@ -81,7 +93,7 @@ def test_a_policy_that_is_set_between_two_fits_is_that_of_the_second(tmp_path):
     def program(stop):
         trainer = PLAIN.trainer()
         with runs.interrupted_at(stop):
-            given = {"batch_size": 4, "progress": "none", "checkpoint": tmp_path / str(stop == 100)}
+            given = {"batch_size": 4, "verbose": 0, "checkpoint": tmp_path / str(stop == 100)}
             trainer.policy = tl.Freeze("base")
             trainer.fit((runs.X, runs.Y), **given)
             trainer.policy = tl.TrainAll()
@@ -92,7 +104,7 @@ def test_a_policy_that_is_set_between_two_fits_is_that_of_the_second(tmp_path):
     for stop in (3, 7):
         program(stop)
     resumed = PLAIN.trainer()
-    given = {"batch_size": 4, "progress": "none", "checkpoint": tmp_path / "False"}
+    given = {"batch_size": 4, "verbose": 0, "checkpoint": tmp_path / "False"}
     resumed.policy = tl.Freeze("base")
     resumed.fit((runs.X, runs.Y), **given)
     resumed.policy = tl.TrainAll()
@@ -117,7 +129,7 @@ def test_what_a_program_does_between_two_fits_is_not_done_twice(tmp_path):
     def program(folder, stop=100):
         trainer = PLAIN.trainer()
         with runs.interrupted_at(stop):
-            given = {"batch_size": 4, "progress": "none", "checkpoint": folder}
+            given = {"batch_size": 4, "verbose": 0, "checkpoint": folder}
             trainer.fit((runs.X, runs.Y), **given)
             trainer.learning_rates["default"] = trainer.learning_rates["default"] / 2
             kernel = trainer.model.get_layer("head").kernel
@@ -148,7 +160,7 @@ def test_a_history_holds_the_whole_fit_after_it_was_stopped(tmp_path):
     with runs.interrupted_at(7):
         PLAIN.fit(3, tmp_path)
     trainer = PLAIN.trainer()
-    given = {"batch_size": 4, "progress": "none", "validation_data": (runs.X[:8], runs.Y[:8])}
+    given = {"batch_size": 4, "verbose": 0, "validation_data": (runs.X[:8], runs.Y[:8])}
     history = trainer.fit((runs.X, runs.Y), epochs=3, checkpoint=tmp_path, **given)
     expected = PLAIN.trainer().fit((runs.X, runs.Y), epochs=3, **given)
     assert (history.epoch, history.step, history.history) == (expected.epoch, expected.step, expected.history)
@@ -161,7 +173,7 @@ def test_a_run_goes_on_by_hand_too(tmp_path):
     trainer = PLAIN.trainer()
     trainer.load(tmp_path)
     assert (trainer.step, trainer.epoch) == (7, 1)
-    trainer.fit(PLAIN.data(), epochs=2, batch_size=4, progress="none", validation_data=(runs.X[:8], runs.Y[:8]))
+    trainer.fit(PLAIN.data(), epochs=2, batch_size=4, verbose=0, validation_data=(runs.X[:8], runs.Y[:8]))
     assert runs.digest(trainer) == runs.uninterrupted("plain", 3)
 
 
@@ -170,7 +182,7 @@ def test_a_trainer_goes_back_to_an_earlier_phase_and_on_again(tmp_path):
     trainer = gradual.fit(3, tl.Checkpoints(tmp_path, keep=9))
     trainer.load(tmp_path / "000001-step-5")
     assert (trainer.epoch, len(trainer.state.optimizers.cohorts)) == (1, 1)
-    trainer.fit(gradual.data(), epochs=2, batch_size=4, progress="none", validation_data=(runs.X[:8], runs.Y[:8]))
+    trainer.fit(gradual.data(), epochs=2, batch_size=4, verbose=0, validation_data=(runs.X[:8], runs.Y[:8]))
     assert runs.digest(trainer) == runs.uninterrupted("gradual", 3)
 
 
@@ -214,7 +226,7 @@ class Slow:
 trainer = run.trainer()
 slow = {"validation_data": Slow()} if where == "validation" else {}
 data = Slow() if where == "features" else (runs.X, runs.Y)
-trainer.fit(data, epochs=2, batch_size=4, progress="none", checkpoint=folder, **{**run.options, **slow})
+trainer.fit(data, epochs=2, batch_size=4, verbose=0, checkpoint=folder, **{**run.options, **slow})
 """
 
 
@@ -236,6 +248,31 @@ def test_a_signal_ends_an_evaluation_and_the_making_of_features(tmp_path, where,
     if where == "validation":
         resumed, expected = runs.digest(PLAIN.fit(2, tmp_path)), runs.uninterrupted("plain", 2)
         assert {name for name in resumed if resumed[name] != expected[name]} == {"history"}  # of other validation data
+
+
+def test_a_second_signal_leaves_at_once_and_loses_no_checkpoint(tmp_path, monkeypatch):
+    write, may_end = CheckpointStore.write, threading.Event()
+
+    def slow(store, record, tensors, **options):
+        if record["step"] == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+            may_end.wait(60)
+            raise OSError("too late")
+        return write(store, record, tensors, **options)
+
+    monkeypatch.setattr(CheckpointStore, "write", slow)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        began = time.monotonic()
+        with runs.interrupted_at(7):
+            PLAIN.fit(2, tmp_path)
+        assert time.monotonic() - began < 50
+    finally:
+        may_end.set()
+        signal.signal(signal.SIGINT, before)
+    monkeypatch.undo()
+    assert steps_saved(tmp_path) == [5]
+    assert runs.digest(PLAIN.fit(2, tmp_path)) == runs.uninterrupted("plain", 2)
 
 
 def test_steps_on_single_batches_are_saved_and_go_on(tmp_path):

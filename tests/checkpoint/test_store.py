@@ -27,9 +27,7 @@ def large(policy=None, **options):
 
 def fitted(folder, epochs=3, trainer=None, **options):
     trainer = trainer or large()
-    trainer.fit(
-        (runs.X, runs.Y), batch_size=4, epochs=epochs, progress="none", checkpoint=tl.Checkpoints(folder, **options)
-    )
+    trainer.fit((runs.X, runs.Y), batch_size=4, epochs=epochs, verbose=0, checkpoint=tl.Checkpoints(folder, **options))
     return trainer
 
 
@@ -147,9 +145,9 @@ def test_what_thaws_is_written_with_each_checkpoint_and_what_freezes_once_more(t
     trainer = fitted(tmp_path, epochs=7, trainer=large(policy), keep=2)
     # Nothing refers any more to the weights of the first phase alone.
     records = [json.loads((folder / "checkpoint.json").read_text()) for folder in checkpoints(tmp_path)]
-    used = {name for record in records for name in record["shared"]}
+    used = {name for record in records for name in record["shared_tensors"]}
     assert used == {path.name for path in tmp_path.glob("shared-*")}
-    assert "model/wide/kernel" not in records[-1]["own"]
+    assert "model/wide/kernel" not in records[-1]["tensors"]
     resumed = large(policy)
     resumed.load(tmp_path)
     assert runs.digest(resumed) == runs.digest(trainer)

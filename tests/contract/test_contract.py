@@ -29,7 +29,7 @@ MODELS = {
 def fit(model, policy, steps=20, kind=tl.Trainer, **options):
     options.setdefault("optimizer", keras.optimizers.AdamW(1e-2, weight_decay=0.1))
     trainer = kind(model, policy, loss=models.cross_entropy(), metrics=["accuracy"], **options)
-    trainer.fit([models.images(8)] * steps, progress="none")
+    trainer.fit([models.images(8)] * steps, verbose=0)
     return trainer
 
 
@@ -154,7 +154,7 @@ def test_state_that_a_frozen_layer_moves_even_in_inference_is_sealed():
     assert {"lstm/states/0", "lstm/states/1"} <= models.values(model).keys()
     for policy, moves in ((tl.Freeze("lstm"), False), (tl.TrainAll(), True)):
         trainer = tl.Trainer(model, policy, loss="mse")
-        assert bool(moved(model, lambda: trainer.fit([(x, y)] * 3, progress="none"), "lstm")) == moves  # noqa: B023
+        assert bool(moved(model, lambda: trainer.fit([(x, y)] * 3, verbose=0), "lstm")) == moves  # noqa: B023
 
 
 def test_the_users_own_override_of_call_runs_and_stays():
@@ -206,8 +206,8 @@ def test_penalties_and_added_losses_count_for_what_trains_alone():
         (tl.TrainAll(), 4 + 4 + 100), (tl.Freeze("first"), 4 + 100), (tl.TrainOnly("second"), 4)
     ):  # fmt: skip
         trainer = tl.Trainer(model, policy, loss="mse", optimizer=keras.optimizers.SGD(0.0))
-        assert trainer.evaluate((x, y), progress="none")["loss"] == loss
-        assert trainer.fit((x, y), progress="none").history["loss"] == [loss]
+        assert trainer.evaluate((x, y), verbose=0)["loss"] == loss
+        assert trainer.fit((x, y), verbose=0).history["loss"] == [loss]
 
 
 @pytest.mark.parametrize(
@@ -227,6 +227,6 @@ def test_what_is_frozen_stays_under_every_option(options):
     if options.get("nonfinite") == "skip":
         data += [(np.full_like(x, np.nan), y), (x, y)]
     trainer = models.trainer_of(model, tl.Freeze("base"), optimizer=keras.optimizers.AdamW(0.1), **options)
-    assert moved(model, lambda: trainer.fit(data, progress="none")) == {"head/kernel", "head/bias"}
+    assert moved(model, lambda: trainer.fit(data, verbose=0)) == {"head/kernel", "head/bias"}
     assert len(inspect.averages(trainer)) == (len(trainer.selection.trained) if "ema" in options else 0)
     assert not any(inspect.optimizer_state_bytes(trainer, v) for v in trainer.selection.frozen)

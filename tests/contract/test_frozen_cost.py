@@ -85,7 +85,7 @@ def batch_of(make):
 
 def trained(make, policy, folder):
     trainer = tl.Trainer(sandwich(make), policy, loss=tf_loss, optimizer="sgd", nonfinite="ignore")
-    return executed(lambda: trainer.fit(batch_of(make), batch_size=SIZE, progress="none"), folder / "trained")
+    return executed(lambda: trainer.fit(batch_of(make), batch_size=SIZE, verbose=0), folder / "trained")
 
 
 def tf_loss(y, outputs):

@@ -94,7 +94,7 @@ def compare(make, data, options_of, optimizer=None, **fit):
     if isinstance(data, tuple):
         fit["batch_size"] = 8
     x, y, weight = (*data, None, None)[:3] if isinstance(data, tuple) else (data, None, None)
-    mine = trainer.fit(data, progress="none", **fit).history
+    mine = trainer.fit(data, verbose=0, **fit).history
     its = twin.fit(x, y, verbose=0, sample_weight=weight, **fit).history
     assert_close(mine, its, rtol=1e-6, atol=1e-6)
     assert_close(model, twin, rtol=1e-4, atol=1e-5)
@@ -122,7 +122,7 @@ def test_with_sample_weights(case):
     trainer, twin = compare(functional, (X, y, WEIGHTS), options)
     if case == "labels":
         evaluated = twin.evaluate(X, y, sample_weight=WEIGHTS, verbose=0, return_dict=True)
-        assert trainer.evaluate((X, y, WEIGHTS), progress="none") == pytest.approx(evaluated, rel=1e-5)
+        assert trainer.evaluate((X, y, WEIGHTS), verbose=0) == pytest.approx(evaluated, rel=1e-5)
         assert_close(trainer.predict(X, batch_size=16), twin.predict(X, verbose=0), rtol=1e-4, atol=1e-5)
 
 

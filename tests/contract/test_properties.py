@@ -74,11 +74,11 @@ def test_what_is_frozen_is_bit_identical_and_what_trains_moves_as_by_hand(recipe
     before = {v: v.tf_variable.numpy() for v in selection.tree.variables}
     if not set(recipes.UNQUIET) & set(recipes.leaves(recipe)):
         loss, trained = step_by_hand(recipe, selection, its)
-        history = trainer.fit([(X, Y)], progress="none").history
+        history = trainer.fit([(X, Y)], verbose=0).history
         np.testing.assert_allclose(history["loss"], [loss], rtol=1e-4)
         for variable, theirs in zip(selection.trained, trained):
             np.testing.assert_allclose(variable.tf_variable.numpy(), theirs.value.numpy(), rtol=1e-3, atol=1e-5)
-    trainer.fit([(X, Y)] * 3, progress="none")
+    trainer.fit([(X, Y)] * 3, verbose=0)
     for variable in still:
         assert variable.tf_variable.numpy().tobytes() == before[variable].tobytes(), variable.path
         assert optimizer_state_bytes(trainer, variable) == 0

@@ -100,8 +100,8 @@ def test_shared_statistics_without_weights_move_in_the_trained_part():
     bn = layers.BatchNormalization(scale=False, center=False, momentum=0.5)
     trainer = tl.Trainer(shared(bn), tl.Freeze("base"), loss="mse", optimizer=SGD(0.0))
     assert "moving_mean" not in {v.name for v in immutable_variables(trainer.selection)}
-    losses = trainer.fit([(X, Y)], epochs=40, progress="none").history["loss"]
-    assert trainer.evaluate([(X, Y)], progress="none")["loss"] == pytest.approx(losses[-1], rel=0.05)
+    losses = trainer.fit([(X, Y)], epochs=40, verbose=0).history["loss"]
+    assert trainer.evaluate([(X, Y)], verbose=0)["loss"] == pytest.approx(losses[-1], rel=0.05)
 
 
 def test_a_penalty_counts_where_its_layer_is_called_in_a_trained_part_alone():
@@ -131,7 +131,7 @@ def test_a_module_inside_a_keras_layer_is_part_of_the_tree_and_frozen_with_it(ho
     model = chain_model(Holds("holds"))
     trainer = tl.Trainer(model, tl.Freeze("holds"), loss="mse", **how)
     assert {v.path for v in trainer.selection.frozen} >= {"holds/module/scale"}
-    two_steps = lambda: trainer.fit([(X, Y)] * 2, progress="none")  # noqa: E731
+    two_steps = lambda: trainer.fit([(X, Y)] * 2, verbose=0)  # noqa: E731
     assert moved(model, two_steps, "holds") == set()  # a warning of untracked variables would be an error
     trainer.policy = tl.TrainAll()
     names = {"module/scale", "module/calls", "dense/kernel", "dense/bias"}
@@ -164,7 +164,7 @@ def test_shared_state_does_not_move_in_the_calls_of_the_frozen_part(how):
     trainer = fit(shared(counts), tl.Freeze("base"), **how)
     assert float(counts.calls) == 3.0  # once a step: in the head, and not in the base as well
     trainer.policy = tl.TrainAll()
-    trainer.fit([(X, Y)] * 3, progress="none")
+    trainer.fit([(X, Y)] * 3, verbose=0)
     assert float(counts.calls) == 3.0 + 6.0
 
 

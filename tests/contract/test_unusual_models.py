@@ -20,7 +20,7 @@ def base():
 def test_a_lazy_sequential_keeps_no_batch_size_from_its_first_batch():
     model = keras.Sequential([layers.Dense(3)])
     trainer = tl.Trainer(model, loss="mse")
-    trainer.fit((X[:7], Y[:7]), batch_size=4, progress="none")
+    trainer.fit((X[:7], Y[:7]), batch_size=4, verbose=0)
     assert (trainer.step, trainer.trace_count) == (2, 1)
     assert model.input_shape == (None, 4)
     assert trainer.predict(X[:3]).shape == (3, 3)
@@ -77,7 +77,7 @@ def test_prediction_and_evaluation_run_the_frozen_part_in_inference_mode_too():
     model = Insistent()
     model(X)
     trainer = fit(model, tl.Freeze("b"))
-    loss = trainer.evaluate([(X, Y)], progress="none")["loss"]
+    loss = trainer.evaluate([(X, Y)], verbose=0)["loss"]
     predicted = []
     assert moved(model, lambda: predicted.append(trainer.predict(X)), "b") == set()
     assert loss == pytest.approx(float(np.mean((predicted[0] - Y) ** 2)), rel=1e-5)
@@ -207,7 +207,7 @@ def test_a_frozen_model_can_be_evaluated_and_predict():
     model = dense()
     model.trainable = False
     trainer = tl.Trainer(model, loss="mse")
-    assert trainer.evaluate((X, Y), progress="none")["loss"] == pytest.approx(np.mean((trainer.predict(X) - Y) ** 2))
+    assert trainer.evaluate((X, Y), verbose=0)["loss"] == pytest.approx(np.mean((trainer.predict(X) - Y) ** 2))
 
 
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
@@ -245,7 +245,7 @@ def test_a_frozen_weight_of_a_layer_that_trains_in_part_does_not_move_in_its_cal
     model = keras.Sequential([keras.Input((4,)), Drifting(name="drifting"), layers.Dense(2, name="head")])
     trainer = tl.Trainer(model, tl.TrainOnly("drifting/scale"), loss="mse", **how)
     shift, scale = (getattr(model.layers[0], name).numpy() for name in ("shift", "scale"))
-    trainer.fit([(np.ones((4, 4)), np.ones((4, 2)))] * 2, progress="none")
+    trainer.fit([(np.ones((4, 4)), np.ones((4, 2)))] * 2, verbose=0)
     np.testing.assert_array_equal(model.layers[0].shift.numpy(), shift)
     assert (model.layers[0].scale.numpy() != scale).any()
 
@@ -256,7 +256,7 @@ def test_what_a_frozen_layers_activities_cost_is_no_part_of_the_loss():
     x, y = np.ones((4, 4), "float32"), np.ones((4, 2), "float32")
     plain = float(np.mean((np.asarray(model(x)) - y) ** 2))
     losses = [
-        tl.Trainer(model, policy, loss="mse").evaluate([(x, y)], progress="none")["loss"]
+        tl.Trainer(model, policy, loss="mse").evaluate([(x, y)], verbose=0)["loss"]
         for policy in (tl.Freeze("base"), tl.TrainAll())
     ]
     assert losses[0] == pytest.approx(plain, rel=1e-5)

@@ -82,7 +82,7 @@ def test_training_on_every_kind_is_training_on_the_array(kind, tmp_path):
         keras.utils.set_random_seed(0)
         model = keras.Sequential([keras.Input((2,)), layers.Dense(3)])
         trainer = trainer_of(model, optimizer="sgd")
-        trainer.fit((x, Y % 3), batch_size=4, epochs=2, shuffle=False, progress="none")
+        trainer.fit((x, Y % 3), batch_size=4, epochs=2, shuffle=False, verbose=0)
         assert (trainer.step, trainer.trace_count) == (6, 1)
         return model.get_weights()
 
@@ -112,7 +112,7 @@ def test_two_fits_see_the_orders_of_one():
         keras.utils.set_random_seed(0)
         trainer = trainer_of(optimizer="sgd", seed=3)
         for count in epochs:
-            trainer.fit(models.images(20), epochs=count, batch_size=4, progress="none")
+            trainer.fit(models.images(20), epochs=count, batch_size=4, verbose=0)
         return models.values(trainer.model)
 
     assert seen(1, 1) == seen(2)
@@ -145,15 +145,15 @@ def test_a_ragged_input_trains():
             return self.model(inputs.to_tensor(), training=training)
 
     trainer = Padding(model, loss=models.cross_entropy())
-    trainer.fit((rows, Y[:5] % 3), batch_size=2, epochs=2, progress="none")
+    trainer.fit((rows, Y[:5] % 3), batch_size=2, epochs=2, verbose=0)
     assert (trainer.step, trainer.trace_count) == (6, 1)
 
 
 @pytest.mark.parametrize(
     ("data", "text"),
     [
-        ((np.array([1, "a"], object), Y[:2]), r"In `data`, ndarray of the dtype `object` and the shape \(2,\) cannot"),
-        (scipy.sparse.csr_array(np.zeros((0, 2))), r"`data` is empty"),
+        ((np.array([1, "a"], object), Y[:2]), r"In `x`, ndarray of the dtype `object` and the shape \(2,\) cannot"),
+        (scipy.sparse.csr_array(np.zeros((0, 2))), r"`x` is empty"),
         ((InAFile(), Y[:9]), r"must have the same number of examples.*\(10, 2\) float32, \(9,\) int64"),
         ((X.tolist(), Y.tolist()), r"Lists are taken for several arrays: make one of them with `np.asarray`"),
         ((InAFile(), tf.sparse.from_dense(X)), r"has arrays in files and sparse ones"),
@@ -161,13 +161,13 @@ def test_a_ragged_input_trains():
 )
 def test_arrays_that_will_not_do(data, text):
     with pytest.raises(tl.DataError, match=text):
-        trainer_of().fit(data, progress="none")
+        trainer_of().fit(data, verbose=0)
 
 
 def test_arrays_of_any_length_share_two_traces():
     trainer = trainer_of()
     for examples in (8, 16, 18, 20, 12, 4):
-        trainer.fit(models.images(examples), batch_size=4, progress="none")
+        trainer.fit(models.images(examples), batch_size=4, verbose=0)
     assert trainer.trace_count == 2
 
 

@@ -39,9 +39,9 @@ def test_an_iterable_that_is_left_is_closed_and_let_go():
 
     trainer = trainer_of(network(), optimizer="sgd")
     source = Closing()
-    trainer.fit(source, steps_per_epoch=2, progress="none")
-    trainer.fit(source, progress="none")
-    trainer.evaluate(source, steps=2, progress="none")
+    trainer.fit(source, steps_per_epoch=2, verbose=0)
+    trainer.fit(source, verbose=0)
+    trainer.evaluate(source, steps=2, verbose=0)
     trainer.predict(source, steps=2)
     gone = weakref.ref(source)
     del source
@@ -53,14 +53,14 @@ def test_an_iterable_that_is_left_is_closed_and_let_go():
 @pytest.mark.parametrize("verb", ["evaluate", "predict"])
 def test_evaluation_takes_no_more_than_its_steps_from_an_iterator(verb):
     data = iter([(X, Y)] * 5)
-    quiet = {} if verb == "predict" else {"progress": "none"}
+    quiet = {} if verb == "predict" else {"verbose": 0}
     getattr(trainer_of(network()), verb)(data, steps=2, **quiet)
     assert len(list(data)) == 3
 
 
 def test_data_that_runs_out_says_after_how_many_batches():
-    with pytest.raises(tl.DataError, match=r"`data` ended after 5 batches, and more were asked for"):
-        trainer_of(network()).fit(iter([(X, Y)] * 5), steps_per_epoch=3, epochs=2, progress="none")
+    with pytest.raises(tl.DataError, match=r"`x` ended after 5 batches, and more were asked for"):
+        trainer_of(network()).fit(iter([(X, Y)] * 5), steps_per_epoch=3, epochs=2, verbose=0)
 
 
 def test_a_dataset_over_what_lasts_once_loses_nothing():
@@ -68,7 +68,7 @@ def test_a_dataset_over_what_lasts_once_loses_nothing():
     once = iter([(X, Y)] * 5)
     data = tf.data.Dataset.from_generator(lambda: once, output_signature=specs)
     trainer = trainer_of(keras.Sequential([layers.Dense(3)]))
-    trainer.fit(data, progress="none")
+    trainer.fit(data, verbose=0)
     assert trainer.step == 5
 
 
@@ -82,7 +82,7 @@ def test_an_end_that_a_step_reports_is_an_error(known):
     trainer.numbers = iter(tf.data.Dataset.range(4))
     data = tf.data.Dataset.from_tensors((X, X[:, :3])).repeat(5)
     with pytest.raises(tf.errors.OutOfRangeError):
-        trainer.fit(data if known else data.filter(lambda x, y: True), progress="none")
+        trainer.fit(data if known else data.filter(lambda x, y: True), verbose=0)
     assert trainer.step == 4
 
 

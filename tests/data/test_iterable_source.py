@@ -20,7 +20,7 @@ def test_batches_of_any_length_in_time_cost_a_trace_more_at_most():
     data = [(np.ones((4, length, 5), "float32"), Y) for length in (3, 3, 5, 4, 7, 3)]
     trainer = trainer_on(data, keras.Sequential([keras.Input((None, 5)), layers.GRU(4), layers.Dense(3)]))
     assert (trainer.step, trainer.trace_count) == (6, 2)
-    trainer.fit(data, epochs=2, progress="none")
+    trainer.fit(data, epochs=2, verbose=0)
     assert (trainer.step, trainer.trace_count) == (18, 2)
 
 
@@ -55,7 +55,7 @@ def test_a_batch_arrives_as_it_was_given(batch):
             return {}
 
     trainer = Looking(network(), optimizer="sgd")
-    trainer.fit([batch] * 3, progress="none")
+    trainer.fit([batch] * 3, verbose=0)
     assert trainer.step == 3
     as_given = tf.nest.map_structure(lambda value: None if value is None else tf.as_dtype(value.dtype), batch)
     assert seen == [as_given]
@@ -69,21 +69,21 @@ def good_then(bad, number=3):
     ("bad", "text"),
     [
         ((X,),
-         r"^The structure changes at batch 3 of `data` \(the first is 0\): it is \(\*,\), those before it are \(\*,"),
+         r"^The structure changes at batch 3 of `x` \(the first is 0\): it is \(\*,\), those before it are \(\*,"),
         ((X, None), r"structure changes at batch 3 .* is \(\*, None\), those before it are \(\*, \*\)"),
         ({"x": X, "y": Y}, r"structure changes at batch 3 .* is \{'x': \*, 'y': \*\}"),
-        ((X.astype("int32"), Y), r"types change at batch 3 of `data` .*: \(4, 5\) int32 where .* have float32"),
-        ((np.ones((4, 6), "float32"), Y), r"At batch 3 of `data` .*: The inputs do not fit .* has the shape 4 6"),
-        ((np.ones((4, 5, 2), "float32"), Y), r"At batch 3 of `data` .*: The inputs do not fit .* has \(None, 5, 2\)"),
-        ((np.array([[1], "a"], object), Y), r"In batch 3 of `data`, ndarray of the dtype `object`"),
+        ((X.astype("int32"), Y), r"types change at batch 3 of `x` .*: \(4, 5\) int32 where .* have float32"),
+        ((np.ones((4, 6), "float32"), Y), r"At batch 3 of `x` .*: The inputs do not fit .* has the shape 4 6"),
+        ((np.ones((4, 5, 2), "float32"), Y), r"At batch 3 of `x` .*: The inputs do not fit .* has \(None, 5, 2\)"),
+        ((np.array([[1], "a"], object), Y), r"In batch 3 of `x`, ndarray of the dtype `object`"),
     ],
 )  # fmt: skip
 def test_bad_batches_are_named_and_nothing_is_lost(bad, text):
     trainer = trainer_of(network(), optimizer="sgd")
     with pytest.raises(tl.DataError, match=text):
-        trainer.fit(good_then(bad), progress="none")
+        trainer.fit(good_then(bad), verbose=0)
     assert trainer.step == 3
-    trainer.fit([(X, Y)], progress="none")  # it can go on
+    trainer.fit([(X, Y)], verbose=0)  # it can go on
     assert trainer.step == 4
 
 
@@ -101,15 +101,15 @@ def test_an_iterator_that_raises_raises_the_users_error_after_the_last_whole_ste
     error, batch = Broken("the disk is gone"), models.images(4)
     broken, whole = trainer(), trainer()
     with pytest.raises(Broken) as raised:
-        broken.fit(make(5, error, batch), progress="none", shuffle=False)
+        broken.fit(make(5, error, batch), verbose=0, shuffle=False)
     assert raised.value is error
-    assert any("batch 5 of `data` (the first is 0)" in note for note in error.__notes__)
-    whole.fit([batch] * 5, progress="none")
+    assert any("batch 5 of `x` (the first is 0)" in note for note in error.__notes__)
+    whole.fit([batch] * 5, verbose=0)
     for _ in range(2):  # the second time, both have gone on
         assert broken.step == whole.step
         assert models.values(broken.model) == models.values(whole.model)
         for each in (broken, whole):
-            each.fit([batch] * 2, progress="none")
+            each.fit([batch] * 2, verbose=0)
     assert broken.step == 9
 
 
@@ -120,8 +120,8 @@ def test_a_dataset_that_raises_leaves_the_model_as_after_the_last_whole_step():
 
     trainer = trainer_of(network(), optimizer="adam")
     with pytest.raises(tf.errors.InvalidArgumentError, match="five is too many") as raised:
-        trainer.fit(tf.data.Dataset.range(9).map(refuse), progress="none")
-    assert any("batch 5 of `data`" in note for note in raised.value.__notes__)
+        trainer.fit(tf.data.Dataset.range(9).map(refuse), verbose=0)
+    assert any("batch 5 of `x`" in note for note in raised.value.__notes__)
     assert trainer.step == 5
 
 
@@ -131,8 +131,8 @@ def test_shapes_that_only_the_running_step_can_see_are_named():
         output_signature=(tf.TensorSpec([None, None]), tf.TensorSpec([None], tf.int64)),
     )
     trainer = trainer_of(network(), optimizer="sgd")
-    with pytest.raises(tl.DataError, match=r"At batch 3 of `data` .*: The inputs do not fit .* has the shape 4 6"):
-        trainer.fit(data, progress="none")
+    with pytest.raises(tl.DataError, match=r"At batch 3 of `x` .*: The inputs do not fit .* has the shape 4 6"):
+        trainer.fit(data, verbose=0)
     assert trainer.step == 3
 
 
@@ -140,10 +140,10 @@ def test_an_iterator_gives_as_many_batches_as_are_asked_for_and_keeps_the_rest()
     numbers = itertools.count()
     data = ((X * next(numbers), Y) for _ in itertools.count())
     trainer = trainer_of(network(), optimizer="sgd")
-    trainer.fit(data, steps_per_epoch=3, epochs=2, progress="none")
+    trainer.fit(data, steps_per_epoch=3, epochs=2, verbose=0)
     assert trainer.step == 6
     assert next(numbers) == 6
-    trainer.fit(data, steps_per_epoch=1, progress="none")
+    trainer.fit(data, steps_per_epoch=1, verbose=0)
     assert next(numbers) == 8
 
 

@@ -58,7 +58,7 @@ def test_a_dataset_that_shuffles_is_shuffled_anew_each_epoch(watched):
     for _ in range(3):
         trainer.seen.assign(0.0)
         trainer.at.assign(0)
-        trainer.fit(of_kind("shuffled", images()), feature_cache="memory", progress="none")
+        trainer.fit(of_kind("shuffled", images()), feature_cache="memory", verbose=0)
         sums.add(float(trainer.seen))
         assert int(trainer.at) == 6
     assert len(sums) == 3
@@ -68,7 +68,7 @@ def test_a_dataset_that_shuffles_is_shuffled_anew_each_epoch(watched):
 
 def test_features_last_from_fit_to_fit_until_a_frozen_weight_changes(watched, caplog):
     trainer = frozen_base()
-    fit = functools.partial(trainer.fit, images(), batch_size=BATCH, feature_cache="memory", progress="none")
+    fit = functools.partial(trainer.fit, images(), batch_size=BATCH, feature_cache="memory", verbose=0)
     fit()
     fit()
     assert watched.computed == ["data"]
@@ -108,13 +108,13 @@ def test_what_cannot_be_cached_is_refused_before_anything_moves(name):
     before, policy, options, said = REFUSED[name]
     trainer = trainer_of(lambda: classifier(before), policy)
     with refused(trainer, (tl.CacheError, ValueError, TypeError), said):
-        trainer.fit(images(), batch_size=BATCH, progress="none", **{"feature_cache": "memory", **options})
+        trainer.fit(images(), batch_size=BATCH, verbose=0, **{"feature_cache": "memory", **options})
 
 
 @pytest.mark.parametrize("options", [{"microbatches": 2}, {"microbatches": "auto"}, {"run_eagerly": True}], ids=str)
 def test_options_that_do_not_go_with_a_cache(options):
     with pytest.raises(ValueError, match="`feature_cache` "):
-        frozen_base(**options).fit(images(), feature_cache="memory", progress="none")
+        frozen_base(**options).fit(images(), feature_cache="memory", verbose=0)
 
 
 def test_data_that_differs_from_pass_to_pass_is_refused():
@@ -127,7 +127,7 @@ def test_data_that_differs_from_pass_to_pass_is_refused():
 
     for data, said in ((Random(), "when it is gone through again: 12 of 12 are new"), (iter(Random()), "an iterator")):
         with pytest.raises(tl.CacheError, match=said):
-            frozen_base().fit(data, feature_cache="memory", progress="none")
+            frozen_base().fit(data, feature_cache="memory", verbose=0)
 
 
 def test_features_that_differ_in_shape_are_refused():
@@ -136,7 +136,7 @@ def test_features_that_differ_in_shape_are_refused():
     model = keras.Model(inputs, layers.GlobalAveragePooling1D()(layers.Dense(2, name="head")(x)))
     given = [(np.zeros((4, length, 3), "float32"), np.zeros((4, 2), "float32")) for length in (5, 6)]
     with pytest.raises(tl.CacheError, match="need one row for each, of the shapes"):
-        trainer_of(lambda: model, tl.Freeze("base")).fit(given, feature_cache="memory", progress="none")
+        trainer_of(lambda: model, tl.Freeze("base")).fit(given, feature_cache="memory", verbose=0)
 
 
 @pytest.mark.parametrize("where", ["memory", "path"])
@@ -144,9 +144,9 @@ def test_what_would_not_fit_is_found_before_it_is_filled(where, tmp_path, monkey
     monkeypatch.setattr(storage, "free_memory", lambda: 100)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 100))
     cache = where if where == "memory" else tmp_path / "cache"
-    said = r"22 examples of `data`, 24 bytes each, come to 528 bytes, and .* 100 bytes"
+    said = r"22 examples of `x`, 24 bytes each, come to 528 bytes, and .* 100 bytes"
     with pytest.raises(tl.CacheError, match=said):
-        frozen_base().fit(images(), feature_cache=cache, progress="none")
+        frozen_base().fit(images(), feature_cache=cache, verbose=0)
     assert not watched.computed
     assert not os.listdir(tmp_path)
 
@@ -159,7 +159,7 @@ def test_views_are_passes_that_come_in_turn(watched):
 
     model = classifier([layers.RandomBrightness(0.9, seed=0, name="b")])
     trainer = Noting(model, tl.TrainOnly("head"), optimizer=keras.optimizers.SGD(0.0))
-    options = {"feature_cache": "memory", "feature_cache_views": 2, "batch_size": BATCH, "progress": "none"}
+    options = {"feature_cache": "memory", "feature_cache_views": 2, "batch_size": BATCH, "verbose": 0}
     outputs = trainer.fit(images(), epochs=4, **options).history["output"]
     assert outputs[:2] == pytest.approx(outputs[2:], rel=1e-5)
     assert outputs[0] != pytest.approx(outputs[1], rel=1e-3)
@@ -169,7 +169,7 @@ def test_views_are_passes_that_come_in_turn(watched):
 def test_the_model_and_evaluation_are_as_without_a_cache(tmp_path):
     (trainer, _), (plain, _) = check_cached_run(frozen_base, images, where=tmp_path, batch_size=BATCH)
     np.testing.assert_allclose(trainer.predict(images()[0]), plain.predict(images()[0]), rtol=1e-5, atol=1e-6)
-    logs, expected = (each.evaluate(images(), progress="none") for each in (trainer, plain))
+    logs, expected = (each.evaluate(images(), verbose=0) for each in (trainer, plain))
     assert logs == pytest.approx(expected, rel=1e-5)
 
 
@@ -193,9 +193,9 @@ def test_the_report_of_a_frontier():
 def test_measuring_a_frontier_leaves_statistics_seeds_and_metrics_as_they_were():
     trainer, other = (trainer_of(Subclassed, tl.Freeze("base")) for _ in range(2))
     for each in (trainer, other):
-        each.fit(images(), batch_size=BATCH, progress="none")
+        each.fit(images(), batch_size=BATCH, verbose=0)
     trainer.frontier(images(), batch_size=BATCH)
-    check_same(*[(each, each.fit(images(), batch_size=BATCH, progress="none").history) for each in (trainer, other)])
+    check_same(*[(each, each.fit(images(), batch_size=BATCH, verbose=0).history) for each in (trainer, other)])
 
 
 def test_arrays_in_files_are_cached_too(tmp_path):

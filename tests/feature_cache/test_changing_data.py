@@ -67,7 +67,7 @@ def test_masks_that_leave_examples_out():
     options = {"batch_size": BATCH, "shuffle": False, "epochs": 2}
     check_cached_run(lambda: frozen_base(Masked, metrics=None), masked, **options)
     with pytest.raises(tl.CacheError, match="makes one thing of the examples of a batch"):
-        frozen_base(Early, metrics=None).fit(masked(), feature_cache="memory", progress="none", **options)
+        frozen_base(Early, metrics=None).fit(masked(), feature_cache="memory", verbose=0, **options)
 
 
 def test_a_frozen_weight_that_changes_within_a_fit_is_noticed():
@@ -93,7 +93,7 @@ def test_validation_in_batches_of_any_size():
 def test_trainers_in_threads_train_alike_and_share_a_folder(where, tmp_path, watched):
     def fit_twice(trainer):
         for _ in range(2):
-            trainer.fit(images(), batch_size=BATCH, feature_cache=folder or "memory", progress="none")
+            trainer.fit(images(), batch_size=BATCH, feature_cache=folder or "memory", verbose=0)
 
     folder = tmp_path if where == "path" else None
     trainers = [frozen_base() for _ in range(3)]
@@ -131,11 +131,11 @@ class Drifting(keras.utils.PyDataset):
 def test_a_pydataset_that_changes_after_its_features_were_computed_is_noticed(where, tmp_path):
     trainer = frozen_base()
     where = tmp_path if where == "path" else where
-    with pytest.raises(tl.CacheError, match=r"`data` has changed since its features were computed: batch \d has other"):
-        trainer.fit(Drifting(still=2), epochs=6, feature_cache=where, progress="none", shuffle=False)
+    with pytest.raises(tl.CacheError, match=r"`x` has changed since its features were computed: batch \d has other"):
+        trainer.fit(Drifting(still=2), epochs=6, feature_cache=where, verbose=0, shuffle=False)
     assert trainer.epoch == 1
     still = Drifting(still=99)
-    frozen_base().fit(still, epochs=4, feature_cache="memory", progress="none")
+    frozen_base().fit(still, epochs=4, feature_cache="memory", verbose=0)
     assert still.ended == 2 + 3  # two passes for the features, then a look in each epoch
 
 
@@ -150,14 +150,14 @@ def test_a_list_that_changes_after_its_features_were_computed_is_noticed():
 
     trainer = trainer_of(classifier, Asked(changing))
     with pytest.raises(tl.CacheError, match="has changed since its features were computed"):
-        trainer.fit(batches, epochs=5, feature_cache="memory", progress="none")
+        trainer.fit(batches, epochs=5, feature_cache="memory", verbose=0)
     assert trainer.epoch == 2
 
 
 def test_a_list_with_class_weights_is_looked_at_with_them(watched):
     batches = in_batches((images(16)[0], np.arange(16) % 2))
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    options = {"class_weight": {0: 2.0}, "feature_cache": "memory", "progress": "none"}
+    options = {"class_weight": {0: 2.0}, "feature_cache": "memory", "verbose": 0}
     frozen_base(loss=loss, metrics=None).fit(batches, epochs=3, **options)
     assert watched.served == ["data"] * 3
 
@@ -165,6 +165,6 @@ def test_a_list_with_class_weights_is_looked_at_with_them(watched):
 def test_a_list_in_another_order_is_another_cache(watched, caplog):
     trainer, batches = frozen_base(), in_batches(images(16))
     for data in (batches, [*batches], batches[::-1]):
-        trainer.fit(data, feature_cache="memory", progress="none")
+        trainer.fit(data, feature_cache="memory", verbose=0)
     assert watched.computed == ["data"] * 2
     assert "out of date (the order of the data changed)" in caplog.text

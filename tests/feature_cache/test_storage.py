@@ -32,7 +32,7 @@ layers = keras.layers
 
 
 def fit(where, data=None, trainer=None, **options):
-    options = {"batch_size": BATCH, "feature_cache": where, "progress": "none", **options}
+    options = {"batch_size": BATCH, "feature_cache": where, "verbose": 0, **options}
     return (trainer or frozen_base()).fit(data or images(), **options)
 
 
@@ -88,7 +88,7 @@ def slow(self, rows):
     print("written", flush=True)
     time.sleep(60)
 Writer.add = slow
-frozen_base().fit(images(), batch_size=4, feature_cache=sys.argv[1], progress="none")
+frozen_base().fit(images(), batch_size=4, feature_cache=sys.argv[1], verbose=0)
 """
 
 

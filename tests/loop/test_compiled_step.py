@@ -27,7 +27,7 @@ def still():
 
 def trained(how, options):
     trainer = trainer_of(still(), tl.TrainOnly("base", "head"), metrics=["accuracy"], **how, **options)
-    trainer.fit(models.images(12), batch_size=8, epochs=2, shuffle=False, progress="none")
+    trainer.fit(models.images(12), batch_size=8, epochs=2, shuffle=False, verbose=0)
     return trainer
 
 
@@ -49,7 +49,7 @@ def test_xla_and_eager_steps_end_as_the_compiled_ones(how, options):
     assert trainer.trace_count == (0 if "run_eagerly" in how else 1)
     assert_close(trainer, expected, atol=1e-5)
     assert_close(trainer.history.history, expected.history.history, rtol=1e-4)
-    found, its = (each.evaluate(models.images(12), progress="none") for each in (trainer, expected))
+    found, its = (each.evaluate(models.images(12), verbose=0) for each in (trainer, expected))
     assert found == pytest.approx(its, rel=1e-4)
     assert_close(trainer.predict(models.images(12)[0]), expected.predict(models.images(12)[0]), atol=1e-5)
 
@@ -96,13 +96,13 @@ class Looking(tl.Trainer):
 def test_an_eager_step_shows_its_numbers():
     trainer = Looking(models.functional(), tl.Freeze("base"), loss=models.cross_entropy(), run_eagerly=True)
     trainer.seen = []
-    found = moved(trainer.model, lambda: trainer.fit(models.images(12), batch_size=8, progress="none"))
+    found = moved(trainer.model, lambda: trainer.fit(models.images(12), batch_size=8, verbose=0))
     assert trainer.seen == [(8, 3), (4, 3)]
     assert found == {"head/kernel", "head/bias"}
 
 
 def test_the_optimizers_own_variables_are_not_taken_for_the_models():
-    trainer_of(still(), optimizer="nadam").fit(models.images(8), progress="none")  # a warning would be an error
+    trainer_of(still(), optimizer="nadam").fit(models.images(8), verbose=0)  # a warning would be an error
 
 
 def test_trainers_in_threads_leave_the_setting_of_the_process_as_it_was():

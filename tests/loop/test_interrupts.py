@@ -44,12 +44,12 @@ passes = [1]
 optimizer = keras.optimizers.SGD()
 trainer = tl.Trainer(model, loss="mse", optimizer=optimizer)
 try:
-    trainer.fit(Data(), epochs=5, progress="none")
+    trainer.fit(Data(), epochs=5, verbose=0)
 except KeyboardInterrupt:
     print("seconds", time.monotonic() - sent[0])
     print("counts", trainer.step, int(optimizer.iterations))
     print("epochs", trainer.history.epoch, len(trainer.history.history["loss"]))
-trainer.fit([(x, y)], progress="none")
+trainer.fit([(x, y)], verbose=0)
 print("goes on", trainer.step)
 """
 
@@ -112,13 +112,31 @@ def test_an_interrupt_waits_for_the_end_of_what_it_must_not_cut():
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_handler_of_the_users_own_is_left_alone_and_so_are_threads():
+def test_a_handler_of_the_users_own_waits_too_and_threads_are_left_alone():
     seen = []
-    with handler(lambda *args: seen.append(args)):
+    with handler(lambda number, frame: seen.append(number)):
         with deferred_interrupt():
-            signal.raise_signal(signal.SIGINT)
-            assert len(seen) == 1
+            with deferred_interrupt():
+                signal.raise_signal(signal.SIGINT)
+            assert seen == []  # the outermost of several decides
+        assert seen == [signal.SIGINT]
         thread = threading.Thread(target=lambda: deferred_interrupt().__enter__() or seen.append("thread"))
         thread.start()
         thread.join()
         assert seen[-1] == "thread"
+
+
+def test_a_handler_of_the_users_own_that_raises_cuts_nothing():
+    done = []
+
+    def stop(number, frame):
+        raise KeyboardInterrupt
+
+    def bookkeeping():
+        with deferred_interrupt():
+            signal.raise_signal(signal.SIGINT)
+            done.append("bookkeeping")
+
+    with handler(stop), pytest.raises(KeyboardInterrupt):
+        bookkeeping()
+    assert done == ["bookkeeping"]

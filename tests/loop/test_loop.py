@@ -63,7 +63,7 @@ def counting(**options):
 def expected():
     """The logs of an epoch in calls of one step."""
     trainer = counting(steps_per_call=1)
-    return trainer.fit(batches(), batch_size=4, validation_data=(X, Y), progress="none").history
+    return trainer.fit(batches(), batch_size=4, validation_data=(X, Y), verbose=0).history
 
 
 def kinds_and_options():
@@ -77,12 +77,12 @@ def kinds_and_options():
 @pytest.mark.parametrize(("kind", "options"), list(kinds_and_options()))
 def test_every_batch_is_trained_on_once(kind, options, expected):
     trainer = counting(**options)
-    history = trainer.fit(KINDS[kind](), batch_size=4, shuffle=False, validation_data=(X, Y), progress="none").history
+    history = trainer.fit(KINDS[kind](), batch_size=4, shuffle=False, validation_data=(X, Y), verbose=0).history
     pieces = options.get("microbatches", 1)
     assert (trainer.step, int(trainer.trained), int(trainer.evaluated)) == (5, 5 * pieces, 5)
     assert trainer.trace_count == (0 if "run_eagerly" in options else 1)
     assert_close(history, expected, rtol=1e-5)
-    trainer.evaluate(KINDS[kind](), batch_size=4, progress="none")
+    trainer.evaluate(KINDS[kind](), batch_size=4, verbose=0)
     assert int(trainer.evaluated) == 10
     assert trainer.predict(KINDS[kind](), batch_size=4).shape == (20, 3)
 
@@ -95,7 +95,7 @@ def weights_after_each_fit():
     trainer, given = counting(), batches()
     found = []
     for steps, epochs in EPOCHS:
-        trainer.fit([given[number % 5] for number in range(steps * epochs)], progress="none")
+        trainer.fit([given[number % 5] for number in range(steps * epochs)], verbose=0)
         found.append(models.values(trainer.model))
     return found
 
@@ -104,7 +104,7 @@ def weights_after_each_fit():
 def test_epochs_of_any_length_go_around_the_data(kind, weights_after_each_fit):
     trainer, done = counting(), 0
     for (steps, epochs), weights in zip(EPOCHS, weights_after_each_fit):
-        trainer.fit(KINDS[kind](), batch_size=4, shuffle=False, steps_per_epoch=steps, epochs=epochs, progress="none")
+        trainer.fit(KINDS[kind](), batch_size=4, shuffle=False, steps_per_epoch=steps, epochs=epochs, verbose=0)
         done += steps * epochs
         assert trainer.step == int(trainer.trained) == done
         assert models.values(trainer.model) == weights
@@ -115,7 +115,7 @@ def test_how_many_steps_a_call_runs_changes_nothing():
     for count in (7, 1, 2, 100, "auto"):
         keras.utils.set_random_seed(0)
         trainer = trainer_of(models.functional(), optimizer="adam", metrics=["accuracy"], steps_per_call=count)
-        history = trainer.fit((X, Y), batch_size=3, epochs=3, shuffle=False, progress="none").history
+        history = trainer.fit((X, Y), batch_size=3, epochs=3, shuffle=False, verbose=0).history
         found.append((models.values(trainer.model), history))
     assert found == found[:1] * 5
 
@@ -142,10 +142,10 @@ def test_bad_batches_count_as_no_step_where_a_policy_counts_them():
 def test_so_many_bad_batches_in_a_row_are_counted_over_calls(steps_per_call):
     options = {"nonfinite": "skip", "max_skipped": 2, "steps_per_call": steps_per_call}
     trainer = trainer_of(**options)
-    history = trainer.fit(weighted([0, 1, 3, 4]), progress="none").history
+    history = trainer.fit(weighted([0, 1, 3, 4]), verbose=0).history
     assert (trainer.step, history["skipped_steps"]) == (1, [4.0])
     with pytest.raises(tl.NonFiniteError, match="2 steps in a row were skipped before it, as many as may be"):
-        trainer.fit(weighted([0, 1]), progress="none")  # with the two before it
+        trainer.fit(weighted([0, 1]), verbose=0)  # with the two before it
     assert trainer.step == 1
 
 
@@ -153,19 +153,19 @@ def test_all_data_that_is_skipped_or_ends_early_is_said():
     trainer = trainer_of()
     none_left = dataset().filter(lambda x, y: False)
     for empty in ([], iter([]), dataset().take(0), none_left):
-        with refused(trainer, tl.DataError, "`data` is empty"):
-            trainer.fit(empty, progress="none")
+        with refused(trainer, tl.DataError, "`x` is empty"):
+            trainer.fit(empty, verbose=0)
         if empty is none_left:  # of which nobody can know without reading it
             continue
         with refused(trainer, tl.DataError, "`validation_data` is empty"):
-            trainer.fit((X, Y), validation_data=empty, progress="none")
+            trainer.fit((X, Y), validation_data=empty, verbose=0)
 
 
 @pytest.mark.parametrize("endless", [lambda: dataset().repeat(), Endless], ids=["dataset", "PyDataset"])
 @pytest.mark.parametrize(("verb", "steps"), [("fit", "steps_per_epoch"), ("evaluate", "steps"), ("predict", "steps")])
 def test_data_without_end_needs_a_number_of_steps(verb, steps, endless):
     run = functools.partial(getattr(trainer_of(), verb), endless())
-    with pytest.raises(tl.DataError, match=rf"`data` never ends. Pass `{steps}`, or a dataset with an end"):
+    with pytest.raises(tl.DataError, match=rf"`x` never ends. Pass `{steps}`, or a dataset with an end"):
         run()
     run(**{steps: 2})
     with pytest.raises(ValueError, match=rf"`{steps}` must be a whole number, 1 or more. Received: 0"):
@@ -174,7 +174,7 @@ def test_data_without_end_needs_a_number_of_steps(verb, steps, endless):
 
 def test_validation_without_end_needs_a_number_of_steps():
     with pytest.raises(tl.DataError, match=r"`validation_data` never ends. Pass `validation_steps`"):
-        trainer_of().fit((X, Y), validation_data=dataset().repeat(), progress="none")
+        trainer_of().fit((X, Y), validation_data=dataset().repeat(), verbose=0)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_validation_without_end_needs_a_number_of_steps():
 )
 def test_class_weights_that_are_none_or_do_not_fit_the_data(weights, data, error, text):
     with refused(trainer := trainer_of(), error, text):
-        trainer.fit(data, class_weight=weights, progress="none")
+        trainer.fit(data, class_weight=weights, verbose=0)
 
 
 def test_a_step_that_fails_says_at_which_batch_and_counts_those_before():
@@ -205,23 +205,23 @@ def test_a_step_that_fails_says_at_which_batch_and_counts_those_before():
 
     trainer = Asserting(models.functional(), loss=models.cross_entropy())
     with pytest.raises(tf.errors.InvalidArgumentError, match="no such label") as raised:
-        trainer.fit((X, labels), batch_size=4, shuffle=False, progress="none")
-    assert any("batch 3 of `data` (the first is 0)" in note for note in raised.value.__notes__)
+        trainer.fit((X, labels), batch_size=4, shuffle=False, verbose=0)
+    assert any("batch 3 of `x` (the first is 0)" in note for note in raised.value.__notes__)
     assert trainer.step == 3
 
 
 def test_an_evaluation_within_an_epoch_is_refused():
     def evaluating(progress):
         if progress.step:
-            trainer.evaluate((X, Y), progress="none")
+            trainer.evaluate((X, Y), verbose=0)
         return tl.TrainAll()
 
     trainer = trainer_of(policy=Asked(evaluating, every=2))
     with pytest.raises(RuntimeError, match="`evaluate` was called within an epoch of the same trainer"):
-        trainer.fit((X, Y), batch_size=4, progress="none")
+        trainer.fit((X, Y), batch_size=4, verbose=0)
     trainer.policy = tl.TrainAll()
-    trainer.evaluate((X, Y), progress="none")
+    trainer.evaluate((X, Y), verbose=0)
 
 
 def test_counters_of_ones_own_are_no_strangers_in_an_evaluation():
-    counting().evaluate((X, Y), progress="none")  # a warning would be an error
+    counting().evaluate((X, Y), verbose=0)  # a warning would be an error

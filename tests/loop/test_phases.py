@@ -20,7 +20,7 @@ HEAD, ALL = tl.Freeze("base"), tl.TrainAll()
 def test_a_phase_change_inside_a_fit_costs_one_trace_and_a_return_none():
     trainer = trainer_of(policy=tl.Phases({0: HEAD, 2: ALL, 3: HEAD}))
     for epochs, traces, base_moves in ((2, 1, False), (1, 2, True), (2, 2, False)):
-        fit = functools.partial(trainer.fit, models.images(16), batch_size=8, epochs=epochs, progress="none")
+        fit = functools.partial(trainer.fit, models.images(16), batch_size=8, epochs=epochs, verbose=0)
         assert bool(moved(trainer.model, fit, "base")) == base_moves
         assert trainer.trace_count == traces
     phases = trainer.history.phases
@@ -32,7 +32,7 @@ def test_a_thousand_alternations_make_two_traces_and_keep_memory_flat():
     trainer = fit(mlp("base", "head"), tl.Cycle([tl.TrainOnly("head"), tl.TrainOnly("base")]), steps=100)
     gc.collect()
     kept = len(gc.get_objects())
-    trainer.fit([(X, Y)] * 900, progress="none")
+    trainer.fit([(X, Y)] * 900, verbose=0)
     gc.collect()
     assert trainer.step == 1000
     assert trainer.trace_count == 2
@@ -50,7 +50,7 @@ def test_lora_before_and_after_the_trainer_is_made():
             dense.enable_lora(2)
         trainer.policy = tl.TrainOnly("block0/lora_kernel_*")
         x = np.ones((4, 3), "float32")
-        found = moved(trainer.model, lambda: trainer.fit([(x, 9 * x[:, :1])] * 3, progress="none"))  # noqa: B023
+        found = moved(trainer.model, lambda: trainer.fit([(x, 9 * x[:, :1])] * 3, verbose=0))  # noqa: B023
         selection = trainer.selection
         assert found == {v.path for v in selection.trained}
         assert {v.name for v in selection.trained} == {"lora_kernel_a", "lora_kernel_b"}
@@ -106,13 +106,13 @@ def test_variables_that_the_model_does_not_track_are_named_in_a_warning(hidden, 
 def test_a_phase_that_cannot_hold_is_found_before_anything_has_moved(policy, options, text):
     trainer = trainer_of(policy=policy, **options)
     with refused(trainer, tl.PolicyError, text):
-        trainer.fit(models.images(8), epochs=9, progress="none")
+        trainer.fit(models.images(8), epochs=9, verbose=0)
 
 
 def test_groups_that_come_later_may_have_their_optimizers_from_the_start():
     policy = tl.Phases({0: tl.Groups({"h": "head"}), 1: tl.Groups({"h": "head", "b": "base"})})
     trainer = trainer_of(policy=policy, optimizer={"h": "sgd", "b": "adam"})
-    trainer.fit(models.images(8), epochs=2, progress="none")
+    trainer.fit(models.images(8), epochs=2, verbose=0)
     assert [cohort.groups for cohort in inspect.cohorts(trainer)] == [("h",), ("b",)]
 
 
@@ -138,6 +138,6 @@ class Frozen(ByName):
 @pytest.mark.parametrize("kind", [Unfrozen, Frozen])
 def test_a_policy_that_cannot_be_hashed_serves_too(kind):
     trainer = trainer_of(policy=tl.Phases({0: kind(["head"]), 1: kind(["base"])}))
-    phases = trainer.fit([models.images(8)] * 2, epochs=2, progress="none").phases
+    phases = trainer.fit([models.images(8)] * 2, epochs=2, verbose=0).phases
     assert [len(phase.selection.trained) for phase in phases] == [2, 4]
     assert trainer.trace_count == 2

@@ -73,7 +73,7 @@ def test_all_that_a_fit_changes_is_state_or_made_anew():
 
     def fit():
         batches = [(X[n : n + 4], Y[n : n + 4], np.ones(4)) for n in range(0, 16, 4)]
-        trainer.fit(batches + bad, validation_data=batches, epochs=2, progress="none")
+        trainer.fit(batches + bad, validation_data=batches, epochs=2, verbose=0)
 
     fit()  # everything is traced, and each phase has been
     before, values = snapshot(trainer), models.values(model)

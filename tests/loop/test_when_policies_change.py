@@ -15,7 +15,7 @@ DATA = [(X, Y)] * 4
 
 def phases_of(trainer, **options):
     """From which step on what trains, in a fit of four batches an epoch."""
-    phases = trainer.fit(DATA, progress="none", **options).phases
+    phases = trainer.fit(DATA, verbose=0, **options).phases
     return [(phase.step, phase.policy) for phase in phases]
 
 
@@ -26,9 +26,9 @@ def small(policy):
 @pytest.mark.parametrize(("every", "steps"), [(None, [0, 4, 8]), (3, [0, 3, 4, 6, 8, 9])])
 def test_a_policy_is_asked_once_an_epoch_or_every_so_many_steps(every, steps):
     trainer = small(policy := Asked(every=every))
-    trainer.fit(DATA, epochs=3, validation_data=DATA, progress="none")
+    trainer.fit(DATA, epochs=3, validation_data=DATA, verbose=0)
     assert policy.steps == steps
-    trainer.evaluate(DATA, progress="none")
+    trainer.evaluate(DATA, verbose=0)
     trainer.predict(X)
     assert policy.steps == steps
 
@@ -37,8 +37,8 @@ def test_the_answer_is_remembered_by_who_looks_between_two_fits():
     trainer = small(policy := Asked())
     for _ in range(2):
         _ = trainer.selection, trainer.explain(), dict(trainer.learning_rates)
-    trainer.evaluate(DATA, progress="none")
-    trainer.fit(DATA, progress="none")
+    trainer.evaluate(DATA, verbose=0)
+    trainer.fit(DATA, verbose=0)
     assert policy.seen == [(0, 0, {})]
 
 
@@ -59,7 +59,7 @@ def test_what_a_policy_answers_with_is_asked_as_often_as_it_says():
 
 def test_within_an_epoch_a_policy_gets_the_logs_so_far():
     trainer = small(policy := Asked(every=2))
-    losses = trainer.fit(DATA, epochs=2, progress="none").history["loss"]
+    losses = trainer.fit(DATA, epochs=2, verbose=0).history["loss"]
     logs = {step: logs for step, _, logs in policy.seen}
     assert logs.keys() == {0, 2, 4, 6}
     assert logs[2]["loss"] != losses[0]
@@ -101,7 +101,7 @@ def test_a_flag_toggled_between_epochs_takes_effect_at_the_next():
         return ALL
 
     model = models.functional()
-    history = trainer_of(model, Asked(toggled)).fit(models.images(8), epochs=2, progress="none")
+    history = trainer_of(model, Asked(toggled)).fit(models.images(8), epochs=2, verbose=0)
     assert [len(phase.selection.trained) for phase in history.phases] == [6, 2]
 
 
@@ -109,5 +109,5 @@ def test_a_policy_that_first_returns_itself_may_have_optimizers_for_later():
     policy = Moody(every=None)
     policy.answer = lambda progress: tl.Groups({"all": "head", "h": "base"}) if progress.epoch else policy
     trainer = fit(mlp("base", "head"), policy, optimizer={"all": "sgd", "h": "adam"})
-    trainer.fit(DATA, progress="none")
+    trainer.fit(DATA, verbose=0)
     assert len(trainer.history.phases) == 2

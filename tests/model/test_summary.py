@@ -2,7 +2,7 @@ import keras
 import pytest
 
 import tapeloop as tl
-from tapeloop.model.summary import format_bytes
+from tapeloop._table import format_bytes
 from tests.support import models
 
 

@@ -13,9 +13,9 @@ def test_learning_rates_are_read_and_set_before_and_after_a_fit_without_a_trace(
     trainer = trainer_of(policy=policy, optimizer=keras.optimizers.SGD(0.5))
     assert dict(trainer.learning_rates) == pytest.approx({"b": 0.05, "h": 0.5})
     trainer.learning_rates["b"] = 0.25
-    trainer.fit([models.images(8)], progress="none")
+    trainer.fit([models.images(8)], verbose=0)
     trainer.learning_rates["h"] = 0.0
-    trainer.fit([models.images(8)], progress="none")
+    trainer.fit([models.images(8)], verbose=0)
     assert dict(trainer.learning_rates) == {"b": 0.25, "h": 0.0}
     assert trainer.trace_count == 1
     assert repr(trainer.learning_rates).startswith("{'b': 0.25")
@@ -29,9 +29,9 @@ def test_schedules_count_from_the_step_at_which_a_cohort_began():
     both = tl.Groups({"h": "head", "b": "base"}, multipliers={"b": 0.5})
     policy = tl.Phases({0: tl.Groups({"h": "head"}), 1: both})
     trainer = trainer_of(policy=policy, optimizer=keras.optimizers.SGD(schedule))
-    trainer.fit([models.images(8)] * 5, progress="none")
+    trainer.fit([models.images(8)] * 5, verbose=0)
     assert trainer.learning_rates["h"] == 0.5
-    trainer.fit([models.images(8)] * 1, progress="none")
+    trainer.fit([models.images(8)] * 1, verbose=0)
     assert dict(trainer.learning_rates) == {"b": 0.5, "h": 0.5}
     with pytest.raises(TypeError, match=r"of the group 'h' follows a schedule, and cannot be set to 1.0"):
         trainer.learning_rates["h"] = 1.0
@@ -42,7 +42,7 @@ def test_learning_rates_are_those_of_the_phase_that_is_due(rate):
     slow, slower = (tl.Groups({"h": "head"}, multipliers={"h": factor}) for factor in (0.5, 0.25))
     trainer = trainer_of(policy=tl.Phases({0: slow, 1: slower}), optimizer=keras.optimizers.SGD(rate))
     assert trainer.learning_rates["h"] == 0.5
-    trainer.fit([models.images(8)], progress="none")
+    trainer.fit([models.images(8)], verbose=0)
     assert trainer.learning_rates["h"] == 0.25
     trainer.policy = slow
     assert trainer.learning_rates["h"] == 0.5

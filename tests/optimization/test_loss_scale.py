@@ -33,7 +33,7 @@ def test_an_overflow_in_float16_halves_the_scale_and_moves_nothing():
     before = models.values(model)
     scales = []
     while not trainer.step:
-        trainer.fit(data, progress="none")
+        trainer.fit(data, verbose=0)
         scales.append(trainer.loss_scale)
         assert (models.values(model) == before) == (trainer.step == 0)
         assert len(scales) < 20
@@ -54,7 +54,7 @@ def test_an_overflow_in_one_group_halves_the_scale_once_and_moves_none():
     model = half()
     trainer = Grouped(model, tl.Groups({"hidden": "hidden", "head": "head"}), optimizer="adam")
     before = models.values(model)
-    trainer.fit([numbers(8)], progress="none")
+    trainer.fit([numbers(8)], verbose=0)
     assert trainer.loss_scale == FIRST_SCALE / 2
     assert models.values(model) == before
     assert trainer.step == 0
@@ -65,7 +65,7 @@ def test_a_step_in_half_precision_equals_one_in_float32_and_float16_alone_is_sca
     for policy in ("mixed_float16", "mixed_bfloat16", "float32"):
         model = half(policy=policy)
         trainer = tl.Trainer(model, loss=models.cross_entropy(), optimizer=keras.optimizers.SGD(0.1))
-        trainer.fit([numbers(16)], progress="none")
+        trainer.fit([numbers(16)], verbose=0)
         kernels[policy] = model.get_layer("hidden").kernel.numpy()
         assert (trainer.loss_scale is None) == (policy != "mixed_float16")
     for policy in ("mixed_float16", "mixed_bfloat16"):
@@ -76,7 +76,7 @@ def test_a_loss_that_is_not_finite_is_no_overflow():
     x, y = numbers(8)
     trainer = tl.Trainer(half(), loss=models.cross_entropy(), optimizer="adam")
     with pytest.raises(tl.NonFiniteError, match="the loss is nan"):
-        trainer.fit([(np.full_like(x, np.nan), y)], progress="none")
+        trainer.fit([(np.full_like(x, np.nan), y)], verbose=0)
 
 
 def test_the_scale_doubles_after_many_finite_steps_and_ends_at_one():

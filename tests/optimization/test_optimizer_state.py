@@ -64,7 +64,7 @@ def test_state_survives_another_name_of_the_group(optimizer, second):
 
 def test_the_groups_of_one_cohort_have_rates_of_their_own():
     trainer = fit(network(), steps=1, optimizer=SGD(0.1))
-    step = lambda: trainer.fit([(X, Y)], progress="none")  # noqa: E731
+    step = lambda: trainer.fit([(X, Y)], verbose=0)  # noqa: E731
     trainer.policy = tl.Groups({"slow": "base", "fast": TAIL}, multipliers={"slow": 0.0})
     assert moved(trainer.model, step) == {f"{name}/{part}" for name in TAIL for part in ("kernel", "bias")}
     assert dict(trainer.learning_rates) == pytest.approx({"slow": 0.0, "fast": 0.1})
@@ -85,11 +85,32 @@ def test_two_updates_of_one_cohort_each_have_their_own_count():
     for policy, fits in ((tl.Freeze("base"), False), (TWO, True), (tl.Freeze("base"), False)):
         trainer.policy = policy
         if fits:
-            trainer.fit([(X, Y)] * 3, progress="none")
+            trainer.fit([(X, Y)] * 3, verbose=0)
         else:
             with pytest.raises(tl.PolicyError, match="`tape` was asked for the groups"):
-                trainer.fit([(X, Y)], progress="none")
+                trainer.fit([(X, Y)], verbose=0)
     assert inspect.iterations(trainer) == [3]
+
+
+def test_a_stage_that_joins_at_a_rate_of_its_own_leaves_the_state_of_those_before_alone():
+    trainer = fit(network(), tl.GradualUnfreeze(["head", TAIL, "base"], decay=0.5), epochs=3, optimizer=Adam(0.1))
+    assert dict(trainer.learning_rates) == pytest.approx({"stage2": 0.025, "stage1": 0.05, "stage0": 0.1})
+    assert inspect.iterations(trainer) == [9, 6, 3]
+    # By hand: an Adam for each stage, from the step on at which it joins.
+    model = network()
+    stages = [(model.get_layer(name), Adam(rate)) for name, rate in (("head", 0.1), ("mid", 0.05), ("base", 0.025))]
+    for epoch in range(3):
+        for _ in range(3):
+            weights = [layer.trainable_variables for layer, _ in stages[: epoch + 1]]
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_mean((model(X) - Y) ** 2)
+            for gradients, variables, (_, adam) in zip(tape.gradient(loss, weights), weights, stages):
+                adam.apply(gradients, variables)
+    assert_alike(trainer, model)
+    # A rate that the user sets stays, whatever stage joins after.
+    trainer.learning_rates["stage1"] = 0.5
+    trainer.fit([(X, Y)], verbose=0)
+    assert trainer.learning_rates["stage1"] == pytest.approx(0.5)
 
 
 # Two steps each under "a", "b" and "a" again: a count that goes along comes to 2, 4 and 6, others to 2, 2 and 4.
@@ -114,7 +135,7 @@ def test_a_global_norm_is_that_of_all_variables(policy):
     sgd = SGD(1.0, global_clipnorm=0.01)
     trainer = fit(network(), policy, steps=1, epochs=2, optimizer=sgd)
     before = trainer.model.get_weights()
-    trainer.fit([(X, Y)], progress="none")
+    trainer.fit([(X, Y)], verbose=0)
     squares = [((old - new) ** 2).sum() for old, new in zip(before, trainer.model.get_weights())]
     assert float(np.sqrt(sum(squares))) == pytest.approx(0.01, rel=1e-3)
     assert sgd.global_clipnorm == 0.01
@@ -221,7 +242,7 @@ def test_the_first_cohort_has_the_very_optimizer_and_the_next_a_clone_that_is_th
 def test_a_clone_that_would_lose_something_or_cannot_be_made_is_refused(policy, optimizer, text):
     trainer = tl.Trainer(network(), policy, loss="mse", optimizer=optimizer)
     with refused(trainer.model, tl.PolicyError, text):
-        trainer.fit([(X, Y)], epochs=2, progress="none")
+        trainer.fit([(X, Y)], epochs=2, verbose=0)
 
 
 def test_an_optimizer_that_is_built_elsewhere_is_cloned():
@@ -269,12 +290,12 @@ def test_a_rate_that_the_user_assigns_to_the_optimizer_holds_for_all_of_its_vari
     optimizer = SGD(0.1)
     trainer = tl.Trainer(network(), LATER, loss="mse", optimizer=optimizer)
     optimizer.learning_rate = 0.05
-    trainer.fit([(X, Y)], epochs=2, progress="none")
+    trainer.fit([(X, Y)], epochs=2, verbose=0)
     assert dict(trainer.learning_rates) == pytest.approx({"default": 0.05})
     trainer.learning_rates["default"] = 0.02
-    trainer.fit([(X, Y)], progress="none")
+    trainer.fit([(X, Y)], verbose=0)
     optimizer.learning_rate = 0.0
-    assert moved(trainer.model, lambda: trainer.fit([(X, Y)], progress="none")) == set()
+    assert moved(trainer.model, lambda: trainer.fit([(X, Y)], verbose=0)) == set()
     assert dict(trainer.learning_rates) == {"default": 0.0}
 
 
@@ -291,5 +312,5 @@ def test_what_is_excluded_from_weight_decay_is_so_in_clones_too(policy):
     optimizer.exclude_from_weight_decay(var_names=["kernel"])
     trainer = tl.Trainer(network(), policy, loss="mse", optimizer=optimizer)
     before = [layer.kernel.numpy() for layer in trainer.model.layers]
-    trainer.fit([(X, Y)] * 3, epochs=2, progress="none")
+    trainer.fit([(X, Y)] * 3, epochs=2, verbose=0)
     assert_close([layer.kernel.numpy() for layer in trainer.model.layers], before, atol=2e-3)

@@ -48,7 +48,7 @@ def twins(kind=Following, **options):
 
 def weights_after_each_step(trainer, steps):
     for _ in range(steps):
-        trainer.fit([(X, Y)], progress="none")
+        trainer.fit([(X, Y)], verbose=0)
         yield [trainer.model[name].get_weights() for name in ("online", "target")]
 
 
@@ -67,7 +67,7 @@ def test_decay_zero_is_a_copy_and_one_stands_still(decay):
     trainer = twins()
     before = trainer.model["target"].get_weights()
     trainer.decay = decay
-    trainer.fit([(X, Y)] * 2, progress="none")
+    trainer.fit([(X, Y)] * 2, verbose=0)
     assert_same(trainer.model["target"], before if float(decay) == 1.0 else trainer.model["online"])
 
 
@@ -108,7 +108,7 @@ def test_what_the_user_assigns_to_frozen_variables_happens(eagerly, when):
     trainer.when = when
     kernel, bias, gamma, *_ = model.trainable_variables
     bias.assign(np.arange(5.0))
-    (trainer.evaluate if when == "eval" else trainer.fit)([(X, Y)], progress="none")
+    (trainer.evaluate if when == "eval" else trainer.fit)([(X, Y)], verbose=0)
     assert_close(
         [kernel.numpy(), bias.numpy(), gamma.numpy()], [np.full((4, 5), 7.0), np.arange(5) + 7.0, np.full(5, 7.0)]
     )
@@ -140,10 +140,10 @@ def test_it_is_undone_with_a_bad_step_wherever_the_target_is_kept(place, how):
     trainer = Guarded(networks, policy, optimizer=keras.optimizers.SGD(0.1), **how)
     if place == "attribute":
         trainer.target = target
-    trainer.fit([(X, Y)], progress="none")
+    trainer.fit([(X, Y)], verbose=0)
     before = [*target.get_weights(), count.numpy()]
     with contextlib.nullcontext() if "nonfinite" in how else pytest.raises(tl.NonFiniteError):
-        trainer.fit([(BAD, Y)], progress="none")
+        trainer.fit([(BAD, Y)], verbose=0)
     assert_same([*target.get_weights(), count.numpy()], before)
 
 
@@ -169,7 +169,7 @@ def test_a_target_beside_the_model_is_not_warned_of(sync):
 
     trainer = Dqn(network("online"), loss="mse", optimizer="sgd")
     trainer.target = target
-    trainer.fit([(X, Y)] * 2, progress="none")  # a warning would be an error
+    trainer.fit([(X, Y)] * 2, verbose=0)  # a warning would be an error
 
 
 def test_a_layer_beside_the_model_that_looks_as_if_it_trained_is_warned_of():
@@ -181,7 +181,7 @@ def test_a_layer_beside_the_model_that_looks_as_if_it_trained_is_warned_of():
     trainer.head = layers.Dense(3)
     trainer.head.build((None, 3))
     with pytest.warns(UserWarning, match="uses 2 variables that the model does not track"):
-        trainer.fit([(X, Y)], progress="none")
+        trainer.fit([(X, Y)], verbose=0)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_what_cannot_follow(target, source, decay, error, text):
 
     trainer = twins(Wrong)
     with refused(trainer.model, error, text):
-        trainer.fit([(X, Y)], progress="none")
+        trainer.fit([(X, Y)], verbose=0)
 
 
 def test_follow_belongs_in_a_step():
@@ -222,7 +222,7 @@ def test_with_micro_batches_it_cannot_stand_in_a_branch():
             return logs
 
     with pytest.raises(RuntimeError, match=r"`follow` in a branch or a loop .* cannot wait"):
-        twins(Branches, microbatches=2).fit([(X, Y)], progress="none")
+        twins(Branches, microbatches=2).fit([(X, Y)], verbose=0)
 
 
 class Sliced(layers.Layer):
@@ -244,7 +244,7 @@ def test_an_assignment_to_a_part_of_a_variable_is_one(eagerly):
     assert_same(model.get_layer("sliced").w, before)
     trainer.policy = tl.TrainAll()
     before = model.get_weights()
-    trainer.fit([(BAD, Y)] * 2, progress="none")
+    trainer.fit([(BAD, Y)] * 2, verbose=0)
     assert_same(model, before)
 
 

@@ -47,7 +47,7 @@ def applied(trainer_type=tl.Trainer, policy=GROUPS, model=None, **options):
     model = model or quiet_model()
     before = model.get_weights()
     options.setdefault("optimizer", SGD)
-    trainer_type(model, policy, loss=models.cross_entropy(), **options).fit([batch()], progress="none")
+    trainer_type(model, policy, loss=models.cross_entropy(), **options).fit([batch()], verbose=0)
     return [was - now for was, now in zip(before, model.get_weights())]
 
 
@@ -95,7 +95,7 @@ def test_gradients_may_be_taken_and_applied_apart(how):
 
 def test_taken_apart_they_also_serve_a_model_that_is_built_by_its_first_batch():
     model = keras.Sequential([layers.Dense(3, name="head")])
-    Apart(model, loss=models.cross_entropy(), optimizer="sgd").fit([batch()], progress="none")
+    Apart(model, loss=models.cross_entropy(), optimizer="sgd").fit([batch()], verbose=0)
     assert model.built
 
 
@@ -143,7 +143,7 @@ def test_a_tape_may_watch_inputs_and_last():
         tape.watch(x)
         loss = models.cross_entropy()(y, model(x))
     expected = float(tf.norm(tape.gradient(loss, x)))
-    history = Watching(model, GROUPS, optimizer=SGD).fit([batch()], progress="none").history
+    history = Watching(model, GROUPS, optimizer=SGD).fit([batch()], verbose=0).history
     assert history["by_input"] == [pytest.approx(expected, rel=1e-5)]
 
 
@@ -171,7 +171,7 @@ def adversaries(*order, **options):
 
 def test_a_thousand_alternating_steps_make_one_trace():
     trainer = adversaries("discriminator", "generator")
-    history = trainer.fit(tf.data.Dataset.from_tensors(np.ones((8, 4), "float32")).repeat(1000), progress="none")
+    history = trainer.fit(tf.data.Dataset.from_tensors(np.ones((8, 4), "float32")).repeat(1000), verbose=0)
     assert list(history.history) == ["discriminator", "generator"]
     assert trainer.step == 1000
     assert trainer.trace_count == 1
@@ -180,8 +180,8 @@ def test_a_thousand_alternating_steps_make_one_trace():
 @pytest.mark.parametrize("options", [{}, {"run_eagerly": True}], ids=str)
 def test_steps_of_the_generator_leave_the_discriminator_bit_identical(options):
     trainer = adversaries("generator", **options)
-    trainer.fit([np.ones((8, 4), "float32")], progress="none")  # builds both, and else there was nothing to compare
-    found = moved(trainer.model, lambda: trainer.fit([np.ones((8, 4), "float32")] * 20, progress="none"))
+    trainer.fit([np.ones((8, 4), "float32")], verbose=0)  # builds both, and else there was nothing to compare
+    found = moved(trainer.model, lambda: trainer.fit([np.ones((8, 4), "float32")] * 20, verbose=0))
     assert {path.split("/")[0] for path in found} == {"generator"}
 
 
@@ -239,7 +239,7 @@ def test_verbs_outside_of_a_step_that_trains(verb):
             return getattr(self, verb)(*arguments)
 
     with pytest.raises(RuntimeError, match=rf"`{verb}` was called outside a step that trains"):
-        Evaluating(quiet_model()).evaluate([batch()], progress="none")
+        Evaluating(quiet_model()).evaluate([batch()], verbose=0)
 
 
 def test_a_tied_variable_has_one_gradient():

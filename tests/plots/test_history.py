@@ -242,7 +242,7 @@ def test_a_missing_matplotlib_is_named_with_what_to_install(monkeypatch):
 def test_a_fit_records_the_steps_by_which_epochs_ended():
     trainer = tl.Trainer(models.blocks(1), loss="mse")
     data = np.ones((16, 3)), np.ones((16, 1))
-    first, second = (trainer.fit(data, batch_size=8, progress="none") for _ in range(2))
+    first, second = (trainer.fit(data, batch_size=8, verbose=0) for _ in range(2))
     assert (first.step, second.step, trainer.history.step) == ([2], [4], [2, 4])
     loss, timeline = second.plot(by="step").axes
     assert list(loss.get_lines()[0].get_xdata()) == [4]

@@ -53,7 +53,7 @@ def test_microbatches_of_a_ragged_batch_equal_the_whole(options):
 
 def test_a_ragged_last_batch_costs_no_trace():
     trainer = trainer_of(network(), microbatches=4)
-    trainer.fit(models.images(40), batch_size=16, epochs=2, progress="none")
+    trainer.fit(models.images(40), batch_size=16, epochs=2, verbose=0)
     assert trainer.trace_count == 1
 
 
@@ -118,7 +118,7 @@ def test_rows_of_an_embedding_that_are_read_twice_are_one_gradient_in_the_norm()
     model = keras.Sequential([keras.Input((2,), dtype="int32"), layers.Embedding(3, 1, name="embed"), layers.Flatten()])
     before = model.get_weights()[0]
     trainer = tl.Trainer(model, loss=lambda y, p: p, optimizer=keras.optimizers.SGD(1.0), clip_norm=1.0)
-    trainer.fit([(np.array([[1, 1]]), np.zeros((1, 2)))], progress="none")
+    trainer.fit([(np.array([[1, 1]]), np.zeros((1, 2)))], verbose=0)
     # The mean of two outputs that read one row: a gradient of 1/2 + 1/2, whose norm is 1 and not the root of 1/2.
     np.testing.assert_allclose(before - model.get_weights()[0], [[0.0], [1.0], [0.0]], atol=1e-6)
 
@@ -143,7 +143,7 @@ def test_a_batch_smaller_than_the_microbatches_is_found_before_anything_moves(ex
     trainer = trainer_of(network(), microbatches=4)
     text = rf"A batch of {examples % 16} examples cannot be cut in 4 micro-batches. Make the batches"
     with refused(trainer.model, tl.DataError, text):
-        trainer.fit(models.images(examples), batch_size=16, progress="none")
+        trainer.fit(models.images(examples), batch_size=16, verbose=0)
     assert trainer.step == 0
 
 
@@ -158,7 +158,7 @@ class Prototypes(tl.Trainer):
 
 def test_a_batch_of_several_sizes_is_whole_or_nothing():
     x, y = models.images(8)
-    Prototypes(network(), optimizer="sgd").fit([(x[:3], x, y)], progress="none")
+    Prototypes(network(), optimizer="sgd").fit([(x[:3], x, y)], verbose=0)
     text = r"different first dimensions cannot be cut in micro-batches: 3 and 8 \. Make"
     with pytest.raises(tl.DataError, match=text):
-        Prototypes(network(), optimizer="sgd", microbatches=2).fit([(x[:3], x, y)], progress="none")
+        Prototypes(network(), optimizer="sgd", microbatches=2).fit([(x[:3], x, y)], verbose=0)

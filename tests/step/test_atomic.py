@@ -83,8 +83,8 @@ def test_a_skipped_batch_might_as_well_not_have_been_there(name, eagerly):
     bad = min(bad, 10) if eagerly else bad
     count = max(2 * bad, 3)
     trainer, other = (made(make, kind, nonfinite="skip", run_eagerly=eagerly, **options) for _ in range(2))
-    history = trainer.fit(batches(count, [bad]), progress="none").history
-    without = other.fit([each for number, each in enumerate(batches(count)) if number != bad], progress="none").history
+    history = trainer.fit(batches(count, [bad]), verbose=0).history
+    without = other.fit([each for number, each in enumerate(batches(count)) if number != bad], verbose=0).history
     assert everything(trainer) == everything(other)
     assert [v.tolist() for v in own_variables(trainer)] == [v.tolist() for v in own_variables(other)]
     assert trainer.step == count - 1
@@ -98,22 +98,22 @@ def test_raising_leaves_all_as_after_the_step_before(how):
     data = batches(2 * count, bad=[count])
     trainer, other = made(optimizer="adam", **how), made(optimizer="adam", **how)
     with pytest.raises(tl.NonFiniteError, match=rf"At step {count}, epoch 0, .*not finite: .*`base/conv/kernel`") as e:
-        trainer.fit(data, progress="none")
+        trainer.fit(data, verbose=0)
     assert e.value.step == count
     assert "base/conv/kernel" in e.value.paths
-    other.fit(data[:count], progress="none")
+    other.fit(data[:count], verbose=0)
     assert everything(trainer) == everything(other)
     for each in (trainer, other):  # it can go on
-        each.fit(data[:2], progress="none")
+        each.fit(data[:2], verbose=0)
     assert everything(trainer) == everything(other)
 
 
 def test_ignoring_looks_at_nothing_and_moves_everything():
     trainer, looking = made(nonfinite="ignore"), made()
-    trainer.fit(batches(2, bad=[1]), progress="none")
+    trainer.fit(batches(2, bad=[1]), verbose=0)
     assert np.isnan(trainer.model.get_layer("base").get_layer("conv").kernel.numpy()).all()
     assert trainer.step == 2
-    looking.fit(batches(1), progress="none")
+    looking.fit(batches(1), verbose=0)
     assert ["IsFinite" in live_ops(each, batches(1)[0]) for each in (trainer, looking)] == [False, True]
 
 
@@ -155,34 +155,34 @@ class Sometimes(Pair):
 @pytest.mark.parametrize("how", HOW, ids=str)
 def test_an_update_that_came_before_the_bad_one_is_undone_with_it(how):
     trainer, other = Pair(nonfinite="skip", **how), Pair(nonfinite="skip", **how)
-    history = trainer.fit([GOOD, OVERFLOWS, GOOD], progress="none").history
-    without = other.fit([GOOD, GOOD], progress="none").history
+    history = trainer.fit([GOOD, OVERFLOWS, GOOD], verbose=0).history
+    without = other.fit([GOOD, GOOD], verbose=0).history
     assert everything(trainer) == everything(other)
     assert history["first"] == without["first"]
     assert int(trainer.calls) == int(other.calls)
     with pytest.raises(tl.NonFiniteError, match=r"the loss is (inf|nan)") as error:
-        Pair(**how).fit([OVERFLOWS], progress="none")
+        Pair(**how).fit([OVERFLOWS], verbose=0)
     assert {path.split("/")[0] for path in error.value.paths} == {"second"}
 
 
 def test_an_update_in_a_branch_is_guarded_like_any_other():
     trainer, other = Sometimes(nonfinite="skip"), Sometimes(nonfinite="skip")
-    history = trainer.fit([GOOD, OVERFLOWS, GOOD, GOOD], progress="none").history
+    history = trainer.fit([GOOD, OVERFLOWS, GOOD, GOOD], verbose=0).history
     assert history["skipped_steps"] == [1.0]
     assert trainer.trace_count == 1
     assert trainer.step == 3
-    other.fit([GOOD] * 3, progress="none")
+    other.fit([GOOD] * 3, verbose=0)
     assert everything(trainer) == everything(other)
 
 
 def test_an_update_in_a_branch_cannot_wait_for_other_microbatches():
     with pytest.raises(RuntimeError, match=r"`update` in a branch or a loop .* `microbatches=1`, or move it out"):
-        Sometimes(microbatches=2).fit([GOOD], progress="none")
+        Sometimes(microbatches=2).fit([GOOD], verbose=0)
 
 
 def test_an_epoch_of_which_nothing_counts_is_logged_as_that():
     trainer = trainer_of(nonfinite="skip", metrics=["accuracy"])
-    history = trainer.fit(batches(2, bad=[0, 1]), progress="none").history
+    history = trainer.fit(batches(2, bad=[0, 1]), verbose=0).history
     assert np.isnan(history["loss"] + history["accuracy"]).all()
     assert history["skipped_steps"] == [2.0]
-    assert len(trainer.fit(batches(1), progress="none").history["loss"]) == 1
+    assert len(trainer.fit(batches(1), verbose=0).history["loss"]) == 1

@@ -64,7 +64,7 @@ def trainer_of(model, kind=tl.Trainer, **options):
 
 
 def fit(trainer, given, **options):
-    return trainer.fit(given, batch_size=4, shuffle=False, progress="none", **options)
+    return trainer.fit(given, batch_size=4, shuffle=False, verbose=0, **options)
 
 
 @pytest.mark.parametrize(("kind", "options"), list(kinds_and_options()))

@@ -34,18 +34,18 @@ class Counts(tl.Trainer):
 @pytest.mark.parametrize("how", [{}, {"run_eagerly": True}, {"microbatches": 2}, {"steps_per_call": 1}], ids=str)
 def test_step_and_epoch_are_tensors_that_go_on(how):
     trainer = trainer_of(Counts, **how)
-    history = trainer.fit(BATCHES, epochs=3, validation_data=BATCHES, progress="none").history
+    history = trainer.fit(BATCHES, epochs=3, validation_data=BATCHES, verbose=0).history
     assert history["step"] == [1.0, 4.0, 7.0]  # the means of 0, 1, 2; 3, 4, 5; ...
     assert history["epoch"] == [0.0, 1.0, 2.0]
     assert history["val_step"] == [3.0, 6.0, 9.0]
     assert (trainer.step, trainer.epoch) == (9, 3)
-    assert trainer.fit(BATCHES[:1], progress="none").history["step"] == [9.0]
+    assert trainer.fit(BATCHES[:1], verbose=0).history["step"] == [9.0]
     assert trainer.trace_count <= 1
 
 
 def test_a_step_that_is_undone_does_not_count():
     trainer = trainer_of(Counts, nonfinite="skip")
-    assert trainer.fit([(X, Y), (BAD, Y), (X, Y)], progress="none").history["step"] == [0.5]
+    assert trainer.fit([(X, Y), (BAD, Y), (X, Y)], verbose=0).history["step"] == [0.5]
     assert trainer.step == 2
 
 
@@ -59,22 +59,22 @@ class Weighted(tl.Trainer):
 def test_a_number_that_changes_after_the_trace_is_warned_of_once():
     trainer = trainer_of(Weighted)
     trainer.beta = 0.5
-    trainer.fit(BATCHES, progress="none")
-    trainer.fit(BATCHES, progress="none")  # a warning would be an error
+    trainer.fit(BATCHES, verbose=0)
+    trainer.fit(BATCHES, verbose=0)  # a warning would be an error
     trainer.beta = 0.25
     text = r"`self.beta` was 0.5 when the train step was traced, and is 0.25 now.*tf.Variable"
     with pytest.warns(UserWarning, match=text):
-        trainer.fit(BATCHES, progress="none")
-    trainer.fit(BATCHES, progress="none")
+        trainer.fit(BATCHES, verbose=0)
+    trainer.fit(BATCHES, verbose=0)
 
 
 def test_a_variable_may_change_and_so_may_a_number_that_no_step_reads():
     trainer = trainer_of(Weighted)
     trainer.beta, trainer.other = tf.Variable(0.5, trainable=False), 1
-    trainer.fit(BATCHES, progress="none")
+    trainer.fit(BATCHES, verbose=0)
     trainer.beta.assign(0.0)
     trainer.other = 2
-    assert trainer.fit(BATCHES, progress="none").history["loss"] == [0.0]
+    assert trainer.fit(BATCHES, verbose=0).history["loss"] == [0.0]
 
 
 @pytest.mark.parametrize("eagerly", [False, True])
@@ -86,8 +86,8 @@ def test_a_step_that_updates_nothing_says_so_once(eagerly):
     trainer = trainer_of(Forgets, run_eagerly=eagerly)
     text = r"calls neither `self.update\(tape, loss\)`.*nothing trains of the 2 variables"
     with pytest.warns(UserWarning, match=text):
-        trainer.fit(BATCHES, progress="none")
-    trainer.fit([(X, Y)], progress="none")
+        trainer.fit(BATCHES, verbose=0)
+    trainer.fit([(X, Y)], verbose=0)
 
 
 def test_one_that_assigns_to_what_trains_says_nothing():
@@ -97,7 +97,7 @@ def test_one_that_assigns_to_what_trains_says_nothing():
                 variable.assign(variable * 0.9)
             return {"loss": tf.zeros(())}
 
-    trainer_of(ByHand).fit(BATCHES, progress="none")
+    trainer_of(ByHand).fit(BATCHES, verbose=0)
 
 
 class Own(keras.Model):
@@ -138,7 +138,7 @@ def test_a_missing_eval_step_is_named():
     trainer = fit(mlp("head"), kind=TrainsAlone, loss=None)
     text = r"`TrainsAlone` overrides `train_step` and evaluates by the default `eval_step`"
     with pytest.raises(ValueError, match=text):
-        trainer.evaluate(BATCHES, progress="none")
+        trainer.evaluate(BATCHES, verbose=0)
 
 
 def test_a_loss_computed_after_the_tape_is_named():
@@ -152,7 +152,7 @@ def test_a_loss_computed_after_the_tape_is_named():
 
     text = r"computed after the `with self.tape\(\.\.\.\)` block: move it inside"
     with pytest.raises(tl.DisconnectedError, match=text):
-        trainer_of(TooLate).fit(BATCHES, progress="none")
+        trainer_of(TooLate).fit(BATCHES, verbose=0)
 
 
 def test_a_missing_call_of_the_constructor_is_named():
@@ -161,7 +161,7 @@ def test_a_missing_call_of_the_constructor_is_named():
             self.net = model
 
     with pytest.raises(RuntimeError, match=r"`Forgets.__init__` has not called `super\(\).__init__\(\.\.\.\)`"):
-        Forgets(mlp("head")).fit(BATCHES, progress="none")
+        Forgets(mlp("head")).fit(BATCHES, verbose=0)
     with pytest.raises(AttributeError, match="'Trainer' has no attribute 'trian'"):
         _ = trainer_of().trian
 
@@ -180,7 +180,7 @@ def test_logs_that_an_epoch_has_not_are_nan():
             return {**logs, "few": tf.ones(())} if len(self.selection.groups) == 1 else logs
 
     policy = tl.Phases({0: tl.TrainAll(), 1: tl.Groups({"a": "head/kernel", "b": "head/bias"}), 2: tl.TrainAll()})
-    history = trainer_of(Sometimes, policy).fit(BATCHES, epochs=3, progress="none").history
+    history = trainer_of(Sometimes, policy).fit(BATCHES, epochs=3, verbose=0).history
     assert [len(values) for values in history.values()] == [3, 3]
     assert history["few"][0] == history["few"][2] == 1.0
     assert np.isnan(history["few"][1])
@@ -191,7 +191,7 @@ def test_prediction_of_an_unbuilt_model_needs_no_targets():
     trainer = tl.Trainer(model, loss="mse")
     outputs = trainer.predict(X)
     assert_close(outputs, model(X), rtol=1e-6)
-    trainer.fit(BATCHES, progress="none")
+    trainer.fit(BATCHES, verbose=0)
 
 
 class Reading(tl.Trainer):

@@ -22,7 +22,7 @@ def mlp(*more):
 def fit(kind=tl.Trainer, model=None, epochs=2, data=BATCHES, validation=None, **options):
     """The logs of some epochs."""
     trainer = kind(model or mlp(), optimizer="sgd", **options)
-    return trainer.fit(data, epochs=epochs, validation_data=validation, progress="none").history
+    return trainer.fit(data, epochs=epochs, validation_data=validation, verbose=0).history
 
 
 class Custom(OneUpdate):
@@ -70,8 +70,8 @@ def test_a_metric_that_is_returned_logs_its_result_and_starts_anew_each_epoch(ho
             return {"targets": self.seen}
 
     trainer = Returns(mlp(), optimizer="sgd", **how)
-    assert trainer.fit(BATCHES, epochs=2, progress="none").history["targets"] == [5.5, 5.5]
-    assert trainer.fit(BATCHES[:1], progress="none").history["targets"] == [1.5]
+    assert trainer.fit(BATCHES, epochs=2, verbose=0).history["targets"] == [5.5, 5.5]
+    assert trainer.fit(BATCHES[:1], verbose=0).history["targets"] == [1.5]
 
 
 @by_how
@@ -164,7 +164,7 @@ def test_metrics_of_one_name_are_all_logged():
     model = mlp(Holding(one, "act"), Holding(lambda x: 3.0, "act"), Holding(lambda x: 5.0, "loss"))
     trainer = tl.Trainer(model, loss="mse", metrics=["mae"], optimizer="sgd")
     trainer.mae = keras.metrics.Mean(name="mae")
-    history = trainer.fit(BATCHES, progress="none").history
+    history = trainer.fit(BATCHES, verbose=0).history
     assert set(history) == {"loss", "mae", "act", "act_1", "loss_1"}
     assert (history["act"], history["act_1"], history["loss_1"]) == ([1.0], [3.0], [5.0])
     assert history["loss"] != [5.0]
@@ -191,7 +191,7 @@ def test_a_bad_step_leaves_no_mark_on_any_metric(eagerly):
     trainer = Returns(mlp(Holding(one, "act")), optimizer="sgd", nonfinite="skip", run_eagerly=eagerly)
     trainer.scale = 1.0
     bad = (np.full((4, 4), np.nan, "float32"), np.full((4, 1), np.nan, "float32"))
-    history = trainer.fit([BATCHES[0], bad, BATCHES[1]], progress="none").history
+    history = trainer.fit([BATCHES[0], bad, BATCHES[1]], verbose=0).history
     assert history["skipped_steps"] == [1.0]
     assert np.isfinite([history[name][0] for name in ("loss", "seen", "act", "elsewhere")]).all()
     assert history["seen"] == [3.5]

@@ -54,29 +54,29 @@ def test_auto_doubles_until_a_step_fits_and_nothing_moves_twice(options, caplog)
         trainer_of(hungry(4), optimizer="adam", microbatches=count, metrics=["accuracy"], **options)
         for count in ("auto", 4)
     )
-    history = auto.fit([batches[0]] * 3, progress="none").history
+    history = auto.fit([batches[0]] * 3, verbose=0).history
     assert auto.microbatches == 4
     assert [record.getMessage() for record in caplog.records if record.name == "tapeloop"] == [
         "Out of memory with microbatches=1: going on with microbatches=2.",
         "Out of memory with microbatches=2: going on with microbatches=4.",
     ]
-    assert known.fit([batches[0]] * 3, progress="none").history == history
+    assert known.fit([batches[0]] * 3, verbose=0).history == history
     assert models.values(auto.model) == models.values(known.model)
     assert auto.step == 3
-    auto.fit([models.images(3)], progress="none")  # fewer examples than pieces: one each
-    auto.fit([batches[1]], progress="none")
+    auto.fit([models.images(3)], verbose=0)  # fewer examples than pieces: one each
+    auto.fit([batches[1]], verbose=0)
     assert auto.microbatches == 8
 
 
 def test_auto_notices_when_the_device_itself_is_out_of_memory():
     auto = trainer_of(hungry(4, allocated), microbatches="auto")
-    auto.fit([models.images(8)], progress="none")
+    auto.fit([models.images(8)], verbose=0)
     assert auto.microbatches == 2
 
 
 def test_auto_gives_up_at_one_example():
     with pytest.raises(RuntimeError, match=r"ran out of memory with one example at a time, 4 micro-batches of a batch"):
-        trainer_of(hungry(0), microbatches="auto").fit([models.images(4)], progress="none")
+        trainer_of(hungry(0), microbatches="auto").fit([models.images(4)], verbose=0)
 
 
 class Late(keras.optimizers.SGD):
@@ -91,7 +91,7 @@ def test_running_out_while_variables_are_updated_leaves_them_as_they_were():
     trainer = trainer_of(network(), optimizer=Late(0.1), microbatches="auto", ema=0.9)
     before = models.values(trainer.model)
     with pytest.raises(RuntimeError, match=r"ran out of memory with one example at a time, 4 micro-batches of a batch"):
-        trainer.fit([models.images(4)], progress="none")
+        trainer.fit([models.images(4)], verbose=0)
     assert models.values(trainer.model) == before
     assert iterations(trainer) == [0]
     assert trainer.step == 0
@@ -100,23 +100,23 @@ def test_running_out_while_variables_are_updated_leaves_them_as_they_were():
 def test_what_fits_on_trial_goes_on_in_the_graph_and_is_found_anew_by_the_next_fit():
     batch = models.images(16)
     trainer = trainer_of(hungry(4), microbatches="auto")
-    trainer.fit([batch] * 3, progress="none")
+    trainer.fit([batch] * 3, verbose=0)
     assert (trainer.microbatches, trainer.step) == (4, 3)
     with pytest.raises(tf.errors.ResourceExhaustedError):  # in the loop nothing is put aside that could be put back
-        trainer.fit([batch, models.images(24)], progress="none")
-    trainer.fit([models.images(24)], progress="none")
+        trainer.fit([batch, models.images(24)], verbose=0)
+    trainer.fit([models.images(24)], verbose=0)
     assert trainer.microbatches == 8
 
 
 def test_a_number_that_is_known_does_not_change():
     with pytest.raises(tf.errors.ResourceExhaustedError):
-        trainer_of(hungry(4), microbatches=2).fit([models.images(16)], progress="none")
+        trainer_of(hungry(4), microbatches=2).fit([models.images(16)], verbose=0)
 
 
 def test_what_a_layer_keeps_in_a_closure_does_not_move_twice():
     seen = models.Seen()
     model = keras.Sequential([keras.Input((6, 6, 1)), layers.Flatten(), seen, Hungry(4, refused), layers.Dense(3)])
     trainer = trainer_of(model, microbatches="auto")
-    trainer.fit([models.images(16)], progress="none")
+    trainer.fit([models.images(16)], verbose=0)
     assert trainer.microbatches == 4
     assert int(seen.count()) == 4  # once a piece, and not in the trials that ran out

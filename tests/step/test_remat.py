@@ -86,7 +86,7 @@ def test_the_graph_computes_it_again_and_the_model_is_left_as_it_was():
     trainer = trained(stack, remat="block*")
     assert convolutions(trainer)[0] == 6
     assert "call" not in vars(trainer.model.get_layer("block0"))
-    trainer.evaluate([data(trainer.model)], progress="none")
+    trainer.evaluate([data(trainer.model)], verbose=0)
 
 
 def test_the_graph_has_no_gradient_for_what_is_frozen():
@@ -99,7 +99,7 @@ def test_the_graph_has_no_gradient_for_what_is_frozen():
 def test_what_is_frozen_stays_bit_identical_under_it(eagerly):
     model = stack()
     trainer = trainer_of(model, tl.Freeze("block0"), remat="block*", run_eagerly=eagerly, optimizer="adam")
-    found = moved(model, lambda: trainer.fit([data(model)] * 2, progress="none"))
+    found = moved(model, lambda: trainer.fit([data(model)] * 2, verbose=0))
     assert {path.split("/")[0] for path in found} == {"block1", "block2", "head"}
 
 
@@ -115,4 +115,4 @@ def test_what_is_frozen_stays_bit_identical_under_it(eagerly):
 def test_what_it_cannot_do(make, filter_, error, text):
     model = make()
     with refused(model, error, text):
-        trainer_of(model, remat=filter_).fit([data(model)], progress="none")
+        trainer_of(model, remat=filter_).fit([data(model)], verbose=0)

@@ -153,7 +153,7 @@ class SecondOrder(OneUpdate):
 def test_second_order_gradients_are_refused_by_name():
     model = stack()
     with pytest.raises(NotImplementedError, match=r"`block0`, which `remat` computes twice: it has no second-order"):
-        SecondOrder(model, remat="block0").fit([data(model)], progress="none")
+        SecondOrder(model, remat="block0").fit([data(model)], verbose=0)
 
 
 @pytest.mark.parametrize(
@@ -167,4 +167,4 @@ def test_second_order_gradients_are_refused_by_name():
 def test_what_has_no_second_run_is_refused(kind, text):
     model = odd(kind)
     with refused(model, tl.PolicyError, text):
-        trainer_of(model, remat="odd").fit([data(model)], progress="none")
+        trainer_of(model, remat="odd").fit([data(model)], verbose=0)

@@ -24,7 +24,7 @@ def test_masked_metrics_equal_those_of_keras():
             layers.Dense(2),
         ]
     )
-    mine = tl.Trainer(model, loss="mse", metrics=["mae"]).evaluate((ids, y), progress="none")
+    mine = tl.Trainer(model, loss="mse", metrics=["mae"]).evaluate((ids, y), verbose=0)
     model.compile("sgd", "mse", metrics=["mae"])
     assert mine == pytest.approx(model.evaluate(ids, y, verbose=0, return_dict=True), rel=1e-5)
 
@@ -48,20 +48,20 @@ def test_losses_added_in_other_traces_and_calls_are_left_out():
         penalized = [keras.Sequential([keras.Input((4,)), layers.Dense(3, activity_regularizer="l2")]) for _ in "ab"]
         return OneOfTwo(dict(zip("ab", penalized)), tl.Groups({"a": "a", "b": "b"}))
 
-    expected = make().fit([(X, Y)], progress="none").history
+    expected = make().fit([(X, Y)], verbose=0).history
     trainer = make()
     trainer.model["b"](X * 100)
-    assert trainer.fit([(X, Y)], progress="none").history == expected
+    assert trainer.fit([(X, Y)], verbose=0).history == expected
     trainer = make()
-    trainer.evaluate([(X, Y)], progress="none")
-    assert trainer.fit([(X, Y)], progress="none", validation_data=[(X, Y)]).history["loss"] == expected["loss"]
+    trainer.evaluate([(X, Y)], verbose=0)
+    assert trainer.fit([(X, Y)], verbose=0, validation_data=[(X, Y)]).history["loss"] == expected["loss"]
 
 
 def test_evaluation_reports_what_it_computed_and_nothing_else():
     trainer = OneOfTwo({"a": dense(), "b": dense()}, tl.Groups({"a": "a", "b": "b"}))
-    history = trainer.fit([(X, Y)], epochs=2, validation_data=[(X, Y)], progress="none").history
+    history = trainer.fit([(X, Y)], epochs=2, validation_data=[(X, Y)], verbose=0).history
     assert {name: len(values) for name, values in history.items()} == {"loss": 2, "val_output": 2}
-    assert list(trainer.evaluate([(X, Y)], progress="none")) == ["output"]
+    assert list(trainer.evaluate([(X, Y)], verbose=0)) == ["output"]
 
 
 def pairwise(y, p):

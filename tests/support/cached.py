@@ -201,7 +201,7 @@ def check_cached_run(make, data, *, where="memory", computed=None, served=None, 
     for place in (where, None):
         trainer = make()
         with watched_cache() as watched:
-            history = trainer.fit(data(), feature_cache=place, progress="none", **options).history
+            history = trainer.fit(data(), feature_cache=place, verbose=0, **options).history
         if place is not None:
             assert watched.computed == (names if computed is None else computed), watched
             expected = Counter(names * options.get("epochs", 1) if served is None else served)

@@ -64,7 +64,7 @@ class Counting(layers.Layer):
 
 def cut_of(model, policy, batch, kind="train", random=False, trainer_type=tl.Trainer):
     trainer = trainer_type(model, policy, loss="mse", optimizer="sgd")
-    trainer.fit(batch, batch_size=N, progress="none")
+    trainer.fit(batch, batch_size=N, verbose=0)
     step = inspect.start_phase(trainer) if kind == "train" else inspect.eval_step(trainer)
     spec = tf.nest.map_structure(lambda value: tf.TensorSpec([None, *value.shape[1:]], value.dtype), batch)
     return split(step, spec, batch, random=random)

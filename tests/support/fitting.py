@@ -44,7 +44,7 @@ class CountingModule(tf.Module):
 def fit(model, policy=None, steps=3, epochs=1, loss="mse", data=None, kind=tl.Trainer, **options):
     """A trainer that has trained for some epochs, of so many steps on one batch, or on other data."""
     trainer = kind(model, policy, loss=loss, **options)
-    trainer.fit(data or [(X, Y)] * steps, epochs=epochs, progress="none")
+    trainer.fit(data or [(X, Y)] * steps, epochs=epochs, verbose=0)
     return trainer
 
 

@@ -93,7 +93,7 @@ def calls_of_the_loop(trainer, data, **options):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CompiledStep, "run_steps", noting)
-        trainer.fit(data, progress="none", **options)
+        trainer.fit(data, verbose=0, **options)
     return calls
 
 

@@ -39,7 +39,7 @@ class Run:
             pathlib.Path(getattr(checkpoint, "directory", checkpoint)).glob("0*-step-*")
         ):
             forget(trainer)
-        given = {"batch_size": BATCH, "progress": "none", **self.options, **options}
+        given = {"batch_size": BATCH, "verbose": 0, **self.options, **options}
         trainer.fit(self.data(), epochs=epochs, checkpoint=checkpoint, **given)
         return trainer
 
@@ -179,9 +179,9 @@ GROUPS = {"base": tl.glob("base"), "head": tl.glob("head")}
 VALIDATED = {"validation_data": (X[:8], Y[:8])}
 RUNS = {
     "plain": Run(made(metrics=["mae"], ema=0.9), options=VALIDATED),
-    "gradual": Run(made(lambda: tl.GradualUnfreeze(["head", "norm", "base"]), ema=0.9), options=VALIDATED),
+    "gradual": Run(made(lambda: tl.GradualUnfreeze(["head", "norm", "base"], decay=0.5), ema=0.9), options=VALIDATED),
     "cycle": Run(made(lambda: tl.Cycle([tl.TrainOnly("head"), tl.TrainOnly("base", "norm")], every=2), ema=0.9)),
-    "random": Run(made(lambda: tl.RandomSubset(1, of=layers.Dense, every=3), metrics=["mae"])),
+    "random": Run(made(lambda: tl.RandomSubset(1, of=layers.Dense, every=3, always="norm"), metrics=["mae"])),
     "drawn": Run(made(Drawn)),
     "unhashable": Run(made(Unhashable)),
     "groups": Run(made(lambda: tl.Groups(GROUPS), optimizer=lambda: {
@@ -231,8 +231,8 @@ def interrupted_at(step):
         done = session._contents.loop.state.step
         return min(steps_left(session), step - done if step > done else 1)
 
-    def stop(session):
-        after_steps(session)
+    def stop(session, *args):
+        after_steps(session, *args)
         if session._contents.loop.state.step >= step:
             raise KeyboardInterrupt
 

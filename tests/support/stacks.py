@@ -47,7 +47,7 @@ def data(model):
 def trained(make, policy=None, steps=2, **options):
     model = make()
     trainer = trainer_of(model, policy, optimizer=keras.optimizers.SGD(0.1), **options)
-    trainer.fit([data(model)] * steps, progress="none")
+    trainer.fit([data(model)] * steps, verbose=0)
     return trainer
 
 

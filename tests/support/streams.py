@@ -16,7 +16,7 @@ def network():
 
 def trainer_on(data, model=None, **options):
     trainer = trainer_of(model or network(), optimizer="sgd", **options)
-    trainer.fit(data, progress="none")
+    trainer.fit(data, verbose=0)
     return trainer
 
 

@@ -1,0 +1,225 @@
+"""Keras' callbacks as they are: told of a fit as Keras' own `fit` tells them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from tapeloop._backend import keras_internals
+from tapeloop.callbacks.model_view import ModelView
+from tapeloop.callbacks.state import keep_files, restore, state_of
+from tapeloop.data.loader import DataLoader
+from tapeloop.loop.epochs import EpochLoop
+from tapeloop.loop.listener import FitListener, ReadLogs
+from tapeloop.model.tree import Model
+from tapeloop.step.objective import Objective
+
+# What does in Keras' `fit` alone what a trainer does itself, and what to write instead.
+REFUSED = {
+    "BackupAndRestore": "it saves the optimizer of a compiled model. Pass `checkpoint=tl.Checkpoints(directory)` to "
+    "`fit`, which resumes in the middle of an epoch too",
+    "OrbaxCheckpoint": "it saves the optimizer of a compiled model. Pass `checkpoint=tl.Checkpoints(directory)` to "
+    "`fit`",
+}
+OF_TRAIN_BATCHES = "on_batch_begin", "on_batch_end", "on_train_batch_begin", "on_train_batch_end"
+OF_TEST_BATCHES = "on_test_batch_begin", "on_test_batch_end"
+
+
+class ForGroup:
+    """A Keras callback that sees one group alone: its `self.model.optimizer` is that group's.
+
+    Attributes:
+        group: The name of the group.
+        callback: The callback.
+
+    Example:
+        >>> dense = keras.layers.Dense
+        >>> model = keras.Sequential([keras.Input((4,)), dense(3, name="base"), dense(2, name="head")])
+        >>> trainer = tl.Trainer(model, tl.Groups({"base": "base", "head": "head"}), loss="mse", optimizer="sgd")
+        >>> slower = keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate / 2)
+        >>> x, y = np.ones((8, 4)), np.ones((8, 2))
+        >>> history = trainer.fit(x, y, epochs=2, verbose=0, callbacks=[tl.ForGroup("head", slower)])
+        >>> {group: round(rate, 4) for group, rate in trainer.learning_rates.items()}
+        {'base': 0.01, 'head': 0.0025}
+    """
+
+    def __init__(self, group: str, callback: keras.callbacks.Callback) -> None:
+        """Keep both.
+
+        Args:
+            group: The name of the group.
+            callback: The callback, such as `keras.callbacks.ReduceLROnPlateau()`.
+
+        Raises:
+            TypeError: `callback` is no Keras callback.
+        """
+        _check_callback(callback)
+        self.group = group
+        self.callback = callback
+
+    def __repr__(self) -> str:
+        return f"ForGroup({self.group!r}, {type(self.callback).__name__})"
+
+
+class KerasCallbacks(FitListener):
+    """Tells Keras' callbacks how a fit, an evaluation or a prediction goes."""
+
+    def __init__(self, given: Any, model: Model, loop: EpochLoop, objective: Objective) -> None:
+        """Check the callbacks.
+
+        Args:
+            given: Callbacks, `ForGroup`s, or `keras.callbacks.CallbackList`s: one of them or several.
+            model: The user's model.
+            loop: The trainer's loop.
+            objective: The loss and the metrics that the trainer was made with.
+
+        Raises:
+            TypeError: One of them is no Keras callback.
+            ValueError: One of them does not go with a trainer.
+        """
+        pairs = [(one.group, one.callback) if isinstance(one, ForGroup) else (None, one) for one in _flat(given)]
+        for _, callback in pairs:
+            _check_callback(callback)
+            _check_goes(callback)
+        # Keras' own averages are those of its optimizers; the trainer swaps its own.
+        self.swaps_averages = any(isinstance(each, keras.callbacks.SwapEMAWeights) for _, each in pairs)
+        pairs = [pair for pair in pairs if not isinstance(pair[1], keras.callbacks.SwapEMAWeights)]
+        self._loop = loop
+        self._callbacks = [callback for _, callback in pairs]
+        self._views = [ModelView(model, loop, objective, group) for group, _ in pairs]
+        self._looks_at_steps = any(keras_internals.needs_batches(each, OF_TRAIN_BATCHES) for each in self._callbacks)
+        self._looks_at_tests = any(keras_internals.needs_batches(each, OF_TEST_BATCHES) for each in self._callbacks)
+        self._is_testing = False
+        self._saved: tuple[Any, Callable[[str], Any]] | None = None
+        self._logs: dict[str, Any] = {}  # of the last epoch, without what callbacks have added
+
+    @property
+    def changes_the_end(self) -> bool:
+        """Whether one of them may move the model after the last epoch, as one that restores the best weights does."""
+        return any(keras_internals.is_overridden(each, "on_train_end") for each in self._callbacks)
+
+    def set_params(self, *, epochs: int, steps: int | None, verbose: Any) -> None:
+        """Have each callback know the model and how long the fit is."""
+        for callback, view in zip(self._callbacks, self._views):
+            callback.set_params({"verbose": verbose, "epochs": epochs, "steps": steps})
+            callback.set_model(view)
+
+    def go_on(self, said: Any, read: Callable[[str], Any]) -> None:
+        """Have a fit that begins go on with what `state` returned when the run was saved.
+
+        Args:
+            said: What it returned first.
+            read: Returns an array by its name, or None.
+        """
+        self._saved = said, read
+        keep_files(self._callbacks)
+
+    def state(self) -> tuple[Any, Mapping[str, np.ndarray]]:
+        """Return what the callbacks have come to."""
+        return state_of(self._callbacks)
+
+    # What the loop calls
+
+    def steps_left(self) -> int:
+        """Return 1 if a callback looks at each batch."""
+        return 1 if (self._looks_at_tests if self._is_testing else self._looks_at_steps) else sys.maxsize
+
+    def before_fit(self) -> None:
+        """Have a fit begin."""
+        self._call("on_train_begin", {})
+        if self._saved is not None:
+            restore(self._callbacks, *self._saved)
+
+    def before_epoch(self, number: int) -> None:
+        """Have an epoch begin."""
+        self._call("on_epoch_begin", number, {})
+        if self._callbacks:
+            self._loop.phases.read_again()
+
+    def before_steps(self, number: int) -> None:
+        """Have a batch begin, if a callback looks at each."""
+        if self._looks_at_steps:
+            self._call("on_train_batch_begin", number, {})
+
+    def after_steps(self, number: int, read_logs: ReadLogs) -> None:
+        """Have a batch end, if a callback looks at each."""
+        if self._looks_at_steps:
+            self._call("on_train_batch_end", number, dict(read_logs()[0]))
+
+    def before_evaluation(self, loader: DataLoader) -> None:
+        """Have an evaluation begin."""
+        self._is_testing = True
+        self._call("on_test_begin", {})
+
+    def before_evaluating(self, number: int) -> None:
+        """Have a batch of an evaluation begin, if a callback looks at each."""
+        if self._looks_at_tests:
+            self._call("on_test_batch_begin", number, {})
+
+    def after_evaluating(self, number: int, read_logs: ReadLogs) -> None:
+        """Have a batch of an evaluation end, if a callback looks at each."""
+        if self._looks_at_tests:
+            self._call("on_test_batch_end", number, dict(read_logs()[0]))
+
+    def after_evaluation(self, logs: Mapping[str, Any]) -> None:
+        """Have an evaluation end."""
+        self._is_testing = False
+        self._call("on_test_end", dict(logs))
+
+    def end_epoch(self, number: int, logs: dict[str, Any]) -> None:
+        """Have an epoch end; what a callback adds to the logs is recorded with them, as Keras does."""
+        self._logs = dict(logs)
+        self._call("on_epoch_end", number, logs)
+
+    def after_fit(self, logs: Mapping[str, Any]) -> None:
+        """Have the fit end."""
+        self._call("on_train_end", self._logs)
+
+    # What a prediction calls
+
+    def predicting(self, outputs: Iterable[Any]) -> Iterator[Any]:
+        """Yield the outputs of the batches of a prediction, and have it begin and end around them."""
+        self._call("on_predict_begin", {})
+        for number, output in enumerate(outputs):
+            # Only the batch itself tells that there is one.
+            self._call("on_predict_batch_begin", number, {})
+            self._call("on_predict_batch_end", number, {"outputs": output})
+            yield output
+        self._call("on_predict_end", {})
+
+    def _call(self, name: str, *args: Any) -> None:
+        # As `keras.callbacks.CallbackList` does, which would give each of them the same model.
+        for callback in self._callbacks:
+            getattr(callback, name)(*args)
+
+
+def _flat(given: Any) -> Sequence[Any]:
+    if given is None:
+        return []
+    if isinstance(given, keras.callbacks.CallbackList):
+        return _flat(given.callbacks)
+    return [each for one in given for each in _flat(one)] if isinstance(given, (list, tuple)) else [given]
+
+
+def _check_callback(callback: Any) -> None:
+    if not isinstance(callback, keras.callbacks.Callback):
+        hint = f" Make an object of it: `{callback.__name__}()`." if isinstance(callback, type) else ""
+        raise TypeError(
+            f"`callbacks` must be objects of `keras.callbacks.Callback`. Received: {callback!r} of type "
+            f"{type(callback).__name__}.{hint}"
+        )
+
+
+def _check_goes(callback: keras.callbacks.Callback) -> None:
+    for kind in type(callback).__mro__:
+        if kind.__name__ in REFUSED and kind.__module__.startswith("keras."):
+            raise ValueError(f"`{kind.__name__}` does not go with a trainer: {REFUSED[kind.__name__]}.")
+    if isinstance(callback, keras.callbacks.SwapEMAWeights) and callback.swap_on_epoch:
+        raise ValueError(
+            "`SwapEMAWeights(swap_on_epoch=True)` leaves the averages in the model between epochs, where a trainer "
+            "saves its own weights. Leave `swap_on_epoch` out; `with trainer.ema_weights():` saves the averages."
+        )

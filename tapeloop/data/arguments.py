@@ -1,0 +1,143 @@
+"""From the arguments of Keras' `fit` to data in one piece: inputs, targets and weights joined, and a part split off."""
+
+from __future__ import annotations
+
+import functools
+import math
+import numbers
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tapeloop.data.array_source import lies_in_file
+from tapeloop.data.batch import map_tensors, rows_of, tensors_in
+from tapeloop.errors import DataError
+
+
+def joined(x: Any, y: Any = None, sample_weight: Any = None) -> Any:
+    """Return the data that was given as inputs, targets and weights, or as one object that has all of them.
+
+    Args:
+        x: The inputs; without the others, any data.
+        y: The targets, or None.
+        sample_weight: The weights of the examples, or None.
+
+    Raises:
+        DataError: There are targets or weights beside data that has its own, or it is not clear whether a list is
+            several inputs or batches.
+    """
+    if y is None and sample_weight is None:
+        if isinstance(x, list) and x and all(map(is_array, x)):
+            raise DataError(
+                f"`x` is a list of {len(x)} arrays and there is no `y`: these may be several inputs or batches. For "
+                "several inputs write a tuple of one entry, `([first, second],)`; for batches of inputs alone write "
+                "each as a tuple, `[(first,), (second,)]`."
+            )
+        return x
+    if not is_arrays(x):
+        extra = "y" if y is not None else "sample_weight"
+        raise DataError(
+            f"`{extra}` was given, and `x` is no array but a {type(x).__name__}, whose batches hold the targets and "
+            "the weights. Put them there: `(inputs, targets, sample_weight)`."
+        )
+    return (x, y) if sample_weight is None else (x, y, sample_weight)
+
+
+def is_array(value: Any) -> bool:
+    """Tell whether a value is one array: NumPy's, a tensor, a data frame, a sparse matrix, or one in a file."""
+    if isinstance(value, (tf.RaggedTensor, tf.SparseTensor)):
+        return True
+    # Data frames are told by their method.
+    return hasattr(value, "shape") and (hasattr(value, "__array__") or hasattr(value, "tocoo"))
+
+
+def is_arrays(value: Any) -> bool:
+    """Tell whether a value is arrays, and not batches: one array, or a structure of several."""
+    return is_array(value) or isinstance(value, (tuple, list, Mapping))
+
+
+def split_off(data: Any, fraction: float) -> tuple[Any, Any]:
+    """Return the first part of arrays, to train on, and the last, to validate on.
+
+    Args:
+        data: Arrays, as `joined` returns them.
+        fraction: How much of the examples is split off: above 0 and below 1.
+
+    Raises:
+        DataError: The data is not arrays, or one of the parts would have no examples.
+        ValueError: `fraction` is out of range.
+
+    Source: https://keras.io/api/models/model_training_apis/#fit-method, `validation_split`.
+    """
+    if isinstance(fraction, bool) or not isinstance(fraction, numbers.Real) or not 0 < fraction < 1:
+        raise ValueError(f"`validation_split` must be a number above 0 and below 1. Received: {fraction!r}.")
+    is_batches = isinstance(data, (tf.data.Dataset, keras.utils.PyDataset, list)) or not is_arrays(data)
+    if is_batches:
+        raise DataError(
+            f"`validation_split` takes the last examples of arrays, and `x` is a {type(data).__name__} of batches. "
+            "Pass `validation_data` instead."
+        )
+    lengths = {array.shape[0] if len(getattr(array, "shape", ())) else None for array in tensors_in(data)}
+    if len(lengths) != 1:
+        return data, data  # which the loader refuses, and says why
+    examples = lengths.pop()
+    first = math.floor(examples * (1 - fraction))
+    if first in (0, examples):
+        raise DataError(
+            f"`validation_split={fraction}` of {examples} examples leaves none to {'validate' if first else 'train'} "
+            "on."
+        )
+
+    parts = [(0, first), (first, examples)]
+    training, validation = (map_tensors(functools.partial(_rows, start=a, stop=b), data) for a, b in parts)
+    return training, validation
+
+
+@dataclass(frozen=True)
+class FileRows:
+    """Some consecutive rows of an array in a file, which are read only when they are indexed.
+
+    Attributes:
+        array: The array.
+        start: The first row.
+        stop: The row after the last one.
+    """
+
+    array: Any
+    start: int
+    stop: int
+
+    chunks = None  # by this and `__array__` an array in a file is told
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of these rows."""
+        return (self.stop - self.start, *self.array.shape[1:])
+
+    @property
+    def dtype(self) -> Any:
+        """The type of the numbers."""
+        return self.array.dtype
+
+    def __getitem__(self, indices: np.ndarray) -> Any:
+        return self.array[indices + self.start]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.array[self.start : self.stop], dtype)
+
+
+def _rows(array: Any, start: int, stop: int) -> Any:
+    """Return consecutive rows of an array of any kind."""
+    if lies_in_file(array):
+        return FileRows(array, start, stop)
+    if isinstance(array, tf.SparseTensor):
+        return rows_of(array, start, stop - start)
+    if hasattr(array, "tocsr"):
+        return array.tocsr()[start:stop]
+    if hasattr(array, "iloc"):
+        return array.iloc[start:stop]
+    return array[start:stop]

@@ -1,0 +1,101 @@
+"""What a Keras user types: arguments of `fit`, attributes of a compiled model, and what a trainer says to each."""
+
+import inspect
+import math
+
+import keras
+import numpy as np
+import pytest
+
+import tapeloop as tl
+from tests.support.fitting import X, Y, mlp
+
+ARGUMENTS = {"fit": keras.Model.fit, "evaluate": keras.Model.evaluate, "predict": keras.Model.predict}
+
+
+@pytest.fixture(scope="module")
+def trainer():
+    return tl.Trainer(mlp("head"), loss="mse", metrics=["mae"], ema=0.9)
+
+
+@pytest.mark.parametrize("method", ARGUMENTS)
+def test_every_argument_of_keras_is_taken_or_answered(trainer, method):
+    ours = inspect.signature(getattr(trainer, method)).parameters
+    theirs = [name for name in inspect.signature(ARGUMENTS[method]).parameters if name not in ("self", "kwargs")]
+    for name in theirs:
+        if name not in ours:
+            with pytest.raises(TypeError, match=rf"`{method}` has no argument `{name}`: .+\."):
+                getattr(trainer, method)(X, **{name: 1})
+    assert [name for name in theirs if name in ours][:2] == list(ours)[:2] or method == "predict"
+    with pytest.raises(TypeError, match=rf"`{method}` has no argument `batchsize`. Did you mean `batch_size`\?"):
+        getattr(trainer, method)(X, batchsize=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("compile", "the loss, the optimizer and the metrics are options of the trainer"),
+        ("optimizer", r"`trainer.learning_rates\[group\]`"),
+        ("summary", r"`print\(trainer.explain\(\)\)`"),
+        ("save_weights", r"`trainer.save\('name.weights.h5'\)`"),
+        ("get_layer", r"`trainer.model.get_layer\(name\)`"),
+        ("histroy", "Did you mean `history`?"),
+    ],
+)
+def test_what_a_model_has_and_a_trainer_has_not_is_answered(trainer, name, text):
+    assert not hasattr(trainer, name)
+    with pytest.raises(AttributeError, match=text):
+        getattr(trainer, name)
+
+
+def test_arrays_in_turn_or_in_a_tuple_are_the_same(trainer):
+    apart = trainer.evaluate(X, Y, np.ones(len(X)), verbose=0)
+    together = trainer.evaluate((X, Y, np.ones(len(X))), verbose=0)
+    assert apart == together == trainer.evaluate([(X, Y)], verbose=0)
+    np.testing.assert_array_equal(trainer.predict(X), trainer.predict((X, Y)))
+
+
+def test_some_epochs_are_validated_and_by_the_averages(trainer):
+    history = trainer.fit(X, Y, epochs=4, validation_split=0.25, validation_freq=2, validation_batch_size=3, verbose=0)
+    assert [math.isnan(value) for value in history.history["val_loss"]] == [True, False, True, False]
+    x, y = X[-len(X) // 4 :], Y[-len(Y) // 4 :]
+    own = trainer.evaluate(x, y, verbose=0)["loss"]
+    assert history.history["val_loss"][-1] == pytest.approx(own, rel=1e-5)
+    history = trainer.fit(X, Y, epochs=3, validation_data=(x, y), validation_freq=[3], validate_with="ema", verbose=0)
+    assert [math.isnan(value) for value in history.history["val_loss"]] == [True, True, False]
+    with trainer.ema_weights():
+        averaged = trainer.evaluate(x, y, verbose=0)["loss"]
+    assert history.history["val_loss"][-1] == pytest.approx(averaged, rel=1e-5)
+    assert averaged != trainer.evaluate(x, y, verbose=0)["loss"]
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"validation_split": 0.5, "validation_data": (X, Y)}, "`validation_data` and `validation_split` were both"),
+        ({"validation_freq": 0}, "`validation_freq` must be a whole number, 1 or more. Received: 0"),
+        ({"validation_freq": [1, "two"]}, "`validation_freq` must be a whole number"),
+        ({"validate_with": "averages"}, "`validate_with` must be 'own' or 'ema'. Received: 'averages'"),
+        ({"verbose": 3}, "`verbose` must be 'auto', 0"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(trainer, options, text):
+    step = trainer.step
+    with pytest.raises(ValueError, match=text):
+        trainer.fit(X, Y, **options)
+    assert trainer.step == step
+
+
+def test_averages_that_are_not_kept_are_not_validated_with():
+    with pytest.raises(ValueError, match=r"make the trainer with `ema=0.999`, say: it has no `ema`"):
+        tl.Trainer(mlp("head"), loss="mse").fit(X, Y, validate_with="ema")
+
+
+def test_several_inputs_come_in_a_list():
+    one, other = keras.Input((2,)), keras.Input((2,))
+    model = keras.Model([one, other], keras.layers.Dense(1)(keras.layers.Concatenate()([one, other])))
+    trainer = tl.Trainer(model, loss="mse")
+    given = np.ones((8, 2)), np.zeros((8, 2))
+    history = trainer.fit(list(given), np.ones((8, 1)), epochs=1, verbose=0)
+    assert history.history["loss"]
+    np.testing.assert_array_equal(trainer.predict(list(given)), trainer.predict((list(given),)))
