@@ -17,7 +17,7 @@ from tapeloop.callbacks.keras_callbacks import KerasCallbacks
 from tapeloop.checkpoint.checkpoints import Checkpoints
 from tapeloop.checkpoint.contents import RunContents
 from tapeloop.checkpoint.session import CheckpointSession, opened
-from tapeloop.data.arguments import is_array, joined, split_off
+from tapeloop.data.arguments import is_array, joined, parted
 from tapeloop.data.batch import as_tensors, examples_of, open_spec_of
 from tapeloop.data.loader import DataLoader, DataSpec
 from tapeloop.data.sampler import Sampler
@@ -132,11 +132,7 @@ class Fits:
         self._loop.check_idle()
         whole_number("epochs", epochs, 0)
         self.state.averages.check_may_train()
-        data = joined(x, y, sample_weight)
-        if validation_split:
-            if validation_data is not None:
-                raise ValueError("`validation_data` and `validation_split` were both given: leave one out.")
-            data, validation_data = split_off(data, validation_split)
+        data, validation_data = parted(joined(x, y, sample_weight), validation_data, validation_split)
         told = self._told(callbacks)
         validation = Validation(validation_freq, "ema" if told.swaps_averages else validate_with)
         if validation.values == "ema":
@@ -151,11 +147,7 @@ class Fits:
         cache = FeatureCache(self._features, feature_cache, feature_cache_views)
         display = ProgressDisplay(verbose)
         if dry_run:
-            span = range(self.state.epoch, self.state.epoch + epochs)
-            fit_data = FitData(spec, validation_spec if validation_data is not None else None, span)
-            self._loop.steps.build(self.model, fit_data.loader.specs)
-            self._loop.phases.resolve_to_come()
-            return trace_phases(self.model, self._loop, fit_data)
+            return self._tried_out(spec, validation_spec, epochs)
         with opened(checkpoint, self._contents) as session:
             fit_data, span = self._prepared(spec, validation_spec, epochs, cache, session)
             told.set_params(epochs=epochs, steps=fit_data.loader.batches_per_epoch, verbose=verbose)
@@ -321,6 +313,14 @@ class Fits:
         loader = DataSpec("x", data, batch_size, ("steps", steps)).loader()
         loader.require_epochs(1)
         return loader
+
+    def _tried_out(self, spec: DataSpec, validation_spec: DataSpec, epochs: int) -> DryRun:
+        """Return what a fit would take, without any of it."""
+        span = range(self.state.epoch, self.state.epoch + epochs)
+        fit_data = FitData(spec, validation_spec if validation_spec.data is not None else None, span)
+        self._loop.steps.build(self.model, fit_data.loader.specs)
+        self._loop.phases.resolve_to_come()
+        return trace_phases(self.model, self._loop, fit_data)
 
     def _prepared(
         self,
