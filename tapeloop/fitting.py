@@ -21,6 +21,7 @@ from tapeloop.data.arguments import is_array, joined, parted
 from tapeloop.data.batch import as_tensors, examples_of, open_spec_of
 from tapeloop.data.loader import DataLoader, DataSpec
 from tapeloop.data.sampler import Sampler
+from tapeloop.dry_run import DryRun
 from tapeloop.dry_run import dry_run as trace_phases
 from tapeloop.feature_cache.cache import CachedData, FeatureCache
 from tapeloop.feature_cache.storage import Memory
