@@ -1,68 +1,27 @@
-"""Train part of a TensorFlow/Keras 3 model, and pay only for that part."""
+"""Train part of a TensorFlow/Keras 3 model, and pay only for that part.
+
+The public names are those of `tapeloop/_public.py`, imported when the first of them is used.
+"""
 
 from __future__ import annotations
 
-from tapeloop._version import __version__ as __version__
-from tapeloop.callbacks.keras_callbacks import ForGroup
-from tapeloop.checkpoint.checkpoints import Checkpoints
-from tapeloop.errors import (
-    CacheError,
-    CheckpointError,
-    DataError,
-    DisconnectedError,
-    NonFiniteError,
-    PolicyError,
-    TapeloopError,
-)
-from tapeloop.feature_cache.report import Frontier
-from tapeloop.loop.history import History, Phase
-from tapeloop.model.filters import Filter, first, glob, last, matching, named, of_type, under
-from tapeloop.model.selection import Selection
-from tapeloop.model.summary import paths
-from tapeloop.model.tree import SubmodelInfo, VariableInfo
-from tapeloop.optimization.tape import GroupTape
-from tapeloop.policies.base import Progress, VariablePolicy
-from tapeloop.policies.layerwise import LayerwiseDecay
-from tapeloop.policies.scheduled import Cycle, GradualUnfreeze, Phases, RandomSubset
-from tapeloop.policies.static import Freeze, Groups, TrainAll, TrainOnly
-from tapeloop.trainer import Trainer
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "CacheError",
-    "CheckpointError",
-    "Checkpoints",
-    "Cycle",
-    "DataError",
-    "DisconnectedError",
-    "Filter",
-    "ForGroup",
-    "Freeze",
-    "Frontier",
-    "GradualUnfreeze",
-    "GroupTape",
-    "Groups",
-    "History",
-    "LayerwiseDecay",
-    "NonFiniteError",
-    "Phase",
-    "Phases",
-    "PolicyError",
-    "Progress",
-    "RandomSubset",
-    "Selection",
-    "SubmodelInfo",
-    "TapeloopError",
-    "TrainAll",
-    "TrainOnly",
-    "Trainer",
-    "VariableInfo",
-    "VariablePolicy",
-    "first",
-    "glob",
-    "last",
-    "matching",
-    "named",
-    "of_type",
-    "paths",
-    "under",
-]
+from tapeloop._version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from tapeloop._public import *  # noqa: F403
+else:
+    # TensorFlow takes seconds to import, and commands that only read files do not need it. Python asks a module for a
+    # name that it does not have by its `__getattr__`: https://peps.python.org/pep-0562
+    def __getattr__(name: str) -> Any:
+        public = importlib.import_module("tapeloop._public")
+        here = globals()
+        here.update({each: getattr(public, each) for each in ("__all__", *public.__all__)})
+        if name not in here:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return here[name]
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__getattr__("__all__")})

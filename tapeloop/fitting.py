@@ -17,15 +17,16 @@ from tapeloop.callbacks.keras_callbacks import KerasCallbacks
 from tapeloop.checkpoint.checkpoints import Checkpoints
 from tapeloop.checkpoint.contents import RunContents
 from tapeloop.checkpoint.session import CheckpointSession, opened
-from tapeloop.data.arguments import is_array, joined, split_off
+from tapeloop.data.arguments import is_array, joined, parted
 from tapeloop.data.batch import as_tensors, examples_of, open_spec_of
 from tapeloop.data.loader import DataLoader, DataSpec
 from tapeloop.data.sampler import Sampler
+from tapeloop.dry_run import DryRun
+from tapeloop.dry_run import dry_run as trace_phases
 from tapeloop.feature_cache.cache import CachedData, FeatureCache
 from tapeloop.feature_cache.storage import Memory
 from tapeloop.loop.epochs import EpochLoop
 from tapeloop.loop.fit_data import FitData, Validation
-from tapeloop.loop.history import History
 from tapeloop.loop.progress import ProgressDisplay
 from tapeloop.loop.state import Resumption, TrainerState
 from tapeloop.model.tree import Model
@@ -70,8 +71,9 @@ class Fits:
         feature_cache: str | os.PathLike[str] | None = None,
         feature_cache_views: int = 1,
         checkpoint: Checkpoints | str | os.PathLike[str] | None = None,
+        dry_run: bool = False,
         **others: NoReturn,
-    ) -> History:
+    ) -> Any:
         """Train for some more epochs, as Keras' `fit` does.
 
         Args:
@@ -102,10 +104,13 @@ class Fits:
                 are stored. Epochs cycle through them: less variety, more speed.
             checkpoint: When the run is saved, or the folder alone, where it is saved after each epoch. A program that
                 was stopped and is run again goes on where it was: then `epochs` are those of the fit as a whole.
+            dry_run: Whether to trace each phase of the schedule on one batch and to return a `DryRun`, which says what
+                each takes in memory and what gets no gradient. Nothing moves then.
             **others: None. What Keras' `fit` takes beside these gets an error that says what to write instead.
 
         Returns:
-            The logs of each epoch, those of the validation as `val_...`.
+            A `History`: the logs of each epoch, those of the validation as `val_...`. Or a `DryRun`, if one was asked
+            for.
 
         Raises:
             PolicyError: The policy cannot be resolved for the model.
@@ -128,11 +133,7 @@ class Fits:
         self._loop.check_idle()
         whole_number("epochs", epochs, 0)
         self.state.averages.check_may_train()
-        data = joined(x, y, sample_weight)
-        if validation_split:
-            if validation_data is not None:
-                raise ValueError("`validation_data` and `validation_split` were both given: leave one out.")
-            data, validation_data = split_off(data, validation_split)
+        data, validation_data = parted(joined(x, y, sample_weight), validation_data, validation_split)
         told = self._told(callbacks)
         validation = Validation(validation_freq, "ema" if told.swaps_averages else validate_with)
         if validation.values == "ema":
@@ -146,13 +147,18 @@ class Fits:
         )
         cache = FeatureCache(self._features, feature_cache, feature_cache_views)
         display = ProgressDisplay(verbose)
+        if dry_run:
+            return self._tried_out(spec, validation_spec, epochs)
         with opened(checkpoint, self._contents) as session:
             fit_data, span = self._prepared(spec, validation_spec, epochs, cache, session)
             told.set_params(epochs=epochs, steps=fit_data.loader.batches_per_epoch, verbose=verbose)
             if session is None:
                 return self._loop.fit(fit_data, span, display, [told], validation)
+            saved = session.saved_beside(span)
+            if saved is not None:
+                told.go_on(*saved)
             # What callbacks do comes before the run is saved.
-            with session.saving(fit_data, changes_the_end=told.changes_the_end):
+            with session.saving(fit_data, beside=told, changes_the_end=told.changes_the_end):
                 return self._loop.fit(fit_data, span, display, [told, session], validation)
 
     def evaluate(
@@ -308,6 +314,14 @@ class Fits:
         loader = DataSpec("x", data, batch_size, ("steps", steps)).loader()
         loader.require_epochs(1)
         return loader
+
+    def _tried_out(self, spec: DataSpec, validation_spec: DataSpec, epochs: int) -> DryRun:
+        """Return what a fit would take, without any of it."""
+        span = range(self.state.epoch, self.state.epoch + epochs)
+        fit_data = FitData(spec, validation_spec if validation_spec.data is not None else None, span)
+        self._loop.steps.build(self.model, fit_data.loader.specs)
+        self._loop.phases.resolve_to_come()
+        return trace_phases(self.model, self._loop, fit_data)
 
     def _prepared(
         self,

@@ -14,6 +14,7 @@ from tapeloop.data.loader import DataSpec
 from tapeloop.feature_cache.report import Frontier, frontier_of
 from tapeloop.feature_cache.storage import Memory
 from tapeloop.fitting import Fits
+from tapeloop.inspection import ShowsItself
 from tapeloop.loop.epochs import EpochLoop
 from tapeloop.loop.history import History
 from tapeloop.loop.nonfinite import NonFiniteHandler
@@ -21,17 +22,14 @@ from tapeloop.loop.phases import PhaseTracker
 from tapeloop.loop.state import TrainerState
 from tapeloop.loop.step_cache import StepCache
 from tapeloop.loop.steps_per_call import Pace
-from tapeloop.model import summary
 from tapeloop.model.filters import FilterLike
-from tapeloop.model.selection import Selection
 from tapeloop.model.suitability import check_one_device, check_own_step
 from tapeloop.model.tree import Model, Tree
 from tapeloop.optimization.clipping import Clipping
 from tapeloop.optimization.ema import MovingAverages
 from tapeloop.optimization.loss_scale import LossScale
 from tapeloop.optimization.optimizers import LearningRates, Optimizers
-from tapeloop.optimization.update_statistics import UpdateStatistics
-from tapeloop.optimization.updates import Updates
+from tapeloop.optimization.updates import Updates, UpdateStatistics
 from tapeloop.policies.base import VariablePolicy
 from tapeloop.policies.static import TrainAll
 from tapeloop.step.accumulation import Microbatches
@@ -42,7 +40,7 @@ from tapeloop.step.user_attributes import UserAttributes
 from tapeloop.step.user_step import OVERRIDABLE, UserStep
 
 
-class Trainer(Fits, SavesRuns, UserStep):
+class Trainer(Fits, SavesRuns, ShowsItself, UserStep):
     """Trains what a policy selects of a model, and leaves the rest bit-identical.
 
     In research code, subclass it and override `forward`, `compute_loss`, `train_step` or `eval_step`, from least to
@@ -176,19 +174,6 @@ class Trainer(Fits, SavesRuns, UserStep):
         self._parts.policy = policy
 
     @property
-    def selection(self) -> Selection:
-        """What trains, by the policy and the model as they are now.
-
-        Example:
-            >>> dense = keras.layers.Dense
-            >>> model = keras.Sequential([keras.Input((4,)), dense(3, name="base"), dense(2, name="head")])
-            >>> [variable.path for variable in tl.Trainer(model, tl.Freeze("base")).selection.trained]
-            ['head/kernel', 'head/bias']
-        """
-        # Within an epoch the policy is not asked: one that keeps state would move on.
-        return self._loop.phases.held(trains=True) if self._loop.runs else self._loop.phases.now()
-
-    @property
     def learning_rates(self) -> LearningRates:
         """The learning rate of each group that trains now, to be read and set without a new trace.
 
@@ -247,23 +232,6 @@ class Trainer(Fits, SavesRuns, UserStep):
         """
         with self.state.averages.swap(self.state.step):
             yield
-
-    def explain(self, depth: int = 3) -> str:
-        """Return a table of what trains, what is frozen, by which rule, in which mode and at what cost.
-
-        Args:
-            depth: The number of levels of submodels shown; below the first, only if they differ inside.
-
-        Example:
-            >>> dense = keras.layers.Dense
-            >>> model = keras.Sequential([keras.Input((4,)), dense(3, name="base"), dense(2, name="head")])
-            >>> print(tl.Trainer(model, tl.Freeze("base")).explain().splitlines()[2])
-            base              15  -        frozen  Freeze: glob('base')  inference              0 B
-        """
-        selection = self.selection
-        # To know how many bytes of state there are, it is made; it would be by the next step.
-        self.state.optimizers.prepare(selection, changing=True)
-        return summary.explain(selection, self.state.optimizers.state_bytes, depth)
 
     def frontier(self, x: Any, y: Any = None, sample_weight: Any = None, *, batch_size: int = 32) -> Frontier:
         """Return the part of a training step that `fit(feature_cache=...)` computes once for each example.

@@ -14,6 +14,7 @@ from tapeloop._search import search
 # Stateful ops that only read a variable. An op type that is stateful and not listed here counts as writing.
 READING = frozenset({"ReadVariableOp", "ResourceGather", "ResourceGatherNd", "VariableShape"})
 # Ops that call Python. A graph holds only a number for their code, so nobody can tell what it does.
+OF_TAPES = "gradient_tape/"  # what the names of ops begin with that compute a gradient
 PYTHON = frozenset({"PyFunc", "PyFuncStateless", "EagerPyFunc"})
 
 
@@ -167,6 +168,23 @@ class Subgraph:
         functions = {inner.signature.name: inner for inner in self.definition.library.function}
         outside = {name.removesuffix(":0"): label for name, label in labels.items()}
         return repr(_canonical(self.definition.node, [target.name for target in self.targets], functions, outside))
+
+
+def bytes_kept_for_gradient(function: Any) -> int:
+    """Return how many bytes of its forward pass a traced function keeps for the gradients that it computes.
+
+    Those are the tensors that ops of a tape take, which TensorFlow names after it; variables are not among them, nor
+    what has a shape that is not known.
+    """
+    total = 0
+    for op in function.graph.get_operations():
+        if op.name.startswith(OF_TAPES) or op.type in ("Const", *READING):
+            continue
+        for output in op.outputs:
+            is_kept = any(user.name.startswith(OF_TAPES) for user in output.consumers())
+            if is_kept and output.shape.is_fully_defined() and output.dtype not in (tf.resource, tf.variant):
+                total += output.shape.num_elements() * output.dtype.size
+    return total
 
 
 def _sparse_shapes(function: Any, inputs: Iterable[tf.Tensor]) -> Iterator[str]:

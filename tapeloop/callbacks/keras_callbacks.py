@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 
 from tapeloop._backend import keras_internals
 from tapeloop.callbacks.model_view import ModelView
+from tapeloop.callbacks.state import keep_files, restore, state_of
 from tapeloop.data.loader import DataLoader
 from tapeloop.loop.epochs import EpochLoop
 from tapeloop.loop.listener import FitListener, ReadLogs
@@ -92,6 +94,7 @@ class KerasCallbacks(FitListener):
         self._looks_at_steps = any(keras_internals.needs_batches(each, OF_TRAIN_BATCHES) for each in self._callbacks)
         self._looks_at_tests = any(keras_internals.needs_batches(each, OF_TEST_BATCHES) for each in self._callbacks)
         self._is_testing = False
+        self._saved: tuple[Any, Callable[[str], Any]] | None = None
         self._logs: dict[str, Any] = {}  # of the last epoch, without what callbacks have added
 
     @property
@@ -105,6 +108,20 @@ class KerasCallbacks(FitListener):
             callback.set_params({"verbose": verbose, "epochs": epochs, "steps": steps})
             callback.set_model(view)
 
+    def go_on(self, said: Any, read: Callable[[str], Any]) -> None:
+        """Have a fit that begins go on with what `state` returned when the run was saved.
+
+        Args:
+            said: What it returned first.
+            read: Returns an array by its name, or None.
+        """
+        self._saved = said, read
+        keep_files(self._callbacks)
+
+    def state(self) -> tuple[Any, Mapping[str, np.ndarray]]:
+        """Return what the callbacks have come to."""
+        return state_of(self._callbacks)
+
     # What the loop calls
 
     def steps_left(self) -> int:
@@ -114,6 +131,8 @@ class KerasCallbacks(FitListener):
     def before_fit(self) -> None:
         """Have a fit begin."""
         self._call("on_train_begin", {})
+        if self._saved is not None:
+            restore(self._callbacks, *self._saved)
 
     def before_epoch(self, number: int) -> None:
         """Have an epoch begin."""

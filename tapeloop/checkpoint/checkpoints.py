@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tapeloop._validation import whole_number
-from tapeloop.checkpoint.store import CheckpointStore
+from tapeloop.checkpoint.records import names_in, records_in
 from tapeloop.errors import CheckpointError
 
 RESUME = "auto", "never", "must"
@@ -87,13 +87,13 @@ class Checkpoints:
     @property
     def newest(self) -> pathlib.Path | None:
         """The folder of the newest checkpoint, or None."""
-        names = CheckpointStore(self.path).names()
+        names = names_in(self.path)
         return self.path / names[-1] if names else None
 
     @property
     def best(self) -> pathlib.Path | None:
         """The folder of the best checkpoint by `keep_best`, or None."""
-        found = self.best_of(CheckpointStore(self.path).records())
+        found = self.best_of(records_in(self.path))
         return None if found is None else self.path / found
 
     def restore_best(self, trainer: Any) -> pathlib.Path:

@@ -16,7 +16,8 @@ import numpy as np
 import tensorflow as tf
 
 from tapeloop._version import __version__
-from tapeloop.checkpoint.saved import FORMAT, SavedRun
+from tapeloop.checkpoint.records import FORMAT
+from tapeloop.checkpoint.saved import SavedRun
 from tapeloop.data.loader import DataPosition
 from tapeloop.errors import CheckpointError, listed
 from tapeloop.loop.epochs import EpochLoop
@@ -222,6 +223,7 @@ class RunContents:
         return {
             "history": {name: [_plain_value(value) for value in values] for name, values in history.history.items()},
             "epoch": list(history.epoch),
+            "step": list(history.step),
             "phases": [[phase.step, phase.epoch, number] for phase, number in zip(history.phases, of_phase)],
             "selections": list(places),
         }
@@ -230,6 +232,8 @@ class RunContents:
         history = self.loop.state.history
         history.history = {name: [_array(v) for v in values] for name, values in record["history"].items()}
         history.epoch = list(record["epoch"])
+        # Runs that were saved before steps were recorded have none.
+        history.step = list(record.get("step", ()))
         policies = [recorded_phase(answer) for answer in record["selections"]]
         resolved = [functools.cache(functools.partial(resolve, policy, tree, trains=False)) for policy in policies]
         history.phases = [

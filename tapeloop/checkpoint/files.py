@@ -14,9 +14,7 @@ import pathlib
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-
-import tensorflow as tf
+from collections.abc import Collection, Iterator, Sequence
 
 SUMS = "SHA256SUMS"
 TENSORS = "tensors"  # the prefix of the files that TensorFlow writes
@@ -59,22 +57,12 @@ def replaced(final: pathlib.Path) -> pathlib.Path:
     return final.with_name(f"{final.name}.replaced")
 
 
-def write_tensors(folder: pathlib.Path, tensors: Mapping[str, tf.Tensor]) -> None:
-    """Write tensors by their names, in the format of TensorFlow's checkpoints.
-
-    Source: https://www.tensorflow.org/api_docs/python/tf/raw_ops/SaveV2
-    """
-    # Not `tf.train.Checkpoint`, which names tensors by the objects that hold them, and slots by their positions.
-    names = list(tensors)
-    with tf.device("CPU:0"):
-        values = [tf.identity(tensors[name]) for name in names]
-        tf.raw_ops.SaveV2(
-            prefix=str(folder / TENSORS), tensor_names=names, shape_and_slices=[""] * len(names), tensors=values
-        )
-
-
-def verify(folder: pathlib.Path) -> None:
+def verify(folder: pathlib.Path, only: Collection[str] | None = None) -> None:
     """Check that a folder is as it was written.
+
+    Args:
+        folder: The folder.
+        only: The names of the files whose content is read; by default, of all. The others must be there.
 
     Raises:
         DamagedError: A file is missing, was added, or has other content.
@@ -84,7 +72,8 @@ def verify(folder: pathlib.Path) -> None:
     if there != set(found):
         missing, added = sorted(set(found) - there), sorted(there - set(found))
         raise DamagedError(f"files are missing or do not belong there: {', '.join([*missing, *added])}")
-    for name, digest in zip(found, _digests([folder / name for name in found])):
+    names = [name for name in found if only is None or name in only]
+    for name, digest in zip(names, _digests([folder / name for name in names])):
         if digest != found[name]:
             raise DamagedError(f"{name} is not as it was written")
 

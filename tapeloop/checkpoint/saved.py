@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -10,11 +9,9 @@ from typing import Any
 import tensorflow as tf
 
 from tapeloop._digest import digest
-from tapeloop.checkpoint.files import TENSORS, DamagedError, digest_of, verify
-from tapeloop.errors import CheckpointError
+from tapeloop.checkpoint.files import TENSORS, DamagedError, verify
+from tapeloop.checkpoint.records import read_record, require_shared
 
-FORMAT = 1  # of what a checkpoint says; an older tapeloop refuses a newer one
-RECORD = "checkpoint.json"
 ITERATOR = "iterator"  # the prefix of what TensorFlow says of an iterator's position
 
 
@@ -36,22 +33,14 @@ class SavedRun:
         """
         verify(folder)
         self.folder = folder
-        self.record: dict[str, Any] = json.loads((folder / RECORD).read_text())
-        if self.record["format"] > FORMAT:
-            raise CheckpointError(
-                f"{folder} was written by tapeloop {self.record['written_by']['tapeloop']}, in format "
-                f"{self.record['format']}; this tapeloop reads formats up to {FORMAT}. Update tapeloop."
-            )
+        self.record = read_record(folder)
         self._readers: dict[str, Any] = {}
         self.damaged: dict[str, str] = {}
         self._place = dict.fromkeys(self.record["tensors"], "")
         for shared, kept in self.record["shared_tensors"].items():
             self._place |= dict.fromkeys(kept["tensors"], shared)
             try:
-                # Digests that agree in themselves may be those of another folder that took the name.
-                verify(folder.parent / shared)
-                if digest_of(folder.parent / shared) != kept["digest"]:
-                    raise DamagedError("it is not the one that was referred to")
+                require_shared(folder.parent / shared, kept["digest"])
             except (DamagedError, OSError) as error:
                 self.damaged[shared] = str(error)
 

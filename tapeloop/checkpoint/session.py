@@ -32,6 +32,7 @@ from tapeloop.loop.state import Resumption
 from tapeloop.policies.base import VariablePolicy
 
 _LOG = logging.getLogger("tapeloop")
+OF_CALLBACKS = "callback"  # what the names of tensors begin with that callbacks hold
 
 
 class CheckpointSession(FitListener):
@@ -58,6 +59,7 @@ class CheckpointSession(FitListener):
         self._data: FitData | None = None
         self._saved_at, self._saved = 0.0, (0, 0)
         self._has_warned = self._changes_the_end = False
+        self._beside = FitListener()
 
     @property
     def resumption(self) -> Resumption | None:
@@ -79,6 +81,21 @@ class CheckpointSession(FitListener):
         rest = "" if epoch < epochs.stop else f". All {len(epochs)} epochs of the fit are trained already"
         # A warning, since Python shows no others unless it is told to, and nobody should have to guess.
         _LOG.warning("Resuming from %s: step %s, after %s epochs%s%s.", self.found.folder, step, epoch, within, rest)
+
+    def saved_beside(self, epochs: range) -> tuple[Any, Callable[[str], Any]] | None:
+        """Return what was saved of who looked on as well, and what reads its arrays, if it looked on at this fit.
+
+        Args:
+            epochs: The epochs of the fit.
+        """
+        found = self.found
+        if found is None or "fit" not in found.record or found.record["fit"]["first_epoch"] != epochs.start:
+            return None
+
+        def read(name: str) -> Any:
+            return found.read(f"{OF_CALLBACKS}/{name}") if f"{OF_CALLBACKS}/{name}" in found.names else None
+
+        return found.record["callbacks"], read
 
     def take_folder(self) -> FolderLock:
         """Take the folder, and look for a checkpoint to go on from.
@@ -127,11 +144,14 @@ class CheckpointSession(FitListener):
         return lock
 
     @contextlib.contextmanager
-    def saving(self, data: FitData, *, changes_the_end: bool = False) -> Iterator[None]:
+    def saving(
+        self, data: FitData, *, beside: FitListener | None = None, changes_the_end: bool = False
+    ) -> Iterator[None]:
         """Save the fit inside this context, and once more if a signal ends it.
 
         Args:
             data: The data of the fit.
+            beside: Who looks on as well, and whose state is saved too.
             changes_the_end: Whether callbacks may move the model after the last epoch.
 
         Raises:
@@ -144,7 +164,7 @@ class CheckpointSession(FitListener):
                 f"`keep_best` is {best!r}, and there is no validation data. Pass some, or another log."
             )
         _require_state(self._contents.loop.phases.policy)
-        self._data, self._changes_the_end = data, changes_the_end
+        self._data, self._beside, self._changes_the_end = data, beside or FitListener(), changes_the_end
         self._saved_at, self._saved = time.monotonic(), self._now()
         try:
             with stop_on_sigterm():
@@ -231,10 +251,13 @@ class CheckpointSession(FitListener):
         with deferred_interrupt():
             variables = {**contents.variables(), **contents.log_variables()}
             iterator_state = self._iterator_state()
-            record = {**contents.record(variables), "epoch_logs": self._epoch_logs()}
+            best = None if self._options.keep_best is None else "max" if self._options.is_more_better else "min"
+            record = {**contents.record(variables), "epoch_logs": self._epoch_logs(), "best": best}
             record["data"]["has_iterator"] = iterator_state is not None
+            record["callbacks"], arrays = self._beside.state()
             # TensorFlow copies a variable when it is next assigned to, as long as somebody holds its value.
             tensors = {name: variable.read_value() for name, variable in variables.items()}
+            tensors |= {f"{OF_CALLBACKS}/{name}": tf.constant(array) for name, array in arrays.items()}
             self._writer.start(record, tensors, contents.still(), iterator_state)
             self._saved_at, self._saved = time.monotonic(), self._now()
 

@@ -15,11 +15,12 @@ import tensorflow as tf
 
 from tapeloop._digest import checksum, digest
 from tapeloop.checkpoint import files
-from tapeloop.checkpoint.saved import RECORD, SavedRun
+from tapeloop.checkpoint.records import RECORD, names_in, records_in
+from tapeloop.checkpoint.saved import SavedRun
 from tapeloop.errors import CheckpointError
 
 LEAST_SHARED_BYTES = 2**16  # below this, a file of its own for what did not move is not worth its while
-_NAME, _SHARED = re.compile(r"(\d{6,})-step-\d+"), re.compile(r"shared-(\d+)")
+_SHARED = re.compile(r"shared-(\d+)")
 _LOG = logging.getLogger("tapeloop")
 
 
@@ -39,18 +40,11 @@ class CheckpointStore:
 
     def names(self) -> list[str]:
         """Return the names of the checkpoints, the oldest first."""
-        found = [path.name for path in self.folder.glob("*") if _NAME.fullmatch(path.name)]
-        return sorted(found, key=lambda name: int(name.split("-")[0]))
+        return names_in(self.folder)
 
     def records(self) -> dict[str, dict[str, Any]]:
         """Return what each checkpoint says of its run, the oldest first; those that cannot be read are left out."""
-        found = {}
-        for name in self.names():
-            try:
-                found[name] = json.loads((self.folder / name / RECORD).read_text())
-            except (OSError, ValueError):
-                continue
-        return found
+        return records_in(self.folder)
 
     def newest(self, is_readable: Callable[[SavedRun], None]) -> SavedRun | None:
         """Return the newest checkpoint that is as it was written; what is newer and damaged is named in a warning.
@@ -159,7 +153,7 @@ class CheckpointStore:
         numbers = [int(path.name.partition("-")[2]) for path in self._shared_folders()]
         name = f"shared-{max(numbers, default=0) + 1:06d}"
         with files.written_aside(self.folder / name) as folder:
-            files.write_tensors(folder, {each: tf.constant(value) for each, value in values.items()})
+            write_tensors(folder, {each: tf.constant(value) for each, value in values.items()})
         self._shared |= {each: (name, digests[each]) for each in values}
 
 
@@ -168,8 +162,22 @@ def write_checkpoint(
 ) -> None:
     """Write what a checkpoint says of its run, and its own tensors."""
     if tensors:
-        files.write_tensors(folder, tensors)
+        write_tensors(folder, tensors)
     said = {**record, "tensors": list(tensors), "shared_tensors": dict(shared)}
     # A line for each entry, so that people can read it.
     lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(value, default=asdict)}" for name, value in said.items())
     (folder / RECORD).write_text(f"{{\n{lines}\n}}\n")
+
+
+def write_tensors(folder: pathlib.Path, tensors: Mapping[str, tf.Tensor]) -> None:
+    """Write tensors by their names, in the format of TensorFlow's checkpoints.
+
+    Source: https://www.tensorflow.org/api_docs/python/tf/raw_ops/SaveV2
+    """
+    # Not `tf.train.Checkpoint`, which names tensors by the objects that hold them, and slots by their positions.
+    names = list(tensors)
+    with tf.device("CPU:0"):
+        values = [tf.identity(tensors[name]) for name in names]
+        tf.raw_ops.SaveV2(
+            prefix=str(folder / files.TENSORS), tensor_names=names, shape_and_slices=[""] * len(names), tensors=values
+        )

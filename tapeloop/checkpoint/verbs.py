@@ -52,7 +52,7 @@ class SavesRuns:
             raise CheckpointError(f"{folder} is there already and is no checkpoint. Choose another path.")
         variables = {**self._contents.variables(), **self._contents.log_variables()}
         tensors = {name: variable.read_value() for name, variable in variables.items()}
-        record = {**self._contents.record(variables), "epoch_logs": {}}
+        record = {**self._contents.record(variables), "epoch_logs": {}, "best": None}
         try:
             with files.written_aside(folder) as aside:
                 write_checkpoint(aside, record, tensors, {})

@@ -60,6 +60,25 @@ def is_arrays(value: Any) -> bool:
     return is_array(value) or isinstance(value, (tuple, list, Mapping))
 
 
+def parted(data: Any, validation_data: Any, validation_split: float | None) -> tuple[Any, Any]:
+    """Return the data to train on and the data to validate on, of which either may be given.
+
+    Args:
+        data: The data, as `joined` returns it.
+        validation_data: Data to validate on, or None.
+        validation_split: How much of the data's arrays is split off for it, or None or 0.
+
+    Raises:
+        DataError: The data cannot be split.
+        ValueError: Both were given, or the fraction is out of range.
+    """
+    if not validation_split:
+        return data, validation_data
+    if validation_data is not None:
+        raise ValueError("`validation_data` and `validation_split` were both given: leave one out.")
+    return split_off(data, validation_split)
+
+
 def split_off(data: Any, fraction: float) -> tuple[Any, Any]:
     """Return the first part of arrays, to train on, and the last, to validate on.
 

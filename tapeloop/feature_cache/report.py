@@ -10,6 +10,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from tapeloop._table import html_table
 from tapeloop.data.batch import Features, examples_of, tensors_in
 from tapeloop.data.loader import DataLoader
 from tapeloop.errors import listed
@@ -63,14 +64,22 @@ class Frontier:
         return self.bytes_per_example is not None
 
     def __str__(self) -> str:
-        if self.bytes_per_example is None or self.share is None:
+        if not self:
             return f"There is no frontier: {'; '.join(self.obstacles)}."
+        return "\n".join(f"{name}: {value}" for name, value in self._said().items())
+
+    def _repr_html_(self) -> str:
+        if not self:
+            return html_table(["There is no frontier:"], [[obstacle] for obstacle in self.obstacles])
+        return html_table((), list(self._said().items()))
+
+    def _said(self) -> dict[str, str]:
         whole = "" if self.bytes is None else f", {self.bytes:,} bytes for {self.examples:,} examples"
-        return (
-            f"Before the frontier: {listed(self.submodels)}\n"
-            f"Features: {self.bytes_per_example:,} bytes an example{whole}\n"
-            f"Share of a step's forward and backward pass that they save: {self.share:.0%}"
-        )
+        return {
+            "Before the frontier": listed(self.submodels),
+            "Features": f"{self.bytes_per_example:,} bytes an example{whole}",
+            "Share of a step's forward and backward pass that they save": f"{self.share:.0%}",
+        }
 
 
 def frontier_of(step: CompiledStep, loader: DataLoader) -> Frontier:

@@ -99,8 +99,8 @@ class EpochLoop:
                 # An interrupt comes before all of this, or after it.
                 with deferred_interrupt():
                     state.epoch, state.logs, state.under_way = number + 1, logs, None
-                    history.add_epoch(state.epoch, logs)
-                    state.history.add_epoch(state.epoch, logs)
+                    history.add_epoch(state.epoch, state.step, logs)
+                    state.history.add_epoch(state.epoch, state.step, logs)
                 for listener in listeners:
                     listener.after_epoch(logs)
             for listener in listeners:

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from tapeloop.data.loader import DataLoader
 
 ReadLogs = Callable[[], tuple[Mapping[str, Any], int]]
@@ -17,6 +19,10 @@ class FitListener:
     def steps_left(self) -> int:
         """Return after how many steps it must be told, at the latest."""
         return sys.maxsize
+
+    def state(self) -> tuple[Any, Mapping[str, np.ndarray]]:
+        """Return what it has come to, as JSON has it, and arrays by name: a checkpoint keeps both."""
+        return None, {}
 
     def before_fit(self) -> None:
         """Take in that a fit begins."""

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import keras
+
 from tapeloop.loop.compiled_step import CompiledStep
 from tapeloop.loop.state import TrainerState
 from tapeloop.loop.step_cache import StepCache
@@ -55,6 +57,7 @@ class PhaseTracker:
         self._asked: tuple[VariablePolicy, int, int] | None = None  # the policy, and the step and epoch of the answer
         self._answer: list[VariablePolicy] = []
         self._active: ActivePhase | None = None
+        self._glance: tuple[Any, Selection] | None = None  # what `known` found last, and for what
         self._recorded: Recorded | None = None  # by the checkpoint that was loaded last
         self._saved: tuple[str, Mapping[str, Any]] | None = None  # the policy of that, and its state, until it is set
 
@@ -78,6 +81,39 @@ class PhaseTracker:
     def current(self) -> Selection:
         """Return what trains, or trained last, as it was resolved then."""
         return self.held() if self._active is None else self._active.step.selection
+
+    def known(self, *, is_under_way: bool) -> Selection | None:
+        """Return what trains now, or None if a policy would have to be asked that may answer otherwise each time.
+
+        Args:
+            is_under_way: Whether a step or an epoch is under way.
+
+        Raises:
+            PolicyError: The policy cannot be resolved for the model.
+        """
+        held = self._state.policy
+        if is_under_way and self._active is not None and held is not None and held[0] is self.policy:
+            return self._active.step.selection
+        policy = self._settled()
+        if policy is None:
+            return None
+        # A debugger may look after every line, and reading a large model takes a while.
+        seen = (policy, _variables_seen(self._model)) if is_value(policy) else None
+        if seen is None or seen[1] is None or self._glance is None or self._glance[0] != seen:
+            self._glance = seen, resolve(policy, Tree.of(self._model))
+        return self._glance[1]
+
+    def _settled(self) -> VariablePolicy | None:
+        """Return the policy that holds now, if that is known without asking one that is not a value."""
+        state = self._state
+        if self._asked is not None and self._asked[0] is self.policy and self._asked[1:] == (state.step, state.epoch):
+            return self._answer[-1]
+        policy, following = None, self.policy
+        while following is not policy and is_value(following):
+            policy, following = following, following.at(state.progress())
+        if following is policy or type(following).at is VariablePolicy.at:
+            return following
+        return state.policy[1] if state.policy is not None and state.policy[0] is self.policy else None
 
     def resolve_to_come(self) -> None:
         """Resolve every selection that is known to come.
@@ -182,3 +218,10 @@ class PhaseTracker:
             self._answer = chain(self.policy, state.progress(logs))
             self._asked = asked
         return self._answer
+
+
+def _variables_seen(model: Model) -> tuple[tuple[int, ...], ...] | None:
+    """Return what tells whether a Keras model has other variables or flags than before; None of another model."""
+    if not isinstance(model, keras.Layer):
+        return None
+    return tuple(map(id, model.variables)), tuple(map(id, model.trainable_variables))

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from tapeloop.model import summary
 from tapeloop.model.tree import SubmodelInfo, Tree, VariableInfo
 
 
@@ -15,7 +16,7 @@ class Selection:
 
     Two selections are equal when the same variables train in the same groups and the same submodels run in
     inference mode, however their policies were written. Every variable of the model stands in exactly one of
-    `groups`, `frozen` and `non_trainable`.
+    `groups`, `frozen` and `non_trainable`. A selection prints as a table of what trains.
 
     Attributes:
         tree: The model.
@@ -35,6 +36,16 @@ class Selection:
         <Selection: default: 2 variables, 8 parameters; frozen: 2 variables, 15 parameters>
         >>> [submodel.path for submodel in selection.inference]
         ['base']
+        >>> print(selection)
+        submodel  parameters  group    state   rule                  mode
+        ----------------------------------------------------------------------
+        base              15  -        frozen  Freeze: glob('base')  inference
+        head               8  default  trains  Freeze: all else      train
+        ----------------------------------------------------------------------
+        parameters       23
+          train          8 (34.8%) in 1 group: default
+          frozen         15
+          non-trainable  0 (statistics, seeds, Keras' flags)
     """
 
     tree: Tree
@@ -83,6 +94,12 @@ class Selection:
 
     def __repr__(self) -> str:
         return f"<Selection: {self.describe()}>"
+
+    def __str__(self) -> str:
+        return str(summary.explain(self))
+
+    def _repr_html_(self) -> str:
+        return summary.explain(self).html
 
     def describe(self) -> str:
         """Return a line that says how much trains: `head: 2 variables, 650 parameters; frozen: 12 variables, ...`."""

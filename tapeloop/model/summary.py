@@ -2,46 +2,106 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol
 
+from tapeloop._table import Table, format_bytes, table
 from tapeloop._validation import whole_number
-from tapeloop.model.selection import Selection
+from tapeloop.model.rows import Info, Row, folded, own_variables, unfolded
 from tapeloop.model.tree import Model, SubmodelInfo, Tree, VariableInfo
 
 HEADER = ("submodel", "parameters", "group", "state", "rule", "mode", "optimizer state")
 RIGHT = {"parameters", "optimizer state"}
 
 
-def explain(selection: Selection, state_bytes: Callable[[VariableInfo], int], depth: int = 3) -> str:
-    """Return a table of a selection: a row for each submodel, totals last.
+class Selected(Protocol):
+    """What is shown of a `Selection`, which shows itself by this file."""
+
+    @property
+    def tree(self) -> Tree:
+        """The model."""
+
+    @property
+    def groups(self) -> Mapping[str, tuple[VariableInfo, ...]]:
+        """What trains, by group."""
+
+    @property
+    def group_of(self) -> Mapping[VariableInfo, str]:
+        """The group of each variable that trains."""
+
+    @property
+    def trained(self) -> tuple[VariableInfo, ...]:
+        """What trains."""
+
+    @property
+    def frozen(self) -> tuple[VariableInfo, ...]:
+        """What could train and is in no group."""
+
+    @property
+    def non_trainable(self) -> tuple[VariableInfo, ...]:
+        """What Keras itself never trains."""
+
+    @property
+    def inference(self) -> tuple[SubmodelInfo, ...]:
+        """What runs in inference mode."""
+
+    @property
+    def rules(self) -> Mapping[VariableInfo, str]:
+        """By which rule each variable trains or not."""
+
+
+def explain(selection: Selected, state_bytes: Callable[[VariableInfo], int] | None = None, depth: int = 3) -> Table:
+    """Return a table of a selection: a row for each submodel, with repeated ones in one row, totals last.
 
     Args:
         selection: The selection.
-        state_bytes: The bytes of optimizer state held for a variable.
+        state_bytes: The bytes of optimizer state held for a variable; without it, none are shown.
         depth: How many levels are shown. A submodel is unfolded only if its variables and submodels differ in group,
             rule or mode.
 
     Raises:
         ValueError: `depth` is no whole number of 1 or more.
     """
-    shown = _unfold(selection, selection.tree.submodels[0], whole_number("depth", depth, 1))
-    lines = _table(HEADER, [_row(selection, each, state_bytes) for each in shown], RIGHT)
-    variables, trained = selection.tree.variables, _size(selection.trained)
-    total = _size(variables)
-    penalized = [variable for variable in variables if variable.is_penalized]
-    counted = sum(variable in selection.group_of for variable in penalized)
-    lines += [
-        "-" * max(map(len, lines)),
-        f"parameters       {total:,}",
-        f"  train          {trained:,} ({trained / total:.1%}) in {len(selection.groups)} "
-        f"group{'s' * (len(selection.groups) > 1)}: {', '.join(selection.groups)}",
-        f"  frozen         {_size(selection.frozen):,}",
-        f"  non-trainable  {_size(selection.non_trainable):,} (statistics, seeds, Keras' flags)",
-        f"optimizer state  {format_bytes(sum(map(state_bytes, variables)))}",
+    tree, depth = selection.tree, whole_number("depth", depth, 1)
+
+    @functools.cache
+    def cells(info: Info) -> tuple[str, ...]:
+        return _cells(selection, info, state_bytes)
+
+    # What is treated alike inside says all in one row: a deep model with a frozen backbone fits on a screen.
+    rows = folded(unfolded(tree, tree.submodels[0], lambda submodel: _differs(selection, submodel), depth), cells)
+    header = HEADER if state_bytes is not None else HEADER[:-1]
+    shown = [_line(row, header, cells(row.infos[0])) for outer in rows for row in outer.flat()]
+    return table(header, shown, RIGHT, _totals(selection, state_bytes))
+
+
+def _line(row: Row, header: tuple[str, ...], cells: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the cells of a row, with its name; of several submodels, with what each of them has, so many times."""
+    times = f"{len(row.infos)} x " if len(row.infos) > 1 else ""
+    return (row.label, *(times * (name in RIGHT and cell != "0 B") + cell for name, cell in zip(header[1:], cells)))
+
+
+def _totals(selection: Selected, state_bytes: Callable[[VariableInfo], int] | None) -> list[tuple[str, str]]:
+    variables, trained = selection.tree.variables, size_of(selection.trained)
+    total, groups = size_of(variables), list(selection.groups)
+    totals = [
+        ("parameters", f"{total:,}"),
+        (
+            "  train",
+            f"{trained:,} ({trained / max(total, 1):.1%}) in {len(groups)} group{'s' * (len(groups) != 1)}"
+            f"{': ' * bool(groups)}{', '.join(groups)}",
+        ),
+        ("  frozen", f"{size_of(selection.frozen):,}"),
+        ("  non-trainable", f"{size_of(selection.non_trainable):,} (statistics, seeds, Keras' flags)"),
     ]
+    if state_bytes is not None:
+        totals += [("optimizer state", format_bytes(sum(map(state_bytes, variables))))]
+    penalized = [variable for variable in variables if variable.is_penalized]
     if penalized:
-        lines += [f"weight penalties {counted} count, {len(penalized) - counted} of frozen variables do not"]
-    return "\n".join(lines)
+        counted = sum(variable in selection.group_of for variable in penalized)
+        totals += [("weight penalties", f"{counted} count, {len(penalized) - counted} of frozen variables do not")]
+    return totals
 
 
 def paths(model: Model) -> None:
@@ -68,58 +128,43 @@ def paths(model: Model) -> None:
         head/kernel  float32     (3, 2)  trainable
         head/bias    float32     (2,)    trainable
     """
-    print("\n".join(_path_rows(Tree.of(model))))
+    print(table(("path", "type", "shape", "Keras' flag"), _path_rows(Tree.of(model))))
 
 
-def _path_rows(tree: Tree) -> list[str]:
-    rows, shown = [], set[VariableInfo]()
+def _path_rows(tree: Tree) -> list[tuple[str, ...]]:
+    return [
+        (all_paths(info), type(info.object).__name__, "", "")
+        if isinstance(info, SubmodelInfo)
+        else (all_paths(info), info.dtype, str(info.shape), keras_flag(info))
+        for info in with_variables(tree)
+    ]
+
+
+def with_variables(tree: Tree) -> list[SubmodelInfo | VariableInfo]:
+    """List each submodel of a model with the variables directly in it, as a table of paths shows them."""
+    rows: list[SubmodelInfo | VariableInfo] = []
+    # The tree lists parents before children, in the order in which the model holds them: the order of the table.
     for submodel in tree.submodels:
-        # The tree lists parents before children, in the order in which the model holds them: the order of the table.
-        rows.append((_all_paths(submodel), type(submodel.object).__name__, "", ""))
-        for variable in _own_variables(tree, submodel):
-            if variable not in shown:  # of a tied weight, the row under its first owner names all paths
-                shown.add(variable)
-                flag = "trainable" if variable.trainable else "seed" if variable.seed else "non-trainable"
-                rows.append((_all_paths(variable), variable.dtype, str(variable.shape), flag))
-    return _table(("path", "type", "shape", "Keras' flag"), rows, set())
+        rows += [submodel, *own_variables(tree, submodel)]
+    return list(dict.fromkeys(rows))  # of a tied weight, the row under its first owner names all paths
 
 
-def _all_paths(info: SubmodelInfo | VariableInfo) -> str:
+def all_paths(info: SubmodelInfo | VariableInfo) -> str:
+    """Return all paths of a submodel or variable in one line."""
     return " = ".join(path or "(model)" for path in info.paths)
 
 
-def _own_variables(tree: Tree, submodel: SubmodelInfo) -> list[VariableInfo]:
-    """List the variables that are directly in a submodel, and in none of its children."""
-    deeper = {variable for child in tree.children[submodel] for variable in tree.variables_in[child]}
-    return [variable for variable in tree.variables_in[submodel] if variable not in deeper]
-
-
-def _size(variables: Iterable[VariableInfo]) -> int:
+def size_of(variables: Iterable[VariableInfo]) -> int:
+    """Return how many numbers these variables hold."""
     return sum(variable.size for variable in variables)
 
 
-def format_bytes(count: int) -> str:
-    """Return a number of bytes in the largest fitting unit: `1.5 MiB`."""
-    size, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
-    while size >= 1024 and len(units) > 1:
-        size, units = size / 1024, units[1:]
-    return f"{size:.{int(units[0] != 'B')}f} {units[0]}"
+def keras_flag(variable: VariableInfo) -> str:
+    """Return whether Keras trains a variable, and why not if it is a seed."""
+    return "trainable" if variable.trainable else "seed" if variable.seed else "non-trainable"
 
 
-def _unfold(selection: Selection, submodel: SubmodelInfo, depth: int) -> list[SubmodelInfo | VariableInfo]:
-    """List the children and variables of a submodel, and those of each child that differs inside, down to `depth`."""
-    tree = selection.tree
-    shown: list[SubmodelInfo | VariableInfo] = []
-    for child in tree.children[submodel]:
-        if tree.variables_in[child]:
-            shown.append(child)
-            # What is treated alike inside says all in one row: a deep model with a frozen backbone fits on a screen.
-            if depth > 1 and _differs(selection, child):
-                shown += _unfold(selection, child, depth - 1)
-    return shown + _own_variables(tree, submodel)
-
-
-def _differs(selection: Selection, submodel: SubmodelInfo) -> bool:
+def _differs(selection: Selected, submodel: SubmodelInfo) -> bool:
     """Tell whether the variables and submodels inside `submodel` are treated in more than one way."""
     variables = [variable for variable in selection.tree.variables_in[submodel] if variable.trainable]
     treatments = {(selection.group_of.get(variable), selection.rules[variable]) for variable in variables}
@@ -127,9 +172,8 @@ def _differs(selection: Selection, submodel: SubmodelInfo) -> bool:
     return len(treatments) > 1 or len({s in selection.inference for s in inside}) > 1
 
 
-def _row(
-    selection: Selection, shown: SubmodelInfo | VariableInfo, state_bytes: Callable[[VariableInfo], int]
-) -> tuple[str, ...]:
+def _cells(selection: Selected, shown: Info, state_bytes: Callable[[VariableInfo], int] | None) -> tuple[str, ...]:
+    """Return what a row says of a submodel or variable, after its name."""
     # A variable of its own runs in the mode of the innermost submodel that holds it.
     submodel = shown if isinstance(shown, SubmodelInfo) else shown.submodels[-1]
     variables = (shown,) if isinstance(shown, VariableInfo) else selection.tree.variables_in[shown]
@@ -142,26 +186,16 @@ def _row(
     elif len(trained) == len(deciding):
         state = "trains"
     else:
-        state = f"trains {_size(trained) / _size(variables):.1%}"
+        state = f"trains {size_of(trained) / size_of(variables):.1%}"
     return (
-        shown.path,
-        f"{_size(variables):,}",
+        f"{size_of(variables):,}",
         ", ".join(_unique(selection.group_of[variable] for variable in trained)) or "-",
         state,
         rules[0] if len(rules) == 1 else "mixed",
         "inference" if submodel in selection.inference else "train",
-        format_bytes(sum(map(state_bytes, variables))),
+        *([] if state_bytes is None else [format_bytes(sum(map(state_bytes, variables)))]),
     )
 
 
 def _unique(values: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(values))
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]], right: set[str]) -> list[str]:
-    columns = []
-    for column in zip(header, *rows):
-        width, pad = max(map(len, column)), str.rjust if column[0] in right else str.ljust
-        columns.append([pad(cell, width) for cell in column])
-    lines = ["  ".join(row).rstrip() for row in zip(*columns)]
-    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]

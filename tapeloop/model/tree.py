@@ -115,6 +115,11 @@ class VariableInfo:
         return math.prod(self.shape)
 
     @property
+    def bytes(self) -> int:
+        """How many bytes it takes."""
+        return self.size * tf.as_dtype(self.variable.dtype).size
+
+    @property
     def is_overwritten(self) -> bool:
         """Whether its "gradient" is its next value, as for the scales of Keras' float8."""
         return bool(getattr(self.variable, "overwrite_with_gradient", False))

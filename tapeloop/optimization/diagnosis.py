@@ -30,7 +30,8 @@ def disconnected(loss: tf.Tensor, missing: Sequence[VariableInfo], total: int) -
     return (
         f"{len(missing)} of the {total} variables that should train get no gradient. "
         + " ".join(f"{listed(paths)}: {cause}." for cause, paths in causes.items())
-        + " Let the loss depend on them, or freeze them: `Freeze(...)` with these paths."
+        + " Let the loss depend on them, or freeze them: `Freeze(...)` with these paths; of a loss that is one of "
+        "several, take the gradients by `self.gradients(tape, loss, unconnected='zero')`."
     )
 
 

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from tapeloop._backend.patching import patched, read_once
 from tapeloop._validation import not_negative
-from tapeloop.errors import PolicyError
+from tapeloop.errors import PolicyError, listed
 from tapeloop.model.selection import Selection
 from tapeloop.model.tree import VariableInfo, raw
 from tapeloop.optimization.clipping import clip_by_global_norm
@@ -152,6 +152,27 @@ class Optimizers:
                 return cohort.rate.get(multiplier, rate)
         return multiplier * float(self._templates[self._key(group)].rate) if rate is None else rate
 
+    def settings(self, selection: Selection | None) -> list[str]:
+        """Say which optimizers update what trains, at which learning rates: `Adam(0.001)`. No variable is read.
+
+        Args:
+            selection: What trains, or None if that is not known.
+        """
+        groups: dict[str, list[str]] = {}
+        for group in self._templates if selection is None else selection.groups:
+            template = self._templates.get(self._key(group))
+            if template is None:
+                groups.setdefault("none", []).append(group)
+                continue
+            multiplier = 1.0 if selection is None else selection.multipliers.get(group, 1.0)
+            rate = (
+                f"{self._set.get(group, multiplier * template.rate):.4g}" if template.schedule is None else "schedule"
+            )
+            groups.setdefault(f"{type(template.optimizer).__name__}({rate})", []).append(group)
+        if len(groups) == 1 and "none" not in groups:
+            return list(groups)
+        return [f"{said} for {listed(names, most=3)}" for said, names in groups.items()]
+
     def set_learning_rate(self, selection: Selection, group: str, value: float) -> None:
         """Set the learning rate of a group, from now on and without a new trace.
 
@@ -203,6 +224,10 @@ class Optimizers:
         """Return how many bytes of optimizer state are held for one variable, in all groups that it trained in."""
         slots = [slot for cohort in self.cohorts for slot in cohort.slots.get(variable, ())]
         return sum(_bytes(slot) for slot in slots)
+
+    def slot_bytes(self, variable: VariableInfo, group: str) -> int:
+        """Return how many bytes of state a variable has, or would have, while it trains in a group."""
+        return self._templates[self._key(group)].slot_numbers(variable.shape) * (variable.bytes // (variable.size or 1))
 
     def named_variables(self) -> dict[str, tf.Variable]:
         """Return what the optimizers keep, by names that say what each variable belongs to."""

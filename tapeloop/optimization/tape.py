@@ -67,13 +67,16 @@ class GroupTape(tf.GradientTape):
         return any(tensor.op is op for op in tensor.graph.get_operations()[self.stop :])
 
 
-def gradients_of(tape: GroupTape, loss: tf.Tensor, scale: tf.Tensor | None) -> list[tf.Tensor]:
+def gradients_of(
+    tape: GroupTape, loss: tf.Tensor, scale: tf.Tensor | None, *, allow_unconnected: bool = False
+) -> list[tf.Tensor]:
     """Return the gradient of `loss` for each variable that `tape` watches.
 
     Args:
         tape: What recorded the loss.
         loss: A scalar.
         scale: By what the loss is multiplied while its gradients are computed, and they are divided after, or None.
+        allow_unconnected: Whether a variable may be without a gradient, which is then zero.
 
     Raises:
         DisconnectedError: For some of the variables there is none.
@@ -96,15 +99,22 @@ def gradients_of(tape: GroupTape, loss: tf.Tensor, scale: tf.Tensor | None) -> l
     gradients = tape.gradient(loss, sources, None if scale is None else tf.cast(scale, loss.dtype))
     # A gradient of None would freeze a variable that is said to train: that is never silent.
     missing = [variable for gradient, variable in zip(gradients, tape.variables) if gradient is None]
+    # A loss behind the tape is a mistake whatever may be unconnected: nothing in it has a gradient.
     if missing and tape.precedes(loss):
         raise DisconnectedError(
             f"{len(missing)} of the {len(tape.variables)} variables that should train get no gradient: the loss is "
             "computed after the `with self.tape(...)` block: move it inside."
         )
+    # Integers are connected with no loss at all.
+    if allow_unconnected:
+        missing = [variable for variable in missing if tf.as_dtype(variable.dtype).is_integer]
     if missing:
         raise DisconnectedError(disconnected(loss, missing, len(tape.variables)))
     # A row of an embedding that is read twice has two slices, which must be one sum before it is clipped or squared.
-    dense = [tf.convert_to_tensor(gradient) for gradient in gradients]
+    dense = [
+        _zero(variable) if gradient is None else tf.convert_to_tensor(gradient)
+        for gradient, variable in zip(gradients, tape.variables)
+    ]
     for gradient, source in zip(dense, sources):
         gradient.set_shape(source.shape)  # which a custom gradient may not know
     if scale is None:
@@ -113,3 +123,10 @@ def gradients_of(tape: GroupTape, loss: tf.Tensor, scale: tf.Tensor | None) -> l
         gradient if variable.is_overwritten else gradient / tf.cast(scale, gradient.dtype)
         for gradient, variable in zip(dense, tape.variables)
     ]
+
+
+def _zero(variable: VariableInfo) -> tf.Tensor:
+    """Return what stands for the gradient of a variable that has none, and changes nothing."""
+    # Where the "gradient" is the next value, that is the value which the variable has.
+    value = variable.tf_variable
+    return value.read_value() if variable.is_overwritten else tf.zeros(value.shape, value.dtype)

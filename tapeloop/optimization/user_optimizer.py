@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from tapeloop.errors import PolicyError
 from tapeloop.optimization.learning_rate import Multiplied
 
 _LOG = logging.getLogger("tapeloop")
+PRIMES = 2, 3, 5, 7, 11, 13, 17, 19
 SLOT_SETTINGS = "momentum", "amsgrad", "centered"  # of Keras' optimizers: with them, a variable has more slots
 
 
@@ -46,6 +48,21 @@ class Template:
         self._config = None if self.optimizer.built else keras_internals.optimizer_config(self.optimizer, self.schedule)
         self._said = _settings(self.optimizer)
         self._is_taken = False
+        self._slots: dict[int, list[tuple[int, ...]]] = {}  # for each rank, the dimensions of each slot, by number
+
+    def slot_numbers(self, shape: tuple[int, ...]) -> int:
+        """Return how many numbers the optimizer keeps for a variable of a shape, without making any of that size."""
+        rank = len(shape)
+        if rank not in self._slots:
+            # Of a small variable whose dimensions are told apart: some optimizers keep rows and columns alone.
+            lengths = PRIMES[:rank]
+            clone = self._clone()
+            clone.build([keras.Variable(np.zeros(lengths, "float32"))])
+            aside = clone.iterations, keras_internals.learning_rate_variable(clone)
+            slots = [variable for variable in clone.variables if all(variable is not each for each in aside)]
+            known = {length: place for place, length in enumerate(lengths)}
+            self._slots[rank] = [tuple(known[length] for length in slot.shape if length in known) for slot in slots]
+        return sum(math.prod(shape[place] for place in slot) for slot in self._slots[rank])
 
     @property
     def rate(self) -> float:

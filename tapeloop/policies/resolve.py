@@ -119,7 +119,7 @@ def _check_filters(policy: VariablePolicy, tree: Tree) -> None:
     for filter_ in filters:
         for part in (*filter_.parts(), filter_):
             if not any(map(part, tree.variables)) and not _is_weightless(part, tree):
-                raise PolicyError(f"{part!r} in {policy!r} matches no variable of the model. {_nearest(part, tree)}")
+                raise PolicyError(f"{part!r} in {policy!r} matches no variable of the model. {nearest(part, tree)}")
         matches = [variable for variable in tree.variables if filter_(variable)]
         if not any(variable.trainable for variable in matches) and not policy.freezes_filters:
             raise PolicyError(
@@ -140,22 +140,31 @@ def _is_weightless(filter_: Filter, tree: Tree) -> bool:
     return not tree.variables_in.get(SubmodelInfo(filter_.submodel), (filter_,))
 
 
-def _nearest(filter_: Filter, tree: Tree) -> str:
-    """Name the paths that a filter may have meant."""
-    infos: tuple[SubmodelInfo | VariableInfo, ...] = (*tree.submodels, *tree.variables)
-    paths = [path for info in infos for path in info.paths if path]
+def near_paths(filter_: Filter, tree: Tree) -> list[str]:
+    """List the paths that a filter may have meant."""
+    paths, near = _paths(tree), list[str]()
     by_name: dict[str, str] = {}
     for path in paths:
         by_name.setdefault(path.rpartition("/")[2], path)
-    near: list[str] = []
     for pattern in filter_.patterns():
         pattern = pattern.removesuffix("/**")
         # The whole path may be far off, though its last segment is right: users leave out a level.
         near += difflib.get_close_matches(pattern, paths, n=3)
         near += [by_name[name] for name in difflib.get_close_matches(pattern.rpartition("/")[2], by_name, n=2)]
+    return list(dict.fromkeys(near))
+
+
+def nearest(filter_: Filter, tree: Tree) -> str:
+    """Say which paths a filter may have meant, or what there is in the model."""
+    near = near_paths(filter_, tree)
     if near:
-        return f"The nearest paths are {', '.join(f'`{path}`' for path in dict.fromkeys(near))}."
-    return f"The model has {listed([path for path in paths if '/' not in path], most=5)} at the top."
+        return f"The nearest paths are {', '.join(f'`{path}`' for path in near)}."
+    return f"The model has {listed([path for path in _paths(tree) if '/' not in path], most=5)} at the top."
+
+
+def _paths(tree: Tree) -> list[str]:
+    infos: tuple[SubmodelInfo | VariableInfo, ...] = (*tree.submodels, *tree.variables)
+    return [path for info in infos for path in info.paths if path]
 
 
 def _listed(variables: Iterable[VariableInfo]) -> str:

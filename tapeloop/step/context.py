@@ -106,7 +106,7 @@ class Building(StepContext):
         """Return a tape that watches nothing: what trains is not known yet."""
         return GroupTape((), persistent)
 
-    def gradients(self, tape: GroupTape, loss: tf.Tensor) -> Gradients:
+    def gradients(self, tape: GroupTape, loss: tf.Tensor, *, allow_unconnected: bool = False) -> Gradients:
         """Return zeros for all that can train."""
         # For all, since a step may look up the gradient of any path, to change it before it applies it.
         return [(tf.zeros(v.shape, v.dtype), v) for v in Tree.of(self._model).variables if v.trainable]
@@ -194,9 +194,9 @@ class Training(StepContext):
         """Whether an update stands in a branch or a loop."""
         return any(update.in_control_flow for update in self.updates)
 
-    def gradients(self, tape: GroupTape, loss: tf.Tensor) -> Gradients:
+    def gradients(self, tape: GroupTape, loss: tf.Tensor, *, allow_unconnected: bool = False) -> Gradients:
         """Return the gradient of a loss for each variable that the tape watches."""
-        gradients = self._updates.gradients(tape, loss)
+        gradients = self._updates.gradients(tape, loss, allow_unconnected=allow_unconnected)
         self.used |= handles_behind(loss, tape.start)
         return gradients
 

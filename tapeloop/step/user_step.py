@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import keras
 import numpy as np
@@ -189,22 +189,41 @@ class UserStep:
         context.update(context.gradients(tape, loss), loss)
 
     @tf.autograph.experimental.do_not_convert
-    def gradients(self, tape: GroupTape, loss: tf.Tensor) -> dict[str, tf.Tensor]:
+    def gradients(
+        self, tape: GroupTape, loss: tf.Tensor, *, unconnected: Literal["error", "zero"] = "error"
+    ) -> dict[str, tf.Tensor]:
         """Return the gradients of `loss` for the variables that `tape` watched, by path, to be changed and applied.
 
         Args:
             tape: What `self.tape(...)` returned.
             loss: A scalar computed inside it, the mean over the batch.
+            unconnected: What a watched variable gets on which the loss does not depend: `"error"` raises, `"zero"`
+                gives zeros, as for one loss of several that share a part of the model.
 
         Raises:
             DisconnectedError: A watched variable gets no gradient.
             RuntimeError: Called outside `train_step`, or with a tape that was used before.
             TypeError: `tape` is not from `self.tape`.
-            ValueError: `loss` is not a scalar.
+            ValueError: `loss` is not a scalar, or `unconnected` neither of the two.
 
-        Example: see `train_step`.
+        Example:
+            >>> class TwoTasks(tl.Trainer):
+            ...     def train_step(self, batch):
+            ...         x, (y, z) = batch
+            ...         with self.tape(persistent=True) as tape:
+            ...             outputs = self.forward(x, training=True)
+            ...             losses = [keras.ops.mean((o - target) ** 2) for o, target in zip(outputs, (y, z))]
+            ...         tasks = [self.gradients(tape, loss, unconnected="zero") for loss in losses]
+            ...         self.apply({path: gradient + tasks[1][path] for path, gradient in tasks[0].items()})
+            ...         return {"loss": sum(losses)}
+            >>> inputs = keras.Input((4,))
+            >>> trunk = keras.layers.Dense(3, activation="relu")(inputs)
+            >>> model = keras.Model(inputs, [keras.layers.Dense(1)(trunk), keras.layers.Dense(1)(trunk)])
+            >>> logs = TwoTasks(model).train_on_batch(np.ones((8, 4)), (np.ones((8, 1)), np.zeros((8, 1))))
         """
-        pairs = self._training("gradients").gradients(tape, loss)
+        if unconnected not in ("error", "zero"):
+            raise ValueError(f"`unconnected` must be 'error' or 'zero'. Received: {unconnected!r}.")
+        pairs = self._training("gradients").gradients(tape, loss, allow_unconnected=unconnected == "zero")
         return {variable.path: gradient for gradient, variable in pairs}
 
     @tf.autograph.experimental.do_not_convert
@@ -220,7 +239,7 @@ class UserStep:
             TypeError: `gradients` is no mapping.
             ValueError: A gradient has another shape than its variable, or a tied variable has several gradients.
 
-        Example: see `train_step`.
+        Example: see `gradients`.
         """
         context = self._training("apply")
         context.update(context.trainable(gradients))

@@ -130,7 +130,8 @@ def close(one, other):
 
 def written(folder):
     with open(folder / "log.csv") as file:
-        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        rows = list(csv.DictReader(file))
+    return [{name: value if value == "NA" else float(value) for name, value in row.items()} for row in rows]
 
 
 WHAT_IT_DID = {
@@ -345,3 +346,42 @@ def test_a_run_that_was_stopped_early_is_over_when_it_is_run_again(tmp_path):
     for mine, theirs in zip(again.model.weights, first.model.weights):
         np.testing.assert_array_equal(mine, theirs)  # the best ones, which were put back after the last epoch
     assert run(6).epoch > 2  # of another fit
+
+
+class Interrupts(callbacks.Callback):
+    """Stops the program after an epoch, as Ctrl-C would."""
+
+    def __init__(self, after):
+        super().__init__()
+        self.after = after
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if epoch == self.after:
+            raise KeyboardInterrupt
+
+
+def test_callbacks_go_on_with_a_run_that_was_stopped(tmp_path):
+    def run(folder, stop):
+        given = [
+            callbacks.EarlyStopping(monitor="loss", patience=3, min_delta=10.0, restore_best_weights=True),
+            callbacks.ReduceLROnPlateau(monitor="loss", patience=2, factor=0.5, min_delta=10.0),
+            callbacks.CSVLogger(folder / "log.csv"),
+            Interrupts(stop),
+        ]
+        trainer = tl.Trainer(network(), loss="mse", seed=0)
+        with contextlib.suppress(KeyboardInterrupt):
+            trainer.fit(X, Y, epochs=8, batch_size=8, verbose=0, callbacks=given, checkpoint=folder / "run")
+        given[2].csv_file.close()  # as the end of the process does
+        return trainer, written(folder)
+
+    folders = [tmp_path / "stopped", tmp_path / "whole"]
+    for folder in folders:
+        folder.mkdir()
+    for stop in (1, 3):
+        run(folders[0], stop)
+    (trainer, log), (expected, expected_log) = run(folders[0], None), run(folders[1], None)
+    assert trainer.epoch == expected.epoch == 4
+    assert dict(trainer.learning_rates) == dict(expected.learning_rates)
+    assert log == expected_log
+    for mine, theirs in zip(trainer.model.weights, expected.model.weights):
+        np.testing.assert_array_equal(mine, theirs)  # those of the first epoch, which a process before had seen

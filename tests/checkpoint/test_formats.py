@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 
 import tapeloop as tl
+from tapeloop.checkpoint.contents import RunContents
 from tests.support import models, runs
 from tests.support.fitting import refused
 
@@ -124,3 +125,21 @@ def test_a_flipped_byte_is_noticed_or_changes_nothing(tmp_path):
             assert models.values(fresh.model) == models.values(trainer.model)
     assert noticed
     assert all(any(why in said for why in ("damaged", "other weights", "another model")) for said in noticed)
+
+
+def test_a_run_that_was_saved_before_the_steps_of_epochs_were_recorded_is_read(tmp_path, monkeypatch):
+    trainer, other = (tl.Trainer(models.blocks(1), loss="mse") for _ in range(2))
+    trainer.history.add_epoch(1, 5, {"loss": 1.0})
+    trainer.save(tmp_path / "new")
+    record = RunContents.record
+
+    def older(*args):
+        said = record(*args)
+        del said["history"]["step"]
+        return said
+
+    monkeypatch.setattr(RunContents, "record", older)
+    trainer.save(tmp_path / "old")
+    for name, steps in (("new", [5]), ("old", [])):
+        other.load(tmp_path / name)
+        assert (other.history.epoch, other.history.step) == ([1], steps)

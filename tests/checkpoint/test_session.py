@@ -163,7 +163,7 @@ def test_a_history_holds_the_whole_fit_after_it_was_stopped(tmp_path):
     given = {"batch_size": 4, "verbose": 0, "validation_data": (runs.X[:8], runs.Y[:8])}
     history = trainer.fit((runs.X, runs.Y), epochs=3, checkpoint=tmp_path, **given)
     expected = PLAIN.trainer().fit((runs.X, runs.Y), epochs=3, **given)
-    assert (history.epoch, history.history) == (expected.epoch, expected.history)
+    assert (history.epoch, history.step, history.history) == (expected.epoch, expected.step, expected.history)
     assert [phase.step for phase in history.phases] == [phase.step for phase in expected.phases]
 
 

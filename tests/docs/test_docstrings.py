@@ -9,13 +9,15 @@ import pytest
 
 import tapeloop as tl
 
-# `gradients` and `apply` are shown together, by `train_step`.
+# `apply` is shown with `gradients`.
 VERBS = (
     *("fit", "evaluate", "predict", "train_on_batch", "explain", "frontier", "ema_weights", "learning_rates"),
-    *("selection", "forward", "compute_loss", "train_step", "eval_step", "tape", "update", "added_losses", "follow"),
+    *("selection", "forward", "compute_loss", "train_step", "eval_step", "tape", "update", "gradients"),
+    *("added_losses", "follow", "plot"),
 )
 DOCUMENTED = {name: getattr(tl, name) for name in tl.__all__}
 DOCUMENTED |= {f"Trainer.{name}": inspect.getattr_static(tl.Trainer, name) for name in VERBS}
+DOCUMENTED["History.plot"] = tl.History.plot
 
 
 @pytest.mark.parametrize("name", DOCUMENTED)

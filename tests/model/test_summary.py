@@ -2,7 +2,7 @@ import keras
 import pytest
 
 import tapeloop as tl
-from tapeloop.model.summary import format_bytes
+from tapeloop._table import format_bytes
 from tests.support import models
 
 
@@ -78,6 +78,93 @@ def test_a_flag_of_keras_is_named_as_the_reason():
     row = tl.Trainer(model, loss="mse").explain().splitlines()[2]
     assert row.split("  ")[0] == "backbone"
     assert "non-trainable  Keras: backbone.trainable=False  inference" in row
+
+
+class Block(keras.layers.Layer):
+    """A layer with an adapter beside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = keras.layers.Dense(4)
+        self.adapter = [keras.layers.Dense(4) for _ in range(2)]
+
+    def build(self, shape):
+        for part in (self.dense, *self.adapter):
+            part.build(shape)
+
+
+class Stack(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.blocks = [Block() for _ in range(12)]
+        self.head = keras.layers.Dense(2)
+
+    def build(self, shape):
+        for part in (*self.blocks, self.head):
+            part.build(shape)
+
+
+STACK = """
+submodel                   parameters  group    state         rule                      mode       optimizer state
+------------------------------------------------------------------------------------------------------------------
+blocks/0..11                  12 x 60  default  trains 66.7%  mixed                     train           12 x 320 B
+blocks/0..11/dense            12 x 20  -        frozen        Freeze: glob('**/dense')  inference              0 B
+blocks/0..11/adapter/0..1     24 x 20  default  trains        Freeze: all else          train           24 x 160 B
+head                               10  default  trains        Freeze: all else          train                 80 B
+------------------------------------------------------------------------------------------------------------------
+parameters       730
+  train          490 (67.1%) in 1 group: default
+  frozen         240
+  non-trainable  0 (statistics, seeds, Keras' flags)
+optimizer state  3.8 KiB
+"""
+
+
+def test_repeated_blocks_are_one_row_with_their_count_and_all_that_is_in_them():
+    model = Stack()
+    model.build((None, 4))
+    trainer = tl.Trainer(model, tl.Freeze("**/dense"), loss="mse")
+    assert trainer.explain() == STACK.strip("\n")
+    trainer.policy = tl.Freeze("**/dense", "blocks/5/adapter")
+    rows = [row[0] for row in words(str(trainer.selection))]
+    assert rows[1:5] == ["blocks/0..4", "blocks/0..4/dense", "blocks/0..4/adapter/0..1", "blocks/5"]
+    assert "blocks/6..11" in rows
+
+
+SELECTED = """
+submodel               parameters  group    state         rule                             mode
+----------------------------------------------------------------------------------------------------
+backbone                       72  default  trains 33.3%  mixed                            train
+backbone/stage1                36  -        frozen        Freeze: glob('backbone/stage1')  inference
+backbone/stage2                36  default  trains 66.7%  mixed                            train
+backbone/stage2/dense          20  default  trains        Freeze: all else                 train
+backbone/stage2/bn             16  default  trains 25.0%  mixed                            train
+head                           10  default  trains        Freeze: all else                 train
+----------------------------------------------------------------------------------------------------
+parameters       82
+  train          34 (41.5%) in 1 group: default
+  frozen         32
+  non-trainable  16 (statistics, seeds, Keras' flags)
+"""
+
+
+def test_a_selection_prints_as_the_table_without_the_state_of_optimizers():
+    selection = tl.Trainer(nested(), POLICY, loss="mse").selection
+    assert str(selection) == SELECTED.strip("\n")
+    assert repr(selection) == f"<Selection: {selection.describe()}>"
+
+
+def test_a_table_shows_as_html_with_everything_escaped():
+    trainer = tl.Trainer(nested(), tl.Groups({"<b>": "head"}), loss="mse")
+    table = trainer.explain()
+    assert isinstance(table, str)
+    assert repr(table) == str(table)
+    html = table._repr_html_()
+    assert "&lt;b&gt;" in html
+    assert "<b>" not in html
+    assert "color" not in html
+    assert html.count("<tr>") == 1 + 2 + 5  # the header, two rows and five totals
+    assert trainer.selection._repr_html_().count("<tr>") == 1 + 2 + 4
 
 
 @pytest.mark.parametrize("depth", [0, -1, 1.5, None])

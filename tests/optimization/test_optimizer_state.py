@@ -92,6 +92,27 @@ def test_two_updates_of_one_cohort_each_have_their_own_count():
     assert inspect.iterations(trainer) == [3]
 
 
+def test_a_stage_that_joins_at_a_rate_of_its_own_leaves_the_state_of_those_before_alone():
+    trainer = fit(network(), tl.GradualUnfreeze(["head", TAIL, "base"], decay=0.5), epochs=3, optimizer=Adam(0.1))
+    assert dict(trainer.learning_rates) == pytest.approx({"stage2": 0.025, "stage1": 0.05, "stage0": 0.1})
+    assert inspect.iterations(trainer) == [9, 6, 3]
+    # By hand: an Adam for each stage, from the step on at which it joins.
+    model = network()
+    stages = [(model.get_layer(name), Adam(rate)) for name, rate in (("head", 0.1), ("mid", 0.05), ("base", 0.025))]
+    for epoch in range(3):
+        for _ in range(3):
+            weights = [layer.trainable_variables for layer, _ in stages[: epoch + 1]]
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_mean((model(X) - Y) ** 2)
+            for gradients, variables, (_, adam) in zip(tape.gradient(loss, weights), weights, stages):
+                adam.apply(gradients, variables)
+    assert_alike(trainer, model)
+    # A rate that the user sets stays, whatever stage joins after.
+    trainer.learning_rates["stage1"] = 0.5
+    trainer.fit([(X, Y)], verbose=0)
+    assert trainer.learning_rates["stage1"] == pytest.approx(0.5)
+
+
 # Two steps each under "a", "b" and "a" again: a count that goes along comes to 2, 4 and 6, others to 2, 2 and 4.
 @pytest.mark.parametrize(("kind", "counts"), [(Adam, [6, 4]), (SGD, [4, 2])], ids=["of its kind", "of another"])
 def test_a_variable_that_goes_to_another_optimizer_of_its_kind_takes_its_state_along(kind, counts):

@@ -179,9 +179,9 @@ GROUPS = {"base": tl.glob("base"), "head": tl.glob("head")}
 VALIDATED = {"validation_data": (X[:8], Y[:8])}
 RUNS = {
     "plain": Run(made(metrics=["mae"], ema=0.9), options=VALIDATED),
-    "gradual": Run(made(lambda: tl.GradualUnfreeze(["head", "norm", "base"]), ema=0.9), options=VALIDATED),
+    "gradual": Run(made(lambda: tl.GradualUnfreeze(["head", "norm", "base"], decay=0.5), ema=0.9), options=VALIDATED),
     "cycle": Run(made(lambda: tl.Cycle([tl.TrainOnly("head"), tl.TrainOnly("base", "norm")], every=2), ema=0.9)),
-    "random": Run(made(lambda: tl.RandomSubset(1, of=layers.Dense, every=3), metrics=["mae"])),
+    "random": Run(made(lambda: tl.RandomSubset(1, of=layers.Dense, every=3, always="norm"), metrics=["mae"])),
     "drawn": Run(made(Drawn)),
     "unhashable": Run(made(Unhashable)),
     "groups": Run(made(lambda: tl.Groups(GROUPS), optimizer=lambda: {

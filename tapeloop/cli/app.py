@@ -1,0 +1,221 @@
+"""The commands, and what they can be given. Each hands over to a file that is imported when it is needed."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import pathlib
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from tapeloop._version import __version__
+from tapeloop.cli import benchmarks, checkpoints
+from tapeloop.cli.answer import Answer, BadUsage
+from tapeloop.cli.references import said
+from tapeloop.errors import TapeloopError
+
+app = typer.Typer(
+    name="tapeloop", add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None
+)
+saved = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="List, verify and show checkpoints.")
+app.add_typer(saved, name="checkpoints")
+
+MODEL = "`package.module:name` or `file.py:name` of a model, or of a function that makes one and takes no arguments."
+POLICY = 'What trains: a policy in tapeloop\'s names, such as `Freeze("backbone")`, or the `module:name` of one.'
+GLOB = "A path glob, as policies take it; without one, all paths are shown."
+DIRECTORY = "The directory of a run, as `fit(checkpoint=...)` was given it, or a single checkpoint."
+Model = Annotated[str, typer.Argument(help=MODEL, metavar="MODEL", show_default=False)]
+Policy = Annotated[str, typer.Option(help=POLICY)]
+Folder = Annotated[pathlib.Path, typer.Argument(help=DIRECTORY, metavar="DIRECTORY", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
+Traceback = Annotated[bool, typer.Option("--traceback", help="Print the traceback of an error.")]
+
+
+@app.callback(invoke_without_command=True)
+def tapeloop(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """Train part of a TensorFlow/Keras 3 model: what trains, what that saves, what a run has saved.
+
+    \b
+    tapeloop paths mymodels:make_model
+    tapeloop explain mymodels:make_model --policy 'Freeze("backbone")'
+    tapeloop frontier mymodels:make_model --policy 'Freeze("backbone")' --data mymodels:make_data
+    tapeloop checkpoints list runs/digits
+
+    Exit status: 0 if all is well; 1 if something is wrong with what was asked about, such as a damaged checkpoint; 2
+    if it cannot be answered, such as of a model that is not there. The answer goes to the standard output; errors, and
+    what your own code prints, go to the standard error.
+    """
+    if version:
+        typer.echo(f"tapeloop {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def paths(
+    model: Model,
+    glob: Annotated[str | None, typer.Argument(help=GLOB, metavar="GLOB", show_default=False)] = None,
+    as_json: Json = False,
+    with_traceback: Traceback = False,
+) -> None:
+    """Show the paths of a model.
+
+    Filters match them. With a glob, what it matches is shown.
+
+    \b
+    tapeloop paths mymodels:make_model                 # all that there is
+    tapeloop paths mymodels:make_model 'backbone'      # all under it
+    tapeloop paths models/resnet.py:model '**/bias'    # every bias
+
+    Exit status 1: the glob matches nothing. The nearest paths are shown.
+    """
+    _answer(lambda: _models().paths(model, glob), as_json, with_traceback)
+
+
+@app.command()
+def explain(
+    model: Model,
+    policy: Policy = "TrainAll()",
+    optimizer: Annotated[str, typer.Option(help="The optimizer, by Keras' name, whose state is counted.")] = "adam",
+    depth: Annotated[int, typer.Option(min=1, help="How many levels of submodels are shown.")] = 3,
+    as_json: Json = False,
+    with_traceback: Traceback = False,
+) -> None:
+    """Show what trains, and at what cost.
+
+    For each submodel: whether it trains or is frozen, by which rule, and in which mode it runs.
+
+    \b
+    tapeloop explain mymodels:make_model --policy 'Freeze("backbone")'
+    tapeloop explain mymodels:make_model --policy 'TrainOnly("**/bias", keras.layers.LayerNormalization)'
+    tapeloop explain mymodels:make_model --policy mymodels:POLICY --depth 1
+
+    Exit status 1: the policy does not fit the model.
+    """
+    _answer(lambda: _models().explain(model, policy, optimizer, depth), as_json, with_traceback)
+
+
+@app.command()
+def frontier(
+    model: Model,
+    data: Annotated[str, typer.Option(help="The data, named as the model is.", show_default=False)],
+    policy: Policy = "TrainAll()",
+    loss: Annotated[
+        str,
+        typer.Option(
+            help="Keras' name of a loss, an expression, the `module:name` of a loss, or None for a model that adds its "
+            "own. By default squared error or cross-entropy, as the targets' shape says: where a step is cut does not "
+            "depend on it."
+        ),
+    ] = "auto",
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples per batch, for arrays.")] = 32,
+    as_json: Json = False,
+    with_traceback: Traceback = False,
+) -> None:
+    """Show what a feature cache would save.
+
+    It computes once for each example what is frozen and comes first; its share of a step is measured.
+
+    \b
+    tapeloop frontier mymodels:make_model --data mymodels:make_data --policy 'Freeze("backbone")'
+    tapeloop frontier mymodels:make_model --data data.py:x_and_y --policy 'TrainOnly("head")' --loss mae
+
+    The step is that of `tapeloop.Trainer`, whatever `train_step` the model itself has.
+
+    Exit status 1: there is nothing to cache. What stands in the way is shown.
+    """
+    _answer(lambda: _models().frontier(model, policy, data, loss, batch_size), as_json, with_traceback)
+
+
+@saved.command("list")
+def list_checkpoints(directory: Folder, as_json: Json = False, with_traceback: Traceback = False) -> None:
+    """List the checkpoints of a run.
+
+    For each: when it was written, what trained then, whether it is the newest or the best, and whether it is damaged,
+    as far as that shows without reading all of its bytes. Nothing in the directory is touched, and a run may be writing
+    there; so it is with `verify` and `show`.
+
+    \b
+    tapeloop checkpoints list runs/digits
+    tapeloop checkpoints list runs/digits --json | jq -r '.checkpoints[] | select(.best).path'
+
+    Exit status 1: one is damaged, or there is none.
+    """
+    _answer(lambda: checkpoints.listed(directory), as_json, with_traceback)
+
+
+@saved.command()
+def verify(directory: Folder, as_json: Json = False, with_traceback: Traceback = False) -> None:
+    """Check every byte of checkpoints.
+
+    Each must be as it was written.
+
+    \b
+    tapeloop checkpoints verify runs/digits
+    tapeloop checkpoints verify runs/digits/000012-step-600
+
+    Exit status 1: one is damaged, or there is none.
+    """
+    _answer(lambda: checkpoints.verified(directory), as_json, with_traceback)
+
+
+@saved.command()
+def show(directory: Folder, as_json: Json = False, with_traceback: Traceback = False) -> None:
+    """Show how far a run had come.
+
+    That is its step, epoch, phase, logs, optimizers, the state of its policy, and the versions that wrote it.
+
+    \b
+    tapeloop checkpoints show runs/digits                      # the newest
+    tapeloop checkpoints show runs/digits/000012-step-600
+
+    Exit status 1: it is damaged, or there is none.
+    """
+    _answer(lambda: checkpoints.described(directory), as_json, with_traceback)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    add_help_option=False,
+)
+def bench(context: typer.Context) -> None:
+    """Measure what partial training saves.
+
+    This runs `python -m benchmarks` of a checkout, with all arguments, on this device.
+
+    \b
+    tapeloop bench --help
+    tapeloop bench run --suite quick
+    """
+    try:
+        status = benchmarks.run(context.args)
+    except BadUsage as error:
+        typer.echo(str(error), err=True)
+        status = 2
+    raise typer.Exit(status)
+
+
+def _models() -> Any:
+    # Only now, since it needs TensorFlow. What that has to say while it is imported is of no use here.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    return importlib.import_module("tapeloop.cli.models")
+
+
+def _answer(ask: Callable[[], Answer], as_json: bool, with_traceback: bool) -> None:
+    """Print what a command finds out, or why it cannot, and end with the exit status that says so."""
+    try:
+        # What the user's own code prints must not mix with the answer.
+        with contextlib.redirect_stdout(sys.stderr):
+            answer = ask()
+    except Exception as error:
+        if with_traceback:
+            traceback.print_exc()
+        else:
+            typer.echo(str(error) if isinstance(error, (BadUsage, TapeloopError)) else said(error), err=True)
+        raise typer.Exit(2 if isinstance(error, BadUsage) else 1) from None
+    answer.print(as_json=as_json)
+    raise typer.Exit(int(answer.is_wrong))

@@ -1,0 +1,140 @@
+"""A fit that moves nothing: each phase of it traced on one batch, with what it would hold in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from tapeloop._backend.traced_graph import bytes_kept_for_gradient
+from tapeloop._table import Table, format_bytes, table
+from tapeloop.data.batch import sized_spec_of, tensors_in
+from tapeloop.errors import DataError, DisconnectedError
+from tapeloop.loop.epochs import EpochLoop
+from tapeloop.loop.fit_data import FitData
+from tapeloop.model.selection import Selection
+from tapeloop.model.tree import Model, Tree, VariableInfo
+from tapeloop.policies.resolve import selections_to_come
+from tapeloop.step.plan import Planner
+
+HEADER = ("phase", "groups", "parameters", "traces", "weights", "gradients", "optimizer state", "activations", "loss")
+RIGHT = {"phase", "parameters", "traces", "weights", "gradients", "optimizer state", "activations"}
+
+
+@dataclass(frozen=True)
+class DryPhase:
+    """What a phase of a fit would cost.
+
+    Attributes:
+        selection: What would train.
+        traces: How many traces it takes: 1, or 0 where one before it trains the same.
+        weight_bytes: The bytes of all of the model's variables.
+        gradient_bytes: The bytes of the gradients.
+        state_bytes: The bytes of the optimizer's state for what trains.
+        activation_bytes: The bytes that the forward pass keeps for the gradient, for one batch, as far as the shapes
+            are known: an estimate, for the compiler may fuse some and compute others again.
+        disconnected: What is wrong with the gradients, or None.
+    """
+
+    selection: Selection
+    traces: int
+    weight_bytes: int
+    gradient_bytes: int
+    state_bytes: int
+    activation_bytes: int
+    disconnected: str | None
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What `fit(dry_run=True)` has found, phase by phase, of those that the policy is known to come to.
+
+    Attributes:
+        phases: The phases.
+        examples: The number of examples of the batch.
+
+    Example:
+        >>> dense = keras.layers.Dense
+        >>> model = keras.Sequential([keras.Input((4,)), dense(3, name="base"), dense(2, name="head")])
+        >>> trainer = tl.Trainer(model, tl.GradualUnfreeze(["head", "base"]), loss="mse")
+        >>> found = trainer.fit(np.ones((8, 4)), np.ones((8, 2)), epochs=2, dry_run=True)
+        >>> [(len(phase.selection.trained), phase.traces, phase.disconnected) for phase in found.phases]
+        [(2, 1, None), (4, 1, None)]
+        >>> trainer.step, trainer.trace_count
+        (0, 0)
+    """
+
+    phases: tuple[DryPhase, ...]
+    examples: int | None
+
+    def __repr__(self) -> str:
+        problems = [f"phase {n}: {phase.disconnected}" for n, phase in enumerate(self.phases) if phase.disconnected]
+        return "\n".join([self._table(), *problems])
+
+    def _repr_html_(self) -> str:
+        return self._table().html
+
+    def _table(self) -> Table:
+        rows = [
+            (
+                str(number),
+                ", ".join(phase.selection.groups),
+                f"{sum(variable.size for variable in phase.selection.trained):,}",
+                str(phase.traces),
+                *map(
+                    format_bytes, (phase.weight_bytes, phase.gradient_bytes, phase.state_bytes, phase.activation_bytes)
+                ),
+                "connected" if phase.disconnected is None else "missing",
+            )
+            for number, phase in enumerate(self.phases)
+        ]
+        return table(HEADER, rows, RIGHT, [("examples", f"{self.examples} in a batch"), ("moved", "nothing")])
+
+
+def dry_run(model: Model, loop: EpochLoop, data: FitData) -> DryRun:
+    """Trace each phase of a fit by itself, with its updates left out.
+
+    Args:
+        model: The trainer's model.
+        loop: Its loop.
+        data: The data of the fit.
+
+    Raises:
+        DataError: The data is an iterator, from which a batch would be taken.
+    """
+    if data.loader.is_one_shot:
+        raise DataError(
+            "`dry_run` would take a batch from an iterator, which the fit would then miss. Pass data that can be gone "
+            "through again, such as a list of a few batches."
+        )
+    spec = data.loader.cursor().spec()
+    static = next((each.shape[0] for each in tensors_in(spec) if each.shape.rank), None)
+    examples = getattr(data.loader.source, "batch_size", static)
+    spec = spec if examples is None else sized_spec_of(spec, examples)
+    selections = selections_to_come(loop.phases.policy, Tree.of(model)) or [loop.phases.now()]
+    return DryRun(tuple(_phases(loop, selections, spec)), examples)
+
+
+def _phases(loop: EpochLoop, selections: Sequence[Selection], spec: object) -> Iterator[DryPhase]:
+    seen: set[Selection] = set()
+    for selection in selections:
+        planner, disconnected, kept = Planner("train", selection, loop.steps.parts), None, 0
+        try:
+            # Deferred: the gradients are computed, and nobody makes an update of them.
+            kept = sum(bytes_kept_for_gradient(each) for each in planner.plan(spec, deferred=True).functions)
+        except DisconnectedError as error:
+            disconnected = str(error)
+        optimizers = loop.state.optimizers
+        yield DryPhase(
+            selection,
+            int(selection not in seen),
+            _bytes(selection.tree.variables),
+            _bytes(selection.trained),
+            sum(optimizers.slot_bytes(variable, group) for variable, group in selection.group_of.items()),
+            kept,
+            disconnected,
+        )
+        seen.add(selection)
+
+
+def _bytes(variables: Iterable[VariableInfo]) -> int:
+    return sum(variable.bytes for variable in variables)

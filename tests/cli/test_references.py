@@ -1,0 +1,135 @@
+"""Models and policies that cannot be had, each told in a line."""
+
+import sys
+
+import pytest
+
+from tests.support.commands import HERE, ask
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working directory with modules, some of which cannot be imported; what is imported from it is forgotten."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    before = set(sys.modules)
+    (tmp_path / "beside.py").write_text("WIDTH = 2\n")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "beside_it.py").write_text("WIDTH = 3\n")
+    model = "import keras\nmodel = keras.Sequential([keras.Input((3,)), keras.layers.Dense(WIDTH, name='head')])\n"
+    (tmp_path / "own.py").write_text(f"from beside import WIDTH\n{model}")
+    (tmp_path / "sub" / "own.py").write_text(f"from beside_it import WIDTH\nclass kept:\n    made = 3\n{model}")
+    (tmp_path / "imports.py").write_text("import no_such_thing\n")
+    (tmp_path / "raises.py").write_text("\nraise RuntimeError('no disk')\n")
+    (tmp_path / "leaves.py").write_text("import sys\nsys.exit('usage: leaves')\n")
+    (tmp_path / "spelled.py").write_text("def model(:\n")
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if getattr(sys.modules[name], "__file__", None) and str(tmp_path) in sys.modules[name].__file__:
+            del sys.modules[name]
+
+
+def test_a_module_of_the_working_directory_and_a_file(folder):
+    said = {reference: ask(f"paths {reference} head/bias")[1] for reference in ("own:model", "own.py:model")}
+    assert all("(2,)" in text for text in said.values())
+    # What a file imports may stand beside it, and another module of its name is another.
+    assert "(3,)" in ask("paths sub/own.py:model head/bias")[1]
+    assert "(3,)" in ask(f"paths {folder}/sub/own.py:model head/bias")[1]
+
+
+def test_what_the_users_code_prints_is_no_part_of_the_answer():
+    status, said, error = ask(f"paths {HERE}:make_model head/bias --json")
+    assert status == 0
+    assert said.startswith("{")
+    assert error == "the user's own code prints\n"
+
+
+@pytest.mark.parametrize(
+    ("reference", "text"),
+    [
+        (
+            "own",
+            "MODEL must be `package.module:name` or `file.py:name`, such as `mymodels:make_model`. Received:",
+        ),
+        ("own:", "Received: 'own:'"),
+        ("nowhere:model", "MODEL: there is no module `nowhere`, neither in {folder} nor among the installed packages."),
+        ("own.sub:model", "MODEL: there is no module `own.sub`, neither in"),
+        ("nowhere.py:model", "MODEL: there is no file nowhere.py."),
+        ("imports:model", "MODEL: importing `imports` raised ModuleNotFoundError: No module named 'no_such_thing'"),
+        ("imports:model", "(line 1 of {folder}/imports.py)"),
+        ("raises:model", "MODEL: importing `raises` raised RuntimeError: no disk (line 2 of {folder}/raises.py)"),
+        ("raises.py:model", "MODEL: raises.py raised RuntimeError: no disk (line 2 of {folder}/raises.py)"),
+        ("leaves:model", "MODEL: importing `leaves` raised SystemExit: usage: leaves (line 2 of"),
+        ("spelled:model", "MODEL: importing `spelled` raised SyntaxError: "),
+        ("own:modle", "MODEL: `own` has no `modle`. The nearest names are `model`."),
+        ("sub/own.py:kept.maid", "MODEL: `sub/own.py` has no `kept.maid`. The nearest names are `made`."),
+        ("own:WIDTH", "MODEL: `own:WIDTH` gives no model. `model` must be a Keras model or layer, a `tf.Module`, or"),
+        ("own:WIDTH", "Received: 2 of type int."),
+    ],
+)
+def test_models_that_are_not_there(folder, reference, text):
+    status, said, error = ask(f"paths {reference}")
+    assert (status, said) == (2, "")
+    assert text.format(folder=folder) in error
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("of_width", "`{}:of_width` needs arguments (width, name), and is called without any. Write a function that"),
+        ("Wide", "`{}:Wide` needs arguments (width), and is called without any."),
+        ("broken", "`{}:broken` raised ValueError: no weights here (line "),
+        ("leaves", "`{}:leaves` raised SystemExit: 3 (line "),
+        ("MISSING", "`{}:MISSING` gives no model. "),
+        ("freeze_body", "Received: Freeze(glob('body')) of type Freeze."),
+    ],
+)
+def test_functions_that_make_no_model(name, text):
+    status, said, error = ask(f"explain {HERE}:{name}")
+    assert (status, said) == (2, "")
+    assert text.format(HERE) in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("policy", "text"),
+    [
+        ("Freeze(", "--policy: 'Freeze(' raised SyntaxError: "),
+        ("Freez('body')", "`Freez` is no name of tapeloop's, `keras` or Python's. Did you mean `Freeze`?"),
+        ("Freeze(3)", "--policy: 'Freeze(3)' raised TypeError: A filter must be a path glob, a submodel"),
+        ("'body'", '--policy must be a policy such as `Freeze("body")`'.replace("body", "backbone")),
+        ("'body'", "Received: \"'body'\", which gives 'body'."),
+        (f"{HERE}:MISSING", "which gives None."),
+        (f"{HERE}:nothing", f"--policy: `{HERE}` has no `nothing`."),
+    ],
+)
+def test_policies_that_are_none(policy, text):
+    status, said, error = ask(f'explain {HERE}:MODEL --policy "{policy}"')
+    assert (status, said) == (2, "")
+    assert text in error
+
+
+def test_an_expression_may_use_keras_and_python():
+    policy = 'TrainOnly(*[f\\"{name}/bias\\" for name in [\\"head\\"]], keras.layers.BatchNormalization)'
+    assert ask(f'explain {HERE}:MODEL --policy "{policy}" --json')[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ("--optimizer adma", "`optimizer` is 'adma', and Keras has none of that name."),
+        ("--depth 0", "Invalid value for '--depth'"),
+        ("--what", "No such option: --what"),
+    ],
+)
+def test_other_options_that_are_wrong(options, text):
+    status, said, error = ask(f"explain {HERE}:MODEL {options}")
+    assert (status, said) == (2, "")
+    assert text in error
+
+
+def test_a_traceback_is_shown_to_those_who_ask():
+    status, said, error = ask(f"explain {HERE}:broken --traceback")
+    assert (status, said) == (2, "")
+    assert 'raise ValueError("no weights here")' in error
+    assert error.endswith("support/commands.py)\n")
