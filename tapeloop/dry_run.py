@@ -33,6 +33,12 @@ class DryPhase:
         activation_bytes: The bytes that the forward pass keeps for the gradient, for one batch, as far as the shapes
             are known: an estimate, for the compiler may fuse some and compute others again.
         disconnected: What is wrong with the gradients, or None.
+
+    Example:
+        >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, name="head")])
+        >>> found = tl.Trainer(model, loss="mse", optimizer="adam").fit(np.ones((8, 4)), np.ones((8, 2)), dry_run=True)
+        >>> found.phases[0].weight_bytes, found.phases[0].gradient_bytes, found.phases[0].state_bytes
+        (40, 40, 80)
     """
 
     selection: Selection
