@@ -30,6 +30,9 @@ def test_the_commands_are_in_the_makefile(command):
     assert f"\n{command.split()[1]}: " in (ROOT / "Makefile").read_text()
 
 
-def test_no_example_is_left_untested():
+def test_no_example_is_left_untested_or_out_of_the_list():
     tested = "".join(path.read_text() for path in pathlib.Path(__file__).parent.glob("test_*.py"))
-    assert all(f'"{path.stem}"' in tested for path in (ROOT / "examples").glob("*.py"))
+    listed = (ROOT / "docs" / "examples.md").read_text()
+    for path in (ROOT / "examples").glob("*.py"):
+        assert f'"{path.stem}"' in tested
+        assert f"(../examples/{path.name})" in listed
