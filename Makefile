@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all lint bench dist clean
 
 demo: $(READY)
 	$(BIN)/python examples/transfer_digits.py
@@ -26,8 +26,13 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python -m benchmarks run --suite quick
 
+# The sdist, and the wheel that is built from it, in dist/.
+dist: $(READY)
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+
 clean:
-	rm -rf .venv .pytest_cache .hypothesis .ruff_cache .mypy_cache
+	rm -rf .venv dist .pytest_cache .hypothesis .ruff_cache .mypy_cache
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
