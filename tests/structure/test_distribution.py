@@ -68,10 +68,11 @@ def test_its_metadata_say_what_it_is_and_what_it_needs(distribution):
     assert {required.split(">=")[0] for required in needed} == {"tensorflow", "keras", "numpy", "h5py", "tqdm"}
 
 
-def test_its_commands_exist(distribution):
-    for command in distribution.entry_points:
-        module, _, function = command.value.partition(":")
-        assert callable(getattr(importlib.import_module(module), function))
+def test_its_command_exists(distribution):
+    (command,) = distribution.entry_points
+    assert (command.group, command.name) == ("console_scripts", "tapeloop")
+    module, _, function = command.value.partition(":")
+    assert callable(getattr(importlib.import_module(module), function))
 
 
 def test_it_runs(unpacked, tmp_path):
