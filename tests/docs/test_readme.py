@@ -39,4 +39,4 @@ def test_the_commands_are_in_the_makefile(command):
 
 def test_no_example_is_left_untested():
     tested = "".join(path.read_text() for path in pathlib.Path(__file__).parent.glob("test_*.py"))
-    assert all(f'"{path.stem}"' in tested for path in (ROOT / "examples").glob("*.py"))
+    assert all(f'"{path.stem}"' in tested for path in (ROOT / "examples").glob("*.[pi]*"))  # scripts and notebooks
