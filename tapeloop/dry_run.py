@@ -33,6 +33,13 @@ class DryPhase:
         activation_bytes: The bytes that the forward pass keeps for the gradient, for one batch, as far as the shapes
             are known: an estimate, for the compiler may fuse some and compute others again.
         disconnected: What is wrong with the gradients, or None.
+
+    Example:
+        >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, name="head")])
+        >>> found = tl.Trainer(model, loss="mse").fit(np.ones((8, 4)), np.ones((8, 2)), dry_run=True)
+        >>> phase = found.phases[0]
+        >>> phase.weight_bytes, phase.gradient_bytes, phase.state_bytes
+        (40, 40, 80)
     """
 
     selection: Selection
