@@ -46,6 +46,7 @@ def test_distillation():
     assert "the teacher is bit-identical: True" in printed
 
 
+@pytest.mark.slow
 def test_lora():
     printed = run("lora")
     pretrained, head, lora = numbers(r"on 0-4 ([\d.]+), head only ([\d.]+), LoRA ([\d.]+)", printed)
@@ -91,6 +92,7 @@ def test_transfer_digits():
     assert printed.count("are as they were") == 2
 
 
+@pytest.mark.slow
 def test_feature_extraction():
     printed = run("feature_extraction")
     assert "the backbone, batch statistics included, is bit-identical" in printed
