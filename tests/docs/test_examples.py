@@ -100,6 +100,7 @@ def test_feature_extraction():
     assert losses[-1] < 0.7 * losses[0]
 
 
+@pytest.mark.slow
 def test_pcgrad():
     printed = run("pcgrad")
     entropy, error, conflicts = numbers(r"Summed: entropy ([\d.]+), error ([\d.]+), conflicts ([\d.]+)", printed)
