@@ -2,9 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+LOWEST := .venv-lowest
+LOWEST_PYTHONS ?= python3.10 $(wildcard $(HOME)/.pyenv/versions/3.10.*/bin/python) python3.11 python3.12
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: demo test test-all lint bench docs clean
+.PHONY: demo test test-all test-lowest lint bench docs dist clean
 
 demo: $(READY)
 	$(BIN)/python examples/transfer_digits.py
@@ -18,6 +20,11 @@ test-all: $(READY)
 	$(BIN)/python -m pytest -m slow --collect-only
 	TAPELOOP_EXAMPLES=100 $(BIN)/python -m pytest -n auto --dist worksteal
 
+# With the lowest versions that pyproject.toml allows, on the lowest Python that is here and that they run on. Old packages
+# warn of newer ones beside them.
+test-lowest: $(LOWEST)/.ready
+	TAPELOOP_EXAMPLES=24 $(LOWEST)/bin/python -m pytest -m "not slow" -n auto --dist worksteal -W ignore::DeprecationWarning
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -30,11 +37,23 @@ bench: $(READY)
 docs: $(READY)
 	$(BIN)/python -m mkdocs build --strict
 
+# The sdist, and the wheel that is built from it, in dist/.
+dist: $(READY)
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+
 clean:
-	rm -rf .venv site .pytest_cache .hypothesis .ruff_cache .mypy_cache
+	rm -rf .venv $(LOWEST) dist site .pytest_cache .hypothesis .ruff_cache .mypy_cache
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+$(LOWEST)/.ready: pyproject.toml
+	rm -rf $(LOWEST)
+	for python in $(LOWEST_PYTHONS); do $$python -m venv $(LOWEST) && break; done
+	$(LOWEST)/bin/python -m pip install --quiet uv
+	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct --editable '.[test]'
 	touch $@

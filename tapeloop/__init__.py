@@ -24,4 +24,5 @@ else:
         return here[name]
 
     def __dir__() -> list[str]:
-        return sorted({*globals(), *__getattr__("__all__")})
+        # What an editor or a shell completes: modules that were imported along the way are none of the user's.
+        return [*__getattr__("__all__"), "__version__"]

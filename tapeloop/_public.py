@@ -15,6 +15,7 @@ from tapeloop.errors import (
     TapeloopError,
 )
 from tapeloop.feature_cache.report import Frontier
+from tapeloop.learning_rate_search.search import LearningRateSearch, find_learning_rate
 from tapeloop.loop.history import History, Phase
 from tapeloop.model.filters import Filter, first, glob, last, matching, named, of_type, under
 from tapeloop.model.selection import Selection
@@ -45,6 +46,7 @@ __all__ = [
     "Groups",
     "History",
     "LayerwiseDecay",
+    "LearningRateSearch",
     "NonFiniteError",
     "Phase",
     "Phases",
@@ -59,6 +61,7 @@ __all__ = [
     "Trainer",
     "VariableInfo",
     "VariablePolicy",
+    "find_learning_rate",
     "first",
     "glob",
     "last",

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Collection, Mapping
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, overload
 
 import numpy as np
 import tensorflow as tf
@@ -27,6 +27,7 @@ from tapeloop.feature_cache.cache import CachedData, FeatureCache
 from tapeloop.feature_cache.storage import Memory
 from tapeloop.loop.epochs import EpochLoop
 from tapeloop.loop.fit_data import FitData, Validation
+from tapeloop.loop.history import History
 from tapeloop.loop.progress import ProgressDisplay
 from tapeloop.loop.state import Resumption, TrainerState
 from tapeloop.model.tree import Model
@@ -49,6 +50,7 @@ class Fits:
     _features: Memory
     _seed: int | None
 
+    @overload
     def fit(
         self,
         x: Any,
@@ -62,12 +64,48 @@ class Fits:
         validation_freq: int | Collection[int] = 1,
         validation_steps: int | None = None,
         validation_batch_size: int | None = None,
-        validate_with: str = "own",
+        validate_with: Literal["own", "ema"] = "own",
         steps_per_epoch: int | None = None,
         class_weight: Mapping[int, float] | None = None,
         shuffle: bool = True,
         callbacks: Any = None,
-        verbose: int | str = "auto",
+        verbose: int | Literal["auto"] = "auto",
+        feature_cache: str | os.PathLike[str] | None = None,
+        feature_cache_views: int = 1,
+        checkpoint: Checkpoints | str | os.PathLike[str] | None = None,
+        dry_run: Literal[False] = False,
+        **others: NoReturn,
+    ) -> History: ...
+
+    @overload
+    def fit(
+        self, x: Any, y: Any = None, sample_weight: Any = None, *, dry_run: Literal[True], **options: Any
+    ) -> DryRun: ...
+
+    @overload
+    def fit(
+        self, x: Any, y: Any = None, sample_weight: Any = None, *, dry_run: bool, **options: Any
+    ) -> History | DryRun: ...
+
+    def fit(
+        self,
+        x: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        *,
+        batch_size: int = 32,
+        epochs: int = 1,
+        validation_data: Any = None,
+        validation_split: float | None = None,
+        validation_freq: int | Collection[int] = 1,
+        validation_steps: int | None = None,
+        validation_batch_size: int | None = None,
+        validate_with: Literal["own", "ema"] = "own",
+        steps_per_epoch: int | None = None,
+        class_weight: Mapping[int, float] | None = None,
+        shuffle: bool = True,
+        callbacks: Any = None,
+        verbose: int | Literal["auto"] = "auto",
         feature_cache: str | os.PathLike[str] | None = None,
         feature_cache_views: int = 1,
         checkpoint: Checkpoints | str | os.PathLike[str] | None = None,
@@ -170,7 +208,7 @@ class Fits:
         batch_size: int = 32,
         steps: int | None = None,
         callbacks: Any = None,
-        verbose: int | str = "auto",
+        verbose: int | Literal["auto"] = "auto",
         **others: NoReturn,
     ) -> dict[str, Any]:
         """Return the loss and metrics on any data that `fit` accepts, by name.
@@ -247,7 +285,7 @@ class Fits:
         batch_size: int = 32,
         steps: int | None = None,
         callbacks: Any = None,
-        verbose: int | str = 0,
+        verbose: int | Literal["auto"] = 0,
         **others: NoReturn,
     ) -> Any:
         """Return the model's outputs on data as NumPy arrays, examples first.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from tapeloop._validation import whole_number
 from tapeloop.checkpoint.contents import RunContents
@@ -24,7 +24,7 @@ from tapeloop.loop.step_cache import StepCache
 from tapeloop.loop.steps_per_call import Pace
 from tapeloop.model.filters import FilterLike
 from tapeloop.model.suitability import check_one_device, check_own_step
-from tapeloop.model.tree import Model, Tree
+from tapeloop.model.tree import AnyModel, Tree
 from tapeloop.optimization.clipping import Clipping
 from tapeloop.optimization.ema import MovingAverages
 from tapeloop.optimization.loss_scale import LossScale
@@ -67,7 +67,7 @@ class Trainer(Fits, SavesRuns, ShowsItself, UserStep):
 
     def __init__(
         self,
-        model: Model,
+        model: AnyModel,
         policy: VariablePolicy | None = None,
         *,
         loss: Any = None,
@@ -76,14 +76,14 @@ class Trainer(Fits, SavesRuns, ShowsItself, UserStep):
         weighted_metrics: Any = None,
         loss_weights: Any = None,
         clip_norm: float | Mapping[str, float] | None = None,
-        microbatches: int | str = 1,
-        nonfinite: str = "raise",
+        microbatches: int | Literal["auto"] = 1,
+        nonfinite: Literal["raise", "skip", "ignore"] = "raise",
         max_skipped: int = 10,
         ema: float | None = None,
         remat: FilterLike | None = None,
-        jit_compile: bool | str = "auto",
+        jit_compile: bool | Literal["auto"] = "auto",
         run_eagerly: bool = False,
-        steps_per_call: int | str = "auto",
+        steps_per_call: int | Literal["auto"] = "auto",
         log_updates: bool = False,
         ignore_model_step: bool = False,
         seed: int | None = None,

@@ -6,7 +6,7 @@ import numbers
 import os
 import pathlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from tapeloop._validation import whole_number
 from tapeloop.checkpoint.records import names_in, records_in
@@ -59,8 +59,8 @@ class Checkpoints:
     every_epochs: int | None = 1
     keep: int = 3
     keep_best: str | None = None
-    mode: str = "auto"
-    resume: str = "auto"
+    mode: Literal["auto", "min", "max"] = "auto"
+    resume: Literal["auto", "never", "must"] = "auto"
 
     def __post_init__(self) -> None:
         for name in ("every_steps", "every_epochs"):

@@ -122,6 +122,11 @@ class CompiledStep:
         if not self.planner.parts.compilation.run_eagerly:
             self._loop_over(cursor)
 
+    def trace_on_batch(self, batch: Any) -> None:
+        """Trace the step for single batches like this one, which shows what it touches before anything has moved."""
+        if not self.planner.parts.compilation.run_eagerly:
+            self._single(batch)
+
     def find_logs(self, cursor: BatchCursor) -> None:
         """Find out what the step logs, which its trace tells: the metrics have their variables from then on."""
         if not self.planner.parts.compilation.run_eagerly:

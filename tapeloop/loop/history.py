@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -87,7 +87,7 @@ class History:
         path: str | os.PathLike[str] | None = None,
         *,
         metrics: str | Sequence[str] | None = None,
-        by: str = "epoch",
+        by: Literal["epoch", "step"] = "epoch",
     ) -> Figure:
         """Draw the logs, with the phases behind them, and below them what trained when.
 

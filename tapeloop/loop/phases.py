@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,6 +115,23 @@ class PhaseTracker:
         if following is policy or type(following).at is VariablePolicy.at:
             return following
         return state.policy[1] if state.policy is not None and state.policy[0] is self.policy else None
+
+    @contextlib.contextmanager
+    def unasked(self) -> Iterator[Selection]:
+        """Give what trains now inside this context; after it, the policy is as if it had not been asked."""
+        policy, asked, answer = self.policy, self._asked, self._answer
+        try:
+            state = policy.get_state()
+        except TypeError:  # it may keep anything
+            state = None
+        try:
+            yield self.now()
+        finally:
+            # One that cannot be brought back is not asked twice about the moment, and keeps its answer.
+            if state is not None:
+                if policy.get_state() != state:
+                    policy.set_state(state)
+                self._asked, self._answer = asked, answer
 
     def resolve_to_come(self) -> None:
         """Resolve every selection that is known to come.

@@ -17,9 +17,9 @@ import keras
 import tensorflow as tf
 
 from tapeloop._validation import whole_number
-from tapeloop.model.tree import Model, SubmodelInfo, Tree, VariableInfo
+from tapeloop.model.tree import HasVariables, SubmodelInfo, Tree, VariableInfo
 
-FilterLike: TypeAlias = "Filter | str | Model | type | Sequence[FilterLike]"
+FilterLike: TypeAlias = "Filter | str | HasVariables | type | Sequence[FilterLike]"
 
 
 class Filter(abc.ABC):
@@ -158,7 +158,7 @@ class Under(Filter):
     """See `under`."""
 
     is_part = True
-    submodel: Model
+    submodel: HasVariables
 
     def __call__(self, variable: VariableInfo) -> bool:
         return any(self.identifies(submodel, variable.tree) for submodel in variable.submodels)
@@ -356,7 +356,7 @@ def named(*names: str) -> Filter:
     return Named(names)
 
 
-def under(submodel: Model) -> Filter:
+def under(submodel: HasVariables) -> Filter:
     """Choose the variables under this very submodel, wherever it stands.
 
     Args:

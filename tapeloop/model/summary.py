@@ -9,7 +9,7 @@ from typing import Protocol
 from tapeloop._table import Table, format_bytes, table
 from tapeloop._validation import whole_number
 from tapeloop.model.rows import Info, Row, folded, own_variables, unfolded
-from tapeloop.model.tree import Model, SubmodelInfo, Tree, VariableInfo
+from tapeloop.model.tree import AnyModel, SubmodelInfo, Tree, VariableInfo
 
 HEADER = ("submodel", "parameters", "group", "state", "rule", "mode", "optimizer state")
 RIGHT = {"parameters", "optimizer state"}
@@ -104,7 +104,7 @@ def _totals(selection: Selected, state_bytes: Callable[[VariableInfo], int] | No
     return totals
 
 
-def paths(model: Model) -> None:
+def paths(model: AnyModel) -> None:
     """Print the paths of a model, for filters to match: a row for each submodel and variable.
 
     Args:

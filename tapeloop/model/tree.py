@@ -9,17 +9,28 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import keras
 import tensorflow as tf
 
 from tapeloop._backend import keras_internals
 
-Model: TypeAlias = Any  # keras.Layer | tf.Module | Mapping[str, "Model"]: Keras ships no types to check against
+Model: TypeAlias = Any  # what `AnyModel` is; Keras ships no types for what is done with it
 Variable: TypeAlias = Any  # keras.Variable | tf.Variable
+
+
+class HasVariables(Protocol):
+    """A Keras layer or model, or a `tf.Module`, as far as a type checker can tell."""
+
+    @property
+    def variables(self) -> Sequence[Any]:
+        """Its variables."""
+
+
+AnyModel: TypeAlias = "HasVariables | Mapping[str, AnyModel]"  # as users pass it
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -299,6 +301,22 @@ class Optimizers:
                 template.restore(description["configured"][key])
         self._set = dict(description["learning_rates_set"])
         return bool(free)
+
+    def on_trial(self) -> Optimizers:
+        """Return optimizers that go on from the state of these, in the same variables, and share nothing else.
+
+        What their steps leave behind is values: nothing of these optimizers is made, moved to a group or set.
+        """
+        self._refresh()
+        other = copy.copy(self)
+        templates = {template: template.on_trial() for template in self._templates.values()}
+        cohorts = {cohort: dataclasses.replace(cohort, shares=dict(cohort.shares)) for cohort in self.cohorts}
+        other._templates = {key: templates[template] for key, template in self._templates.items()}
+        other._set = dict(self._set)
+        other._home = {place: cohorts[cohort] for place, cohort in self._home.items()}
+        other._latest = {variable: cohorts[cohort] for variable, cohort in self._latest.items()}
+        other.cohorts = list(cohorts.values())
+        return other
 
     def start_over(self) -> None:
         """Let go of all state: every variable starts anew when it next trains."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import logging
 import math
@@ -28,7 +29,13 @@ class Template:
     Attributes:
         optimizer: The very object.
         schedule: The schedule or function that its learning rate follows, or None.
+        clones_are: What clones of it are for, and how to do without them.
     """
+
+    clones_are = (
+        "for variables that train in another group or begin at another time",
+        "pass one optimizer for each group",
+    )
 
     def __init__(self, optimizer: Any) -> None:
         """Check and keep the optimizer.
@@ -125,6 +132,14 @@ class Template:
             return self.optimizer
         return self._clone()
 
+    def on_trial(self) -> Template:
+        """Return what stands for the optimizer on trial: what becomes of it is its own, and it gives out clones."""
+        other = copy.copy(self)
+        # Once an optimizer is built, it is built for good.
+        other._is_taken = True
+        other.clones_are = "to try learning rates on it", "train a step before the search"
+        return other
+
     def require_clones(self, cohorts: int) -> None:
         """Check that there can be so many optimizers more.
 
@@ -141,14 +156,13 @@ class Template:
 
     def _clone(self) -> keras.optimizers.Optimizer:
         config = self._config or keras_internals.optimizer_config(self.optimizer, self.schedule)
-        kind = type(self.optimizer)
+        kind, (purpose, remedy) = type(self.optimizer), self.clones_are
         try:
             clone = keras_internals.clone_optimizer(self.optimizer, config)
         except Exception as error:
             raise PolicyError(
-                f"A second {kind.__name__} is needed, for variables that train in another group or begin at another "
-                f"time, and `from_config(get_config())` raises {type(error).__name__}: {error}. Have `get_config` list "
-                "what `__init__` takes, or pass one optimizer for each group."
+                f"A second {kind.__name__} is needed, {purpose}, and `from_config(get_config())` raises "
+                f"{type(error).__name__}: {error}. Have `get_config` list what `__init__` takes, or {remedy}."
             ) from error
         # `get_config` may leave out what a subclass's `__init__` takes: the copy would silently train in another way.
         said = _settings(clone)
@@ -156,10 +170,9 @@ class Template:
         if differ:
             name = differ[0]
             raise PolicyError(
-                f"A second {kind.__name__} is needed, for variables that train in another group or begin at another "
-                f"time, and its copy would not be the one you passed: `{name}` would be "
-                f"{said.get(name, 'missing')!r} and not {self._said[name]!r}. Have its `get_config` list "
-                f"{', '.join(f'`{each}`' for each in differ)}, or pass one optimizer for each group."
+                f"A second {kind.__name__} is needed, {purpose}, and its copy would not be the one you passed: "
+                f"`{name}` would be {said.get(name, 'missing')!r} and not {self._said[name]!r}. Have its `get_config` "
+                f"list {', '.join(f'`{each}`' for each in differ)}, or {remedy}."
             )
         return clone
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from tapeloop.model.filters import Filter
 from tapeloop.model.tree import SubmodelInfo, VariableInfo
 from tapeloop.policies.state import encoded_attributes, restore_attributes
 
 DEFAULT_GROUP = "default"
+Unit: TypeAlias = Literal["epoch", "step"]  # of what a policy counts
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Progress:
     epoch: int = 0
     logs: Mapping[str, float] = field(default_factory=dict)
 
-    def count(self, unit: str) -> int:
+    def count(self, unit: Unit) -> int:
         """Return `step` or `epoch`.
 
         Args:

@@ -13,7 +13,7 @@ from tapeloop._validation import is_number, whole_number
 from tapeloop.errors import PolicyError
 from tapeloop.model.filters import Filter, FilterLike, SubmodelKind, to_filter
 from tapeloop.model.tree import SubmodelInfo, Tree, VariableInfo
-from tapeloop.policies.base import DEFAULT_GROUP, Progress, VariablePolicy
+from tapeloop.policies.base import DEFAULT_GROUP, Progress, Unit, VariablePolicy
 from tapeloop.policies.static import TrainOnly
 
 
@@ -21,10 +21,10 @@ from tapeloop.policies.static import TrainOnly
 class _Scheduled:
     """The base of policies that answer anew after a number of steps or epochs."""
 
-    _unit: str
+    _unit: Unit
     _period: int
 
-    def _set(self, unit: str, period: int, **fields: Any) -> None:
+    def _set(self, unit: Unit, period: int, **fields: Any) -> None:
         """Set the fields of the frozen policy, in its constructor."""
         if unit not in ("epoch", "step"):
             raise ValueError(f"`unit` must be 'epoch' or 'step'. Received: {unit!r}.")
@@ -37,7 +37,7 @@ class _Scheduled:
     def _periods_before(self, progress: Progress) -> int:
         return progress.count(self._unit) // self._period
 
-    def _unit_unless(self, default: str) -> str:
+    def _unit_unless(self, default: Unit) -> str:
         """Return the argument `unit` as it is written, if it is not the default."""
         return "" if self._unit == default else f", unit={self._unit!r}"
 
@@ -57,7 +57,7 @@ class Phases(_Scheduled, VariablePolicy):
 
     _phases: tuple[tuple[int, VariablePolicy], ...]
 
-    def __init__(self, phases: Mapping[int, VariablePolicy], *, unit: str = "epoch") -> None:
+    def __init__(self, phases: Mapping[int, VariablePolicy], *, unit: Unit = "epoch") -> None:
         """Set the phases.
 
         Args:
@@ -118,7 +118,7 @@ class GradualUnfreeze(_Scheduled, VariablePolicy):
     _decay: float | None
 
     def __init__(
-        self, stages: Iterable[FilterLike], *, every: int = 1, decay: float | None = None, unit: str = "epoch"
+        self, stages: Iterable[FilterLike], *, every: int = 1, decay: float | None = None, unit: Unit = "epoch"
     ) -> None:
         """Set the stages.
 
@@ -207,7 +207,7 @@ class Cycle(_Scheduled, VariablePolicy):
 
     _policies: tuple[VariablePolicy, ...]
 
-    def __init__(self, policies: Iterable[VariablePolicy], *, every: int = 1, unit: str = "step") -> None:
+    def __init__(self, policies: Iterable[VariablePolicy], *, every: int = 1, unit: Unit = "step") -> None:
         """Set the policies.
 
         Args:
@@ -264,7 +264,7 @@ class RandomSubset(_Scheduled, VariablePolicy):
         every: int,
         always: FilterLike | None = None,
         seed: int = 0,
-        unit: str = "step",
+        unit: Unit = "step",
     ) -> None:
         """Choose the submodels and how often they are drawn.
 

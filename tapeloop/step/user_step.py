@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeVar
 
 import keras
 import numpy as np
 import tensorflow as tf
 
 from tapeloop._keras_names import missing
-from tapeloop.model.tree import Model, Tree
+from tapeloop.model.tree import AnyModel, HasVariables, Tree
 from tapeloop.optimization.tape import GroupTape
 from tapeloop.optimization.target_networks import checked_decay, paired
 from tapeloop.step.context import Building, StepContext, Training, outside
@@ -22,6 +22,14 @@ OVERRIDABLE = ("forward", "compute_loss", "train_step", "eval_step")
 OWN_STEP = ("train_step", "compute_loss", "forward", "tape", "update", "gradients", "apply", "added_losses")
 
 
+Verb = TypeVar("Verb", bound=Callable[..., Any])
+
+
+def unconverted(verb: Verb) -> Verb:
+    """Return a verb that AutoGraph leaves as it is; a type checker knows its arguments, as TensorFlow's does not."""
+    return tf.autograph.experimental.do_not_convert(verb)
+
+
 class UserStep:
     """What a trainer computes on one batch. `Trainer` adds to it what a run is made of.
 
@@ -29,8 +37,8 @@ class UserStep:
         model: The model as it was passed.
     """
 
-    def __init__(self, model: Model, parts: StepParts) -> None:
-        self.model = model
+    def __init__(self, model: AnyModel, parts: StepParts) -> None:
+        self.model: Any = model
         self._parts = parts
 
     # Overriding it
@@ -160,7 +168,7 @@ class UserStep:
         """
         return self._context("tape").tape(groups, persistent, self._parts.policy)
 
-    @tf.autograph.experimental.do_not_convert
+    @unconverted
     def update(self, tape: GroupTape, loss: tf.Tensor) -> None:
         """Update the variables that `tape` watched by the gradient of `loss`, each by its group's optimizer.
 
@@ -191,7 +199,7 @@ class UserStep:
         context = self._training("update")
         context.update(context.gradients(tape, loss), loss)
 
-    @tf.autograph.experimental.do_not_convert
+    @unconverted
     def gradients(
         self, tape: GroupTape, loss: tf.Tensor, *, unconnected: Literal["error", "zero"] = "error"
     ) -> dict[str, tf.Tensor]:
@@ -229,7 +237,7 @@ class UserStep:
         pairs = self._training("gradients").gradients(tape, loss, allow_unconnected=unconnected == "zero")
         return {variable.path: gradient for gradient, variable in pairs}
 
-    @tf.autograph.experimental.do_not_convert
+    @unconverted
     def apply(self, gradients: Mapping[str, tf.Tensor]) -> None:
         """Update variables by gradients: the second half of `update`.
 
@@ -255,8 +263,8 @@ class UserStep:
         context = self._training("apply")
         context.update(context.trainable(gradients))
 
-    @tf.autograph.experimental.do_not_convert
-    def follow(self, target: Model | str, source: Model | str, *, decay: Any) -> None:
+    @unconverted
+    def follow(self, target: HasVariables | str, source: HasVariables | str, *, decay: Any) -> None:
         """Move one submodel towards another: `target = decay * target + (1 - decay) * source`.
 
         Target networks, mean teachers and momentum encoders are kept this way. Weights and statistics move, seeds and

@@ -158,7 +158,8 @@ def test_a_callback_of_keras_does_what_it_does_in_keras_fit(ran, name):
 
 def test_every_class_of_keras_is_tried_or_refused():
     names = {name for name, kind in vars(callbacks).items() if isinstance(kind, type)}
-    assert names == {*WHAT_IT_DID, *REFUSED, *BASES, "SwapEMAWeights"}
+    known = {*WHAT_IT_DID, *REFUSED, *BASES, "SwapEMAWeights"}
+    assert names == {name for name in known if hasattr(callbacks, name)}  # some came with later releases
 
 
 def test_callbacks_are_called_at_the_same_moments_with_the_same_logs(ran):
@@ -269,6 +270,10 @@ def test_a_flag_that_a_callback_lifts_holds_from_that_epoch_on():
     assert [(phase.epoch, len(phase.selection.trained)) for phase in history.phases] == [(0, 2), (1, 4)]
 
 
+@pytest.mark.skipif(
+    tuple(map(int, keras.__version__.split(".")[:2])) < (3, 15),
+    reason="before Keras 3.15 its callbacks do not look for several optimizers",
+)
 def test_every_group_has_its_rate_and_one_may_be_seen_alone():
     class Reads(callbacks.Callback):
         seen = None

@@ -9,8 +9,13 @@ STOPS = dict.fromkeys(runs.RUNS, (2, (3, 5))) | dict.fromkeys(
     ("gradual", "cycle", "random", "drawn"), (3, (2, 5, 8, 11))
 )
 
+# Other spellings of what the rest try: `make test-all` runs them.
+SLOW = {"unhashable", "portions", "dataset portions", "iterated", "pydataset"}
 
-@pytest.mark.parametrize("kind", STOPS)
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow) if kind in SLOW else kind for kind in STOPS]
+)
 def test_a_run_goes_on_bit_for_bit(kind, tmp_path):
     epochs, stops = STOPS[kind]
     for step in stops:

@@ -230,8 +230,15 @@ trainer.fit(data, epochs=2, batch_size=4, verbose=0, checkpoint=folder, **{**run
 """
 
 
-@pytest.mark.parametrize("where", ["validation", "features"])
-@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("ending", "where"),
+    [
+        (signal.SIGTERM, "validation"),
+        (signal.SIGINT, "features"),
+        pytest.param(signal.SIGTERM, "features", marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, "validation", marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_ends_an_evaluation_and_the_making_of_features(tmp_path, where, ending):
     command = [sys.executable, "-c", SCRIPT, where, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

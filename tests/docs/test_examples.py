@@ -1,10 +1,11 @@
 """What the examples print: their scores, with a margin, and their checks of their own claims."""
 
+import json
 import re
 
 import pytest
 
-from tests.support.examples import run, run_by_itself
+from tests.support.examples import ROOT, run, run_by_itself, run_notebook
 
 
 def numbers(pattern, printed):
@@ -45,6 +46,7 @@ def test_distillation():
     assert "the teacher is bit-identical: True" in printed
 
 
+@pytest.mark.slow
 def test_lora():
     printed = run("lora")
     pretrained, head, lora = numbers(r"on 0-4 ([\d.]+), head only ([\d.]+), LoRA ([\d.]+)", printed)
@@ -90,6 +92,7 @@ def test_transfer_digits():
     assert printed.count("are as they were") == 2
 
 
+@pytest.mark.slow
 def test_feature_extraction():
     printed = run("feature_extraction")
     assert "the backbone, batch statistics included, is bit-identical" in printed
@@ -97,6 +100,7 @@ def test_feature_extraction():
     assert losses[-1] < 0.7 * losses[0]
 
 
+@pytest.mark.slow
 def test_pcgrad():
     printed = run("pcgrad")
     entropy, error, conflicts = numbers(r"Summed: entropy ([\d.]+), error ([\d.]+), conflicts ([\d.]+)", printed)
@@ -124,3 +128,21 @@ def test_accuracy(name):
     printed = run(name)
     assert float(re.findall(r"accuracy ([\d.]+)", printed)[-1]) > 0.85
     assert name == "explicit_tape" or re.search(r"\n3 phases, 3 traces", printed)
+
+
+def test_quickstart():
+    printed = run_notebook("quickstart")
+    assert re.search(r"^True$", printed, re.MULTILINE)  # the backbone is bit-identical
+    pretrained, at_last = map(float, re.findall(r"^\{.*'accuracy': ([\d.]+)\}$", printed, re.MULTILINE))
+    head, both = map(float, re.findall(r"epoch 8/8: .*\n  validation: .*accuracy ([\d.]+)", printed))
+    assert pretrained > 0.95
+    assert 0.5 < head < 0.9 < both
+    assert both == pytest.approx(at_last, abs=1e-3)
+    assert "\nFigure(" in printed
+
+
+def test_the_notebook_holds_no_outputs():
+    notebook = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text())
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert len(cells) > 4
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells)

@@ -62,8 +62,8 @@ def test_a_dataset_that_shuffles_is_shuffled_anew_each_epoch(watched):
         sums.add(float(trainer.seen))
         assert int(trainer.at) == 6
     assert len(sums) == 3
-    assert watched.computed == ["data"]  # the examples are the same
-    assert watched.served == ["data"] * 3
+    assert watched.computed == ["x"]  # the examples are the same
+    assert watched.served == ["x"] * 3
 
 
 def test_features_last_from_fit_to_fit_until_a_frozen_weight_changes(watched, caplog):
@@ -71,20 +71,20 @@ def test_features_last_from_fit_to_fit_until_a_frozen_weight_changes(watched, ca
     fit = functools.partial(trainer.fit, images(), batch_size=BATCH, feature_cache="memory", verbose=0)
     fit()
     fit()
-    assert watched.computed == ["data"]
+    assert watched.computed == ["x"]
     kernel = trainer.model.get_layer("base").get_layer("conv").kernel
     changed = kernel.numpy()
     changed[0, 0, 0, 0] += 1e-6
     kernel.assign(changed)
     fit()
-    assert watched.computed == ["data"] * 2
+    assert watched.computed == ["x"] * 2
     assert "out of date (weights changed)" in caplog.text
 
 
 def test_phases_have_caches_of_their_own_and_none_where_all_trains(caplog):
     head, both = tl.TrainOnly("head"), tl.TrainOnly("middle", "head")
     make = functools.partial(trainer_of, regularized, tl.Phases({0: head, 1: both, 2: tl.TrainAll(), 3: head}))
-    three = ["data"] * 3
+    three = ["x"] * 3
     check_cached_run(make, images, batch_size=BATCH, epochs=4, computed=three, served=three)
     assert "`base/conv/kernel` trains and comes first. The cache is dropped." in caplog.text
 
@@ -163,7 +163,7 @@ def test_views_are_passes_that_come_in_turn(watched):
     outputs = trainer.fit(images(), epochs=4, **options).history["output"]
     assert outputs[:2] == pytest.approx(outputs[2:], rel=1e-5)
     assert outputs[0] != pytest.approx(outputs[1], rel=1e-3)
-    assert watched.served == ["data"] * 4
+    assert watched.served == ["x"] * 4
 
 
 def test_the_model_and_evaluation_are_as_without_a_cache(tmp_path):

@@ -81,7 +81,7 @@ def test_a_frozen_weight_that_changes_within_a_fit_is_noticed():
         return trainer_of(lambda: model, Asked(moving))
 
     options = {"validation_data": images(), "batch_size": BATCH, "epochs": 3}
-    check_cached_run(make, images, computed=["data", "validation_data"] * 3, **options)
+    check_cached_run(make, images, computed=["x", "validation_data"] * 3, **options)
 
 
 def test_validation_in_batches_of_any_size():
@@ -99,7 +99,7 @@ def test_trainers_in_threads_train_alike_and_share_a_folder(where, tmp_path, wat
     trainers = [frozen_base() for _ in range(3)]
     in_threads([functools.partial(fit_twice, trainer) for trainer in trainers])
     assert len({trainer.model.get_layer("head").kernel.numpy().tobytes() for trainer in trainers}) == 1
-    assert watched.served == ["data"] * 6
+    assert watched.served == ["x"] * 6
     assert len(list(tmp_path.iterdir())) == (where == "path")
 
 
@@ -159,12 +159,12 @@ def test_a_list_with_class_weights_is_looked_at_with_them(watched):
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     options = {"class_weight": {0: 2.0}, "feature_cache": "memory", "verbose": 0}
     frozen_base(loss=loss, metrics=None).fit(batches, epochs=3, **options)
-    assert watched.served == ["data"] * 3
+    assert watched.served == ["x"] * 3
 
 
 def test_a_list_in_another_order_is_another_cache(watched, caplog):
     trainer, batches = frozen_base(), in_batches(images(16))
     for data in (batches, [*batches], batches[::-1]):
         trainer.fit(data, feature_cache="memory", verbose=0)
-    assert watched.computed == ["data"] * 2
+    assert watched.computed == ["x"] * 2
     assert "out of date (the order of the data changed)" in caplog.text

@@ -71,10 +71,10 @@ def test_what_is_damaged_is_named_and_computed_anew(damage, tmp_path, watched, c
     assert damaged != content
     entry.write_bytes(damaged)
     fit(tmp_path)
-    assert watched.computed == ["data"] * 2
+    assert watched.computed == ["x"] * 2
     assert f"The feature cache in {entry} is damaged" in caplog.text
     fit(tmp_path)
-    assert watched.computed == ["data"] * 2
+    assert watched.computed == ["x"] * 2
 
 
 WRITING = """
@@ -145,7 +145,7 @@ def test_folds_do_not_take_each_others_place(tmp_path, watched):
     for _ in range(2):
         for fold in (slice(0, 12), slice(6, 18)):
             fit(tmp_path, (x[fold], y[fold]), trainer)
-    assert watched.computed == ["data"] * 2
+    assert watched.computed == ["x"] * 2
     assert len(entries(tmp_path)) == 2
 
 
@@ -248,7 +248,7 @@ def test_a_hit_only_where_nothing_that_features_depend_on_has_changed(change, ki
     fit(where, data, trainer)
     with watched_cache() as watched:
         fit(where, change(trainer, data) or data, trainer)
-    assert watched.computed == ["data"] * (change in CHANGES)
+    assert watched.computed == ["x"] * (change in CHANGES)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -266,14 +266,14 @@ def test_another_computation_on_the_same_weights_is_another_cache(tmp_path, watc
         rescaling = layers.Rescaling(scale, name="rescaling")
         make = functools.partial(classifier, [rescaling])
         fit(tmp_path, trainer=trainer_of(make, tl.TrainOnly("head")))
-    assert watched.computed == ["data"] * 2
+    assert watched.computed == ["x"] * 2
 
 
 def test_another_version_of_a_library_is_another_cache(tmp_path, watched, monkeypatch, caplog):
     fit(tmp_path)
     monkeypatch.setattr(keras, "__version__", "0.0")
     fit(tmp_path)
-    assert watched.computed == ["data"] * 2
+    assert watched.computed == ["x"] * 2
     assert "out of date (versions changed)" in caplog.text
 
 

@@ -2,11 +2,11 @@
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 import tapeloop as tl
-from tapeloop.model.tree import Tree, VariableInfo, raw
+from tapeloop.model.tree import raw
 from tests.support import models
+from tests.support.snapshot import snapshot
 from tests.support.steps import Counting
 
 X, Y = models.images(16)
@@ -28,39 +28,6 @@ MADE_ANEW = {
     "phases._resolved": "selections, resolved at the start of an epoch",
     "phases._prepared": "what was prepared last",
 }
-
-
-def walk(value, path, found, stop):
-    """Note what the attributes of tapeloop's own objects are, and the values of variables, by their paths."""
-    if id(value) in stop or isinstance(value, (Tree, VariableInfo)):
-        return
-    if isinstance(value, (keras.Variable, tf.Variable)):
-        found[path] = raw(value).numpy().tobytes()
-    elif isinstance(value, (bool, int, float, str, type(None), np.generic)):
-        found[path] = repr(value)
-    elif isinstance(value, dict):
-        found[f"{path}.keys"] = [id(key) if not isinstance(key, (str, int)) else key for key in value]
-        for number, inner in enumerate(value.values()):
-            walk(inner, f"{path}.{number}", found, stop)
-    elif isinstance(value, (list, tuple)):
-        found[f"{path}.length"] = len(value)
-        for number, inner in enumerate(value):
-            walk(inner, f"{path}.{number}", found, stop)
-    elif type(value).__module__.startswith("tapeloop.") or isinstance(value, tl.Trainer):
-        stop.add(id(value))
-        for name, inner in vars(value).items():
-            walk(inner, f"{path}.{name}".lstrip("."), found, stop)
-    elif isinstance(value, keras.optimizers.Optimizer):
-        walk(list(value.variables), path, found, stop)
-    else:
-        found[path] = id(value)
-
-
-def snapshot(trainer):
-    found, stop = {}, {id(trainer.model)}
-    walk(trainer.state, "state", found, stop)
-    walk(trainer, "", found, stop)
-    return found
 
 
 def test_all_that_a_fit_changes_is_state_or_made_anew():

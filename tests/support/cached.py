@@ -196,7 +196,7 @@ def check_cached_run(make, data, *, where="memory", computed=None, served=None, 
         computed: The names of the data of which features should be computed; by default once of each.
         served: The names of the data in whose stead features should come; by default that of each, in each epoch.
     """
-    names = ["data", "validation_data"] if "validation_data" in options else ["data"]
+    names = ["x", "validation_data"] if "validation_data" in options else ["x"]
     runs = []
     for place in (where, None):
         trainer = make()

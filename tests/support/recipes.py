@@ -1,5 +1,6 @@
 """Nested models made from recipes, which Hypothesis draws: the same recipe makes the same model again."""
 
+import inspect
 import os
 
 import keras
@@ -62,6 +63,10 @@ class Augment(layers.Layer):
         return tf.reshape(self.random(tf.reshape(x, (-1, 2, 2, 1)), training=training), (-1, WIDTH))
 
 
+def takes_training(layer):
+    return "training" in inspect.signature(layer.call).parameters
+
+
 class Chain(layers.Layer):
     """A subclassed container, its children in a list; some of it insists on training mode."""
 
@@ -77,8 +82,7 @@ class Chain(layers.Layer):
 
     def call(self, x, training=None):
         for child in self.steps:
-            takes = "training" in child.call_signature_parameters
-            x = child(x, training=True) if takes and self.insists else child(x)
+            x = child(x, training=True) if self.insists and takes_training(child) else child(x)
         return x
 
 

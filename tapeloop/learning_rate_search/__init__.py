@@ -1,0 +1,1 @@
+"""The learning-rate range test: steps on trial at rates that rise, of which nothing stays."""
