@@ -30,7 +30,8 @@ CAUSES = {
     "on the way to the loss is `Round`, without gradient": tf.round,
     "on the way to the loss is something in a branch or a loop": branch,
     "on the way to the loss is a `stop_gradient`.": lambda x: tf.nn.silu(tf.stop_gradient(tf.nn.silu(x))),
-    "on the way to the loss is `ZerosLike`, without gradient": tf.zeros_like,
+    # Of a tensor whose shape is known, `tf.zeros_like` makes a constant.
+    "on the way to the loss is `ZerosLike`, without gradient": lambda x: tf.raw_ops.ZerosLike(x=x),
     "what is computed from it does not reach the loss": lambda x: tf.zeros(2),
 }
 
