@@ -36,8 +36,9 @@ class DryPhase:
 
     Example:
         >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, name="head")])
-        >>> found = tl.Trainer(model, loss="mse", optimizer="adam").fit(np.ones((8, 4)), np.ones((8, 2)), dry_run=True)
-        >>> found.phases[0].weight_bytes, found.phases[0].gradient_bytes, found.phases[0].state_bytes
+        >>> found = tl.Trainer(model, loss="mse").fit(np.ones((8, 4)), np.ones((8, 2)), dry_run=True)
+        >>> phase = found.phases[0]
+        >>> phase.weight_bytes, phase.gradient_bytes, phase.state_bytes
         (40, 40, 80)
     """
 
