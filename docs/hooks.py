@@ -8,16 +8,16 @@ from typing import Any
 
 from mkdocs.structure.files import File, Files
 
-RESULTS = "benchmarks/results/*.json", "benchmarks/results/*/*.png", "benchmarks/results/*/report.md"
+SHOWN = "benchmarks/results/*.json", "benchmarks/results/*/*.png", "benchmarks/results/*/report.md", "examples/*.ipynb"
 # In the repository a link leaves `docs/` by one `../` more than in the site, which holds these folders itself.
 OUTSIDE = re.compile(r"(\]\((?:\.\./)*)\.\./((?:examples|benchmarks)/)")
 EXAMPLE = re.compile(r"(\]\([^)]*examples/\w+)\.py\)")
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the results of the benchmarks, and a page for each example."""
+    """Add the results of the benchmarks and the notebooks, and a page for each other example."""
     root = pathlib.Path(config.config_file_path).parent
-    for pattern in RESULTS:
+    for pattern in SHOWN:
         for path in sorted(root.glob(pattern)):
             files.append(File(str(path.relative_to(root)), str(root), config.site_dir, config.use_directory_urls))
     for path in sorted((root / "examples").glob("*.py")):
