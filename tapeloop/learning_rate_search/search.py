@@ -75,7 +75,8 @@ class LearningRateSearch:
             ValueError: `path` has another suffix, or its folder is not there.
 
         Example:
-            >>> search = tl.LearningRateSearch((1e-3, 1e-2), (0.7, 0.5), (0.7, 0.6), 1e-2, None, None)
+            >>> losses = np.array([0.7, 0.5])
+            >>> search = tl.LearningRateSearch(np.array([1e-3, 1e-2]), losses, losses, 1e-2, "", None)
             >>> [axes.get_xlabel() for axes in search.plot().axes]
             ['learning rate']
         """
