@@ -418,5 +418,6 @@ def _locate(error: BaseException, place: str, number: int) -> None:
     if isinstance(error, DataError):
         if number and place.split(" (")[0] not in error.args[0]:  # the data may have said so itself
             error.args = (f"At {place}: {error}",)
-    elif isinstance(error, Exception) and not isinstance(error, TapeloopError) and hasattr(error, "add_note"):
-        error.add_note(f"This came up at {place}.")
+    elif isinstance(error, Exception) and not isinstance(error, TapeloopError):
+        # What `add_note` does, which Python 3.10 does not have: there, pytest and IPython show notes, if not Python.
+        vars(error)["__notes__"] = [*vars(error).get("__notes__", ()), f"This came up at {place}."]

@@ -22,7 +22,7 @@ PROPERTIES = property, functools.cached_property
 def members_of(kind):
     """The public methods and properties of a class, by name, those of Python's own classes left out."""
     own = {name for base in kind.__mro__ if base.__module__.startswith("tapeloop") for name in vars(base)}
-    found = {name: inspect.getattr_static(kind, name) for name in own if name[0] != "_" and name not in HIDDEN}
+    found = {name: inspect.getattr_static(kind, name) for name in sorted(own) if name[0] != "_" and name not in HIDDEN}
     return {name: one for name, one in found.items() if inspect.isfunction(one) or isinstance(one, PROPERTIES)}
 
 

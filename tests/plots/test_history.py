@@ -38,7 +38,9 @@ def above(axes):
 
 def shades(axes):
     """Where the shades of phases begin and end."""
-    return [(patch.get_x(), patch.get_x() + patch.get_width()) for patch in axes.patches]
+    # A rectangle, or in an older Matplotlib a polygon.
+    extents = [patch.get_path().get_extents(patch.get_patch_transform()) for patch in axes.patches]
+    return [(each.x0, each.x1) for each in extents]
 
 
 def test_logs_are_drawn_over_the_phases_and_what_trained_below():
