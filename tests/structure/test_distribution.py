@@ -85,7 +85,7 @@ def test_the_sdist_holds_what_a_developer_needs_and_nothing_that_was_made(built)
     (sdist,) = built.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    wanted = {"pyproject.toml", "Makefile", "README.md", "CHANGELOG.md", "LICENSE", "tapeloop/py.typed"}
+    wanted = {"pyproject.toml", "mkdocs.yml", "Makefile", "README.md", "CHANGELOG.md", "LICENSE", "tapeloop/py.typed"}
     wanted |= {"tests/conftest.py", "examples/transfer_digits.py", "docs/design.md", "benchmarks/__main__.py"}
     assert wanted <= names
     assert not [name for name in names if name.endswith(".pyc") or "cache__" in name]
