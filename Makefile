@@ -6,7 +6,7 @@ LOWEST := .venv-lowest
 LOWEST_PYTHONS ?= python3.10 $(wildcard $(HOME)/.pyenv/versions/3.10.*/bin/python) python3.11 python3.12
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: demo test test-all test-lowest lint bench dist clean
+.PHONY: demo test test-all test-lowest lint bench docs dist clean
 
 demo: $(READY)
 	$(BIN)/python examples/transfer_digits.py
@@ -33,13 +33,17 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python -m benchmarks run --suite quick
 
+# The documentation as a site; a link that leads nowhere is an error.
+docs: $(READY)
+	$(BIN)/python -m mkdocs build --strict
+
 # The sdist, and the wheel that is built from it, in dist/.
 dist: $(READY)
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation
 
 clean:
-	rm -rf .venv $(LOWEST) dist .pytest_cache .hypothesis .ruff_cache .mypy_cache
+	rm -rf .venv $(LOWEST) dist site .pytest_cache .hypothesis .ruff_cache .mypy_cache
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -57,6 +57,12 @@ class Trainer(Fits, SavesRuns, ShowsItself, UserStep):
         >>> history = trainer.fit((np.ones((8, 4)), np.ones((8, 2))), epochs=2, verbose=0)
         >>> sorted(history.history), trainer.step
         (['loss', 'mae'], 2)
+        >>> trainer.policy = tl.TrainAll()
+        >>> history = trainer.fit((np.ones((8, 4)), np.ones((8, 2))), verbose=0)
+        >>> trainer.epoch, trainer.history.epoch, trainer.trace_count
+        (3, [1, 2, 3], 2)
+        >>> trainer.microbatches, trainer.loss_scale
+        (1, None)
     """
 
     def __init__(

@@ -49,6 +49,8 @@ class Checkpoints:
         >>> checkpoints = tl.Checkpoints(tempfile.mkdtemp(), keep=2)
         >>> run(2), run(3)  # the second goes on after the first, and trains one epoch more
         (2, 3)
+        >>> checkpoints.newest == checkpoints.path / "000003-step-3", checkpoints.best
+        (True, None)
     """
 
     directory: str | os.PathLike[str]

@@ -75,7 +75,18 @@ class SavesRuns:
                 moved then.
             RuntimeError: Called inside `ema_weights()`.
 
-        Example: see `save`.
+        Example:
+            >>> import tempfile
+            >>> def make():
+            ...     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, name="head")])
+            ...     return tl.Trainer(model, loss="mse")
+            >>> x, path = np.ones((8, 4)), tempfile.mkdtemp() + "/run"
+            >>> first, second = make(), make()
+            >>> history = first.fit(x, np.ones((8, 2)), epochs=3, verbose=0)
+            >>> first.save(path)
+            >>> second.load(path)
+            >>> second.epoch, bool((second.predict(x) == first.predict(x)).all())
+            (3, True)
         """
         place = pathlib.Path(path).expanduser()
         averages = self._contents.loop.state.averages
@@ -118,7 +129,14 @@ class SavesRuns:
         Raises:
             CheckpointError: The file cannot be read, or is of another model. Nothing has moved then.
 
-        Example: see `save_trained`.
+        Example:
+            >>> import tempfile
+            >>> dense = keras.layers.Dense
+            >>> model = keras.Sequential([keras.Input((4,)), dense(3, name="base"), dense(2, name="head")])
+            >>> trainer, path = tl.Trainer(model, tl.Freeze("base"), loss="mse"), tempfile.mkdtemp() + "/head.h5"
+            >>> trainer.save_trained(path)
+            >>> history = trainer.fit(np.ones((8, 4)), np.ones((8, 2)), verbose=0)
+            >>> trainer.load_trained(path)  # the head is as it was before
         """
         trained.read_trained(pathlib.Path(path).expanduser(), Tree.of(self._contents.model), strict=strict)
 

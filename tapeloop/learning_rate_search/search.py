@@ -73,6 +73,12 @@ class LearningRateSearch:
         Raises:
             ImportError: matplotlib is not installed.
             ValueError: `path` has another suffix, or its folder is not there.
+
+        Example:
+            >>> losses = np.array([0.7, 0.5])
+            >>> search = tl.LearningRateSearch(np.array([1e-3, 1e-2]), losses, losses, 1e-2, "", None)
+            >>> [axes.get_xlabel() for axes in search.plot().axes]
+            ['learning rate']
         """
         drawing = Drawing("search.plot", path, (6.4, 4.0))
         drawing.figure.set_layout_engine("constrained")

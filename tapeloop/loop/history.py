@@ -137,7 +137,17 @@ class History:
         )
 
     def since(self, epoch: int) -> History:
-        """Return what was recorded from an epoch on, which counts from 0."""
+        """Return what was recorded from an epoch on.
+
+        Args:
+            epoch: The first epoch, which counts from 0.
+
+        Example:
+            >>> trainer = tl.Trainer(keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)]), loss="mse")
+            >>> history = trainer.fit((np.ones((8, 4)), np.ones((8, 2))), epochs=3, verbose=0)
+            >>> history.since(1).epoch
+            [2, 3]
+        """
         first = next((n for n, number in enumerate(self.epoch) if number > epoch), len(self.epoch))
         logs = {name: values[first:] for name, values in self.history.items() if values[first:]}
         phases = [phase for phase in self.phases if phase.epoch >= epoch]

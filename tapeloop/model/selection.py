@@ -36,6 +36,8 @@ class Selection:
         <Selection: default: 2 variables, 8 parameters; frozen: 2 variables, 15 parameters>
         >>> [submodel.path for submodel in selection.inference]
         ['base']
+        >>> [(variable.path, selection.group_of[variable]) for variable in selection.trained]
+        [('head/kernel', 'default'), ('head/bias', 'default')]
         >>> print(selection)
         submodel  parameters  group    state   rule                  mode
         ----------------------------------------------------------------------
@@ -102,7 +104,14 @@ class Selection:
         return summary.explain(self).html
 
     def describe(self) -> str:
-        """Return a line that says how much trains: `head: 2 variables, 650 parameters; frozen: 12 variables, ...`."""
+        """Return a line that says how much trains.
+
+        Example:
+            >>> dense = keras.layers.Dense
+            >>> model = keras.Sequential([keras.Input((4,)), dense(3, name="base"), dense(2, name="head")])
+            >>> tl.Trainer(model, tl.Freeze("base")).selection.describe()
+            'default: 2 variables, 8 parameters; frozen: 2 variables, 15 parameters'
+        """
         parts = {**self.groups, "frozen": self.frozen, "non-trainable": self.non_trainable}
         return "; ".join(
             f"{name}: {len(variables)} variables, {sum(v.size for v in variables):,} parameters"

@@ -63,7 +63,17 @@ class SubmodelInfo:
         return self.paths[0]
 
     def is_inside(self, other: SubmodelInfo) -> bool:
-        """Tell whether it stands in another submodel, which is not the root, at any of its paths."""
+        """Tell whether it stands in another submodel, which is not the root, at any of its paths.
+
+        Args:
+            other: The other submodel.
+
+        Example:
+            >>> base = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, name="dense")], name="base")
+            >>> _, outer, inner = tl.Trainer(keras.Sequential([base])).selection.tree.submodels
+            >>> inner.is_inside(outer), outer.is_inside(inner)
+            (True, False)
+        """
         return any(path.startswith(f"{above}/") for path in self.paths for above in other.paths)
 
 
@@ -84,6 +94,8 @@ class VariableInfo:
         >>> kernel = tl.Trainer(model).selection.trained[0]
         >>> kernel.path, kernel.name, kernel.shape, kernel.dtype, kernel.size
         ('head/kernel', 'kernel', (4, 2), 'float32', 8)
+        >>> kernel.bytes, kernel.is_penalized, kernel.tf_variable.shape
+        (32, False, TensorShape([4, 2]))
     """
 
     variable: Variable = field(repr=False)

@@ -39,6 +39,10 @@ class Progress:
 
         Args:
             unit: `"step"` or `"epoch"`.
+
+        Example:
+            >>> tl.Progress(step=20, epoch=2).count("epoch")
+            2
         """
         return self.step if unit == "step" else self.epoch
 
@@ -73,6 +77,13 @@ class VariablePolicy:
 
         Returns:
             A policy, which is asked in turn; this policy itself, if nothing changes.
+
+        Example:
+            >>> class Later(tl.VariablePolicy):
+            ...     def at(self, progress):
+            ...         return tl.TrainAll() if progress.epoch >= 3 else tl.TrainOnly("head")
+            >>> Later().at(tl.Progress(epoch=2)), Later().at(tl.Progress(epoch=3))
+            (TrainOnly(glob('head')), TrainAll())
         """
         return self
 
@@ -87,6 +98,11 @@ class VariablePolicy:
 
         Raises:
             NotImplementedError: A subclass writes neither this nor `at`.
+
+        Example:
+            >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, name="head")])
+            >>> [tl.TrainOnly("**/bias").group(variable) for variable in tl.Trainer(model).selection.trained]
+            [None, 'default']
         """
         # No abstract method: a policy that only writes `at` never has its own `group` called.
         raise NotImplementedError(
@@ -103,26 +119,64 @@ class VariablePolicy:
 
         Returns:
             By default, whether nothing under it trains.
+
+        Example:
+            >>> class Quiet(tl.TrainAll):
+            ...     def inference(self, submodel, trained):
+            ...         return isinstance(submodel.object, keras.layers.BatchNormalization) or not trained
+            >>> inside = [keras.layers.Dense(3, name="base"), keras.layers.BatchNormalization(name="norm")]
+            >>> model = keras.Sequential([keras.Input((4,)), *inside])
+            >>> [submodel.path for submodel in tl.Trainer(model, Quiet()).selection.inference]
+            ['norm']
         """
         return not trained
 
     def phases(self) -> tuple[VariablePolicy, ...]:
-        """Return the policies that may hold later, if they are known: `fit` checks each before its first step."""
+        """Return the policies that may hold later, if they are known: `fit` checks each before its first step.
+
+        Example:
+            >>> tl.GradualUnfreeze(["head", "base"]).phases()
+            (TrainOnly(glob('head')), TrainOnly(glob('head'), glob('base')))
+        """
         return ()
 
     def multiplier(self, variable: VariableInfo) -> float:
-        """Return by how much the learning rate of a variable's group is multiplied: one number for each group."""
+        """Return by how much the learning rate of a variable's group is multiplied: one number for each group.
+
+        Args:
+            variable: A variable that trains.
+
+        Example:
+            >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, name="head")])
+            >>> kernel = tl.Trainer(model).selection.trained[0]
+            >>> tl.Groups({"head": "head"}, multipliers={"head": 0.1}).multiplier(kernel)
+            0.1
+        """
         return 1.0
 
     def rule(self, variable: VariableInfo) -> str:
-        """Return the rule by which a variable got its group or was frozen, for the report."""
+        """Return the rule by which a variable got its group or was frozen, for the report.
+
+        Args:
+            variable: A variable that can train.
+
+        Example:
+            >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, name="head")])
+            >>> tl.Freeze("**/bias").rule(tl.Trainer(model).selection.trained[1])
+            "Freeze: glob('**/bias')"
+        """
         name, filters = type(self).__name__, self.filters()
         # The first match: a variable may be chosen by several filters of a list.
         matched = next((repr(filter_) for filter_ in filters if filter_(variable)), "all else")
         return f"{name}: {matched}" if filters else name
 
     def filters(self) -> tuple[Filter, ...]:
-        """Return the filters of this policy: each must match a variable that can train, unless `freezes_filters`."""
+        """Return the filters of this policy: each must match a variable that can train, unless `freezes_filters`.
+
+        Example:
+            >>> tl.TrainOnly("head", keras.layers.LayerNormalization).filters()
+            (glob('head'), of_type(LayerNormalization))
+        """
         return ()
 
     def get_state(self) -> dict[str, Any]:
@@ -156,6 +210,15 @@ class VariablePolicy:
 
         Args:
             state: What it returned when the run was saved.
+
+        Example:
+            >>> class Counts(tl.VariablePolicy):
+            ...     def __init__(self):
+            ...         self.count = 0
+            >>> policy = Counts()
+            >>> policy.set_state({"own": {"count": 3}})
+            >>> policy.count
+            3
         """
         restore_attributes(self, state.get("own", {}))
         for policy, inner in zip(self.phases(), state.get("phases", ())):

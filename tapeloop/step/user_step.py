@@ -71,6 +71,9 @@ class UserStep:
             batch: One batch of the data.
             training: Whether the step trains.
 
+        Raises:
+            ValueError: The trainer has no loss, and no layer adds one.
+
         Example:
             >>> class Scaled(tl.Trainer):
             ...     def compute_loss(self, batch, training):
@@ -247,7 +250,15 @@ class UserStep:
             TypeError: `gradients` is no mapping.
             ValueError: A gradient has another shape than its variable, or a tied variable has several gradients.
 
-        Example: see `gradients`.
+        Example:
+            >>> class Halved(tl.Trainer):
+            ...     def train_step(self, batch):
+            ...         with self.tape() as tape:
+            ...             loss = self.compute_loss(batch, training=True)
+            ...         self.apply({path: 0.5 * gradient for path, gradient in self.gradients(tape, loss).items()})
+            ...         return {"loss": loss}
+            >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+            >>> logs = Halved(model, loss="mse").train_on_batch(np.ones((8, 4)), np.ones((8, 2)))
         """
         context = self._training("apply")
         context.update(context.trainable(gradients))

@@ -112,8 +112,8 @@ def test_the_documentation_shows_the_committed_figures(name):
     assert (folder / "report.md").read_text() == tables.report(results, shown)
 
 
-def test_the_readme_shows_the_figures_of_steps_on_one_batch():
+def test_the_guide_shows_the_figures_of_steps_on_one_batch():
     cases = json.loads((ROOT / "benchmarks" / "results" / "on_batch.json").read_text())["cases"]
-    readme = (ROOT / "README.md").read_text()
+    guide = (ROOT / "docs" / "guides" / "reinforcement-learning.md").read_text()
     mlp, mobilenet = (f"{case['ratio']:.2f}" for case in cases.values())
-    assert f"takes {mlp} of Keras' `train_on_batch` on the MLP and {mobilenet} on the" in readme
+    assert f"takes {mlp} of Keras' `train_on_batch` on the MLP and {mobilenet} on the" in guide

@@ -89,6 +89,7 @@ def test_another_policy_goes_on_with_the_rest_of_the_epoch(tmp_path, stop, caplo
     assert [phase.step for phase in trainer.history.phases] == [0, stop]
 
 
+@pytest.mark.slow
 def test_a_policy_that_is_set_between_two_fits_is_that_of_the_second(tmp_path):
     def program(stop):
         trainer = PLAIN.trainer()
@@ -177,6 +178,7 @@ def test_a_run_goes_on_by_hand_too(tmp_path):
     assert runs.digest(trainer) == runs.uninterrupted("plain", 3)
 
 
+@pytest.mark.slow
 def test_a_trainer_goes_back_to_an_earlier_phase_and_on_again(tmp_path):
     gradual = runs.RUNS["gradual"]
     trainer = gradual.fit(3, tl.Checkpoints(tmp_path, keep=9))

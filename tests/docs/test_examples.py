@@ -110,6 +110,7 @@ def test_pcgrad():
     assert 0.2 < conflicts < 0.8
 
 
+@pytest.mark.slow
 def test_partial_freeze():
     before, after = numbers(r"new target ([\d.]+) -> ([\d.]+); blocks 0 and 1", run("partial_freeze"))
     assert after < 0.1 * before
@@ -123,6 +124,7 @@ def test_resume():
     assert "the weights are bit-identical: True" in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["explicit_tape", "adaptive_policy"])
 def test_accuracy(name):
     printed = run(name)
@@ -130,6 +132,7 @@ def test_accuracy(name):
     assert name == "explicit_tape" or re.search(r"\n3 phases, 3 traces", printed)
 
 
+@pytest.mark.slow
 def test_quickstart():
     printed = run_notebook("quickstart")
     assert re.search(r"^True$", printed, re.MULTILINE)  # the backbone is bit-identical

@@ -71,19 +71,19 @@ def test_the_cause_is_told(cause):
     text = rf"1 of the 2 variables that should train get no gradient. `neck/dense/kernel`: {cause}.*Let the loss depend"
     trainer = trainer_of(Detached, CAUSES[cause])
     with refused(trainer, tl.DisconnectedError, text):
-        trainer.fit(ONES, verbose=0)
+        trainer.fit(iter([ONES]), verbose=0)
 
 
 def test_what_is_read_outside_of_the_tape_is_told():
     with pytest.raises(tl.DisconnectedError, match=r"`neck/dense/kernel`: read outside of `with self.tape\(...\):`"):
-        trainer_of(Early).fit(ONES, verbose=0)
+        trainer_of(Early).fit(iter([ONES]), verbose=0)
 
 
 def test_eagerly_there_is_no_graph_to_ask_and_nothing_has_moved():
     trainer = trainer_of(Detached, tf.stop_gradient, run_eagerly=True)
     text = r"`neck/dense/kernel`: the loss does not depend on it, or through a"
     with refused(trainer, tl.DisconnectedError, text):
-        trainer.fit(ONES, verbose=0)
+        trainer.fit(iter([ONES]), verbose=0)
 
 
 def test_integers_are_told():

