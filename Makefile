@@ -55,5 +55,6 @@ $(LOWEST)/.ready: pyproject.toml
 	rm -rf $(LOWEST)
 	for python in $(LOWEST_PYTHONS); do $$python -m venv $(LOWEST) && break; done
 	$(LOWEST)/bin/python -m pip install --quiet uv
-	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct --editable '.[test]'
+	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct --compile-bytecode \
+		--editable '.[test]'
 	touch $@
