@@ -16,6 +16,9 @@ else:
     # TensorFlow takes seconds to import, and commands that only read files do not need it. Python asks a module for a
     # name that it does not have by its `__getattr__`: https://peps.python.org/pep-0562
     def __getattr__(name: str) -> Any:
+        # Python and notebooks look for many of their own names, which are none of these.
+        if name[0] == "_" and name != "__all__":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         public = importlib.import_module("tapeloop._public")
         here = globals()
         here.update({each: getattr(public, each) for each in ("__all__", *public.__all__)})

@@ -15,8 +15,6 @@ ARGUMENTS = {
     "workers": "a `keras.utils.PyDataset` has its own: pass it there",
     "use_multiprocessing": "a `keras.utils.PyDataset` has its own: pass it there",
     "max_queue_size": "a `keras.utils.PyDataset` has its own: pass it there",
-    "data": "the data is the first argument: `fit(x, y)` or `fit(dataset)`",
-    "progress": "it is called `verbose`: 0 (silent), 1 (a bar), 2 (a line an epoch)",
 }
 # Attributes of a compiled `keras.Model`.
 ATTRIBUTES = {

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tapeloop._backend.traced_graph import bytes_kept_for_gradient
@@ -117,30 +118,38 @@ def dry_run(model: Model, loop: EpochLoop, data: FitData) -> DryRun:
     static = next((each.shape[0] for each in tensors_in(spec) if each.shape.rank), None)
     examples = getattr(data.loader.source, "batch_size", static)
     spec = spec if examples is None else sized_spec_of(spec, examples)
-    selections = selections_to_come(loop.phases.policy, Tree.of(model)) or [loop.phases.now()]
-    return DryRun(tuple(_phases(loop, selections, spec)), examples)
-
-
-def _phases(loop: EpochLoop, selections: Sequence[Selection], spec: object) -> Iterator[DryPhase]:
-    seen: set[Selection] = set()
+    # A policy that draws at random or keeps state goes on as if nobody had asked it.
+    with loop.phases.unasked() as now:
+        selections = selections_to_come(loop.phases.policy, Tree.of(model)) or [now]
+    traced: dict[Selection, DryPhase] = {}
+    phases = []
     for selection in selections:
-        planner, disconnected, kept = Planner("train", selection, loop.steps.parts), None, 0
-        try:
-            # Deferred: the gradients are computed, and nobody makes an update of them.
-            kept = sum(bytes_kept_for_gradient(each) for each in planner.plan(spec, deferred=True).functions)
-        except DisconnectedError as error:
-            disconnected = str(error)
-        optimizers = loop.state.optimizers
-        yield DryPhase(
-            selection,
-            int(selection not in seen),
-            _bytes(selection.tree.variables),
-            _bytes(selection.trained),
-            sum(optimizers.slot_bytes(variable, group) for variable, group in selection.group_of.items()),
-            kept,
-            disconnected,
-        )
-        seen.add(selection)
+        if selection in traced:
+            phases.append(dataclasses.replace(traced[selection], traces=0))
+        else:
+            traced[selection] = _traced(loop, selection, spec)
+            phases.append(traced[selection])
+    return DryRun(tuple(phases), examples)
+
+
+def _traced(loop: EpochLoop, selection: Selection, spec: object) -> DryPhase:
+    """Trace the step of a phase, and return what the phase would cost."""
+    planner, optimizers = Planner("train", selection, loop.steps.parts), loop.state.optimizers
+    disconnected, kept = None, 0
+    try:
+        # Deferred: the gradients are computed, and no update is made of them.
+        kept = sum(bytes_kept_for_gradient(each) for each in planner.plan(spec, deferred=True).functions)
+    except DisconnectedError as error:
+        disconnected = str(error)
+    return DryPhase(
+        selection,
+        traces=1,
+        weight_bytes=_bytes(selection.tree.variables),
+        gradient_bytes=_bytes(selection.trained),
+        state_bytes=sum(optimizers.slot_bytes(variable, group) for variable, group in selection.group_of.items()),
+        activation_bytes=kept,
+        disconnected=disconnected,
+    )
 
 
 def _bytes(variables: Iterable[VariableInfo]) -> int:

@@ -17,7 +17,7 @@ from tapeloop.callbacks.keras_callbacks import KerasCallbacks
 from tapeloop.checkpoint.checkpoints import Checkpoints
 from tapeloop.checkpoint.contents import RunContents
 from tapeloop.checkpoint.session import CheckpointSession, opened
-from tapeloop.data.arguments import is_array, joined, parted
+from tapeloop.data.arguments import is_array, joined, packed, with_validation_split
 from tapeloop.data.batch import as_tensors, examples_of, open_spec_of
 from tapeloop.data.loader import DataLoader, DataSpec
 from tapeloop.data.sampler import Sampler
@@ -50,6 +50,7 @@ class Fits:
     _features: Memory
     _seed: int | None
 
+    # Type checkers want the arguments twice: once for what returns a `History`, once for all.
     @overload
     def fit(
         self,
@@ -57,7 +58,7 @@ class Fits:
         y: Any = None,
         sample_weight: Any = None,
         *,
-        batch_size: int = 32,
+        batch_size: int | None = None,
         epochs: int = 1,
         validation_data: Any = None,
         validation_split: float | None = None,
@@ -93,7 +94,7 @@ class Fits:
         y: Any = None,
         sample_weight: Any = None,
         *,
-        batch_size: int = 32,
+        batch_size: int | None = None,
         epochs: int = 1,
         validation_data: Any = None,
         validation_split: float | None = None,
@@ -121,7 +122,7 @@ class Fits:
                 `keras.utils.PyDataset`, or any other iterable of batches.
             y: The targets: an array, or a structure of several.
             sample_weight: The weights of the examples.
-            batch_size: Examples per batch, for arrays.
+            batch_size: Examples per batch, for arrays; by default 32.
             epochs: The number of epochs more.
             validation_data: Data to evaluate after each epoch: `(x, y)`, or whatever `x` may be without `y`.
             validation_split: How much of the arrays, at their end, is set apart to validate on.
@@ -171,33 +172,32 @@ class Fits:
         self._loop.check_idle()
         whole_number("epochs", epochs, 0)
         self.state.averages.check_may_train()
-        data, validation_data = parted(joined(x, y, sample_weight), validation_data, validation_split)
-        told = self._told(callbacks)
-        validation = Validation(validation_freq, "ema" if told.swaps_averages else validate_with)
+        given = joined(x, y, sample_weight)
+        data, validation_data = with_validation_split(given, validation_data, validation_split)
+        listener = self._keras_callbacks(callbacks)
+        validation = Validation(validation_freq, "ema" if listener.swaps_averages else validate_with)
         if validation.values == "ema":
             self.state.averages.check_exists()
         spec = DataSpec("x", data, batch_size, ("steps_per_epoch", steps_per_epoch), class_weight, shuffle)
-        validation_spec = DataSpec(
-            "validation_data",
-            validation_data,
-            validation_batch_size or batch_size,
-            ("validation_steps", validation_steps),
-        )
+        validation_spec = None
+        if validation_data is not None:
+            steps = ("validation_steps", validation_steps)
+            validation_spec = DataSpec("validation_data", validation_data, validation_batch_size or batch_size, steps)
         cache = FeatureCache(self._features, feature_cache, feature_cache_views)
         display = ProgressDisplay(verbose)
         if dry_run:
-            return self._tried_out(spec, validation_spec, epochs)
+            return self._dry_run(spec, validation_spec, epochs)
         with opened(checkpoint, self._contents) as session:
-            fit_data, span = self._prepared(spec, validation_spec, epochs, cache, session)
-            told.set_params(epochs=epochs, steps=fit_data.loader.batches_per_epoch, verbose=verbose)
+            fit_data, span = self._prepare(spec, validation_spec, epochs, cache, session)
+            listener.set_params(epochs=epochs, steps=fit_data.loader.batches_per_epoch, verbose=verbose)
             if session is None:
-                return self._loop.fit(fit_data, span, display, [told], validation)
+                return self._loop.fit(fit_data, span, display, [listener], validation)
             saved = session.saved_beside(span)
             if saved is not None:
-                told.go_on(*saved)
+                listener.resume(*saved)
             # What callbacks do comes before the run is saved.
-            with session.saving(fit_data, beside=told, changes_the_end=told.changes_the_end):
-                return self._loop.fit(fit_data, span, display, [told, session], validation)
+            with session.saving(fit_data, beside=listener, changes_the_end=listener.changes_the_end):
+                return self._loop.fit(fit_data, span, display, [listener, session], validation)
 
     def evaluate(
         self,
@@ -205,7 +205,7 @@ class Fits:
         y: Any = None,
         sample_weight: Any = None,
         *,
-        batch_size: int = 32,
+        batch_size: int | None = None,
         steps: int | None = None,
         callbacks: Any = None,
         verbose: int | Literal["auto"] = "auto",
@@ -217,7 +217,7 @@ class Fits:
             x: The inputs, or any data, as for `fit`.
             y: The targets.
             sample_weight: The weights of the examples.
-            batch_size: Examples per batch, for arrays.
+            batch_size: Examples per batch, for arrays; by default 32.
             steps: The number of batches, for data without end.
             callbacks: As for `fit`.
             verbose: As for `fit`.
@@ -235,13 +235,13 @@ class Fits:
         """
         check_no_others(self.evaluate, others)
         self._loop.check_idle()
-        told, display = self._told(callbacks), ProgressDisplay(verbose)
+        listener, display = self._keras_callbacks(callbacks), ProgressDisplay(verbose)
         loader = self._loader(joined(x, y, sample_weight), batch_size, steps)
         self._loop.steps.build(self.model, loader.specs)
-        told.set_params(epochs=1, steps=loader.batches_per_epoch, verbose=verbose)
+        listener.set_params(epochs=1, steps=loader.batches_per_epoch, verbose=verbose)
         step, averages = self._loop.evaluation(), self.state.averages
-        with averages.swap(self.state.step) if told.swaps_averages else contextlib.nullcontext():
-            return self._loop.evaluate(step, loader, display, "evaluation", [told])
+        with averages.swap(self.state.step) if listener.swaps_averages else contextlib.nullcontext():
+            return self._loop.evaluate(step, loader, display, "evaluation", [listener])
 
     def train_on_batch(self, x: Any, y: Any = None, sample_weight: Any = None, **others: NoReturn) -> dict[str, Any]:
         """Train one step on one batch, for data that comes one batch at a time: online or reinforcement learning.
@@ -270,9 +270,8 @@ class Fits:
         check_no_others(self.train_on_batch, others)
         self._loop.check_idle()
         self.state.averages.check_may_train()
-        given = x if y is None and sample_weight is None else (x, y) if sample_weight is None else (x, y, sample_weight)
         # As `fit` does of arrays: in Keras' float type, so that both share a trace.
-        batch = as_tensors(given, "the batch")
+        batch = as_tensors(packed(x, y, sample_weight), "the batch")
         if self.state.microbatches.count > 1:
             self.state.microbatches.require_examples(tf.get_static_value(examples_of(batch)))
         self._loop.steps.build(self.model, lambda: iter([open_spec_of(batch)]))
@@ -282,7 +281,7 @@ class Fits:
         self,
         x: Any,
         *,
-        batch_size: int = 32,
+        batch_size: int | None = None,
         steps: int | None = None,
         callbacks: Any = None,
         verbose: int | Literal["auto"] = 0,
@@ -293,7 +292,7 @@ class Fits:
         Args:
             x: The inputs: an array, or a list or dict of several; or any data that `fit` accepts, of whose batches
                 `(inputs, targets, ...)` the inputs count.
-            batch_size: Examples per batch, for arrays.
+            batch_size: Examples per batch, for arrays; by default 32.
             steps: The number of batches, for data without end.
             callbacks: As for `fit`.
             verbose: As for `fit`; by default silent.
@@ -308,16 +307,16 @@ class Fits:
             (8, 2)
         """
         check_no_others(self.predict, others)
-        told, display = self._told(callbacks), ProgressDisplay(verbose)
+        listener, display = self._keras_callbacks(callbacks), ProgressDisplay(verbose)
         # A list of arrays is several inputs, as Keras has it: of targets there is no need.
         data = (x,) if isinstance(x, list) and all(map(is_array, x)) else joined(x)
         loader = self._loader(data, batch_size, steps)
         self._loop.steps.build(self.model, loader.specs, "predict")
-        told.set_params(epochs=1, steps=loader.batches_per_epoch, verbose=verbose)
+        listener.set_params(epochs=1, steps=loader.batches_per_epoch, verbose=verbose)
         averages = self.state.averages
-        with averages.swap(self.state.step) if told.swaps_averages else contextlib.nullcontext():
+        with averages.swap(self.state.step) if listener.swaps_averages else contextlib.nullcontext():
             # A scalar for a batch, such as a mean, becomes a row, so that batches can be joined.
-            batches = told.predicting(self._loop.predict(loader, display))
+            batches = listener.predicting(self._loop.predict(loader, display))
             outputs = [tf.nest.map_structure(np.atleast_1d, batch) for batch in batches]
         return tf.nest.map_structure(lambda *arrays: np.concatenate(arrays), *outputs)
 
@@ -344,27 +343,27 @@ class Fits:
     def stop_training(self, value: bool) -> None:
         self._loop.stop_training = bool(value)
 
-    def _told(self, callbacks: Any) -> KerasCallbacks:
+    def _keras_callbacks(self, callbacks: Any) -> KerasCallbacks:
         return KerasCallbacks(callbacks, self.model, self._loop, self._parts.objective)
 
-    def _loader(self, data: Any, batch_size: int, steps: int | None) -> DataLoader:
+    def _loader(self, data: Any, batch_size: int | None, steps: int | None) -> DataLoader:
         """Return a loader of one epoch of data, in the order in which it lies."""
         loader = DataSpec("x", data, batch_size, ("steps", steps)).loader()
         loader.require_epochs(1)
         return loader
 
-    def _tried_out(self, spec: DataSpec, validation_spec: DataSpec, epochs: int) -> DryRun:
+    def _dry_run(self, spec: DataSpec, validation_spec: DataSpec | None, epochs: int) -> DryRun:
         """Return what a fit would take, without any of it."""
         span = range(self.state.epoch, self.state.epoch + epochs)
-        fit_data = FitData(spec, validation_spec if validation_spec.data is not None else None, span)
+        fit_data = FitData(spec, validation_spec, span)
         self._loop.steps.build(self.model, fit_data.loader.specs)
         self._loop.phases.resolve_to_come()
         return trace_phases(self.model, self._loop, fit_data)
 
-    def _prepared(
+    def _prepare(
         self,
         spec: DataSpec,
-        validation_spec: DataSpec,
+        validation_spec: DataSpec | None,
         epochs: int,
         cache: FeatureCache,
         session: CheckpointSession | None,
@@ -373,7 +372,7 @@ class Fits:
 
         Args:
             spec: The data to train on, not yet shuffled.
-            validation_spec: The data to validate on, or one of None.
+            validation_spec: The data to validate on, or None.
             epochs: The number of epochs.
             cache: The cache of features.
             session: The folder of checkpoints, if there is one.
@@ -385,9 +384,8 @@ class Fits:
         self.state.microbatches.require_examples(fit_data.loader.smallest_batch)
         # Whatever is wrong with the options is said before the model is built, which costs a trace.
         is_eager, is_saved = self._parts.compilation.run_eagerly, session is not None
-        cache.require_compatible(
-            [spec, validation_spec], self.state.microbatches, run_eagerly=is_eager, is_saved=is_saved
-        )
+        specs = [spec] if validation_spec is None else [spec, validation_spec]
+        cache.require_compatible(specs, self.state.microbatches, run_eagerly=is_eager, is_saved=is_saved)
         self._loop.steps.build(self.model, fit_data.loader.specs)
         if session is not None:
             session.resume(span)
@@ -401,12 +399,11 @@ class Fits:
     def _fit_data(
         self,
         spec: DataSpec,
-        validation_spec: DataSpec,
+        validation_spec: DataSpec | None,
         span: range,
         resumption: Resumption | None,
         cache: FeatureCache,
     ) -> FitData:
         first = span.start if resumption is None else resumption.first_epoch
-        validates = validation_spec.data is not None
-        given = spec, validation_spec if validates else None, range(first, span.stop), resumption
+        given = spec, validation_spec, range(first, span.stop), resumption
         return CachedData(cache, *given) if cache.is_on else FitData(*given)

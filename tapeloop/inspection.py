@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -67,9 +68,9 @@ class ShowsItself:
             base              15  -        frozen  Freeze: glob('base')  inference              0 B
         """
         selection = self.selection
-        # To know how many bytes of state there are, it is made; it would be by the next step.
-        self.state.optimizers.prepare(selection, changing=True)
-        return summary.explain(selection, self.state.optimizers.state_bytes, depth)
+        optimizers = self.state.optimizers
+        optimizers.require_groups([selection], changing=True)
+        return summary.explain(selection, functools.partial(optimizers.expected_bytes, selection), depth)
 
     def plot(self, path: str | os.PathLike[str] | None = None, *, depth: int | None = None) -> Figure:
         """Draw the model as a map of what trains.

@@ -239,7 +239,7 @@ class Trainer(Fits, SavesRuns, ShowsItself, UserStep):
         with self.state.averages.swap(self.state.step):
             yield
 
-    def frontier(self, x: Any, y: Any = None, sample_weight: Any = None, *, batch_size: int = 32) -> Frontier:
+    def frontier(self, x: Any, y: Any = None, sample_weight: Any = None, *, batch_size: int | None = None) -> Frontier:
         """Return the part of a training step that `fit(feature_cache=...)` computes once for each example.
 
         That part is frozen, comes first, and gives the same for an example whenever it comes. What the cache would
@@ -249,7 +249,7 @@ class Trainer(Fits, SavesRuns, ShowsItself, UserStep):
             x: The inputs, or any data that `fit` accepts and that can be gone through again.
             y: The targets, as for `fit`.
             sample_weight: The weights of the examples, likewise.
-            batch_size: Examples per batch, for arrays.
+            batch_size: Examples per batch, for arrays; by default 32.
 
         Raises:
             DataError: The data is empty or does not fit the model.

@@ -83,3 +83,19 @@ def test_activations_grow_with_the_batch_and_the_depth_that_trains():
 
     assert kept(tl.TrainAll(), 32) == pytest.approx(2 * kept(tl.TrainAll(), 16), rel=0.1)
     assert kept(tl.TrainOnly("d3"), 32) < 0.6 * kept(tl.TrainAll(), 32)
+
+
+def test_a_policy_that_counts_is_as_if_nobody_had_asked_it():
+    class Counts(tl.VariablePolicy):
+        def __init__(self):
+            self.asked = 0
+
+        def at(self, progress):
+            self.asked += 1
+            return tl.TrainOnly("b")
+
+    trainer = tl.Trainer(mlp("a", "b"), Counts(), loss="mse")
+    assert len(trainer.fit(X, Y, dry_run=True).phases) == 1
+    assert trainer.policy.asked == 0
+    trainer.fit(X, Y, verbose=0)
+    assert trainer.policy.asked == 1

@@ -184,3 +184,20 @@ def test_it_is_read_anew_only_if_the_model_or_the_policy_has_changed():
     trainer.model.get_layer("head").trainable = True
     trainer.policy = tl.Freeze("block*")
     assert lines(trainer)["trains"] == "16 parameters (3.2%), by group: default 16"
+
+
+def test_a_table_makes_no_state_and_shows_what_will_be():
+    dense = keras.layers.Dense
+    model = keras.Sequential([keras.Input((4,)), dense(3, name="base"), dense(2, name="head")])
+    data = np.ones((8, 4)), np.ones((8, 2))
+    trainer = tl.Trainer(keras.models.clone_model(model), loss="mse", optimizer="adam")
+    before = str(trainer.explain())
+    assert trainer.state.variables == []
+    trainer.fit(*data, verbose=0)
+    assert str(trainer.explain()) == before
+    other = tl.Trainer(model, loss="mse", optimizer="adam")
+    other.explain()
+    other.policy = tl.Freeze("base")
+    other.fit(*data, verbose=0)
+    slots = [variable.path for cohort in other.state.optimizers.cohorts for variable in cohort.slots]
+    assert slots == ["head/kernel", "head/bias"]  # what has never trained has no state

@@ -99,3 +99,11 @@ def test_several_inputs_come_in_a_list():
     history = trainer.fit(list(given), np.ones((8, 1)), epochs=1, verbose=0)
     assert history.history["loss"]
     np.testing.assert_array_equal(trainer.predict(list(given)), trainer.predict((list(given),)))
+
+
+def test_no_batch_size_is_that_of_keras():
+    x, y = np.concatenate([X] * 5), np.concatenate([Y] * 5)
+    trainer = tl.Trainer(mlp("head"), loss="mse")
+    trainer.fit(x, y, batch_size=None, verbose=0)
+    trainer.fit([(X, Y)], batch_size=None, verbose=0)
+    assert trainer.step == 2 + 1  # batches of 32 and 8; and the batches that were given

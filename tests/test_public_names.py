@@ -29,3 +29,9 @@ def test_the_first_use_of_one_brings_all(monkeypatch):
     assert tapeloop.Trainer is _public.Trainer
     assert vars(tapeloop)["Freeze"] is _public.Freeze
     assert tapeloop.errors.PolicyError is tapeloop.PolicyError
+
+
+def test_names_of_python_and_of_notebooks_import_nothing(monkeypatch):
+    monkeypatch.setattr("importlib.import_module", lambda name: pytest.fail(f"{name} was imported"))
+    for name in ("__wrapped__", "_repr_html_", "_ipython_display_"):
+        assert not hasattr(tapeloop, name)

@@ -11,20 +11,15 @@ import numpy as np
 
 from tapeloop._backend import keras_internals
 from tapeloop.callbacks.model_view import ModelView
-from tapeloop.callbacks.state import keep_files, restore, state_of
+from tapeloop.callbacks.state import append_to_files, plain_attributes, restore, state_of
 from tapeloop.data.loader import DataLoader
 from tapeloop.loop.epochs import EpochLoop
 from tapeloop.loop.listener import FitListener, ReadLogs
 from tapeloop.model.tree import Model
 from tapeloop.step.objective import Objective
 
-# What does in Keras' `fit` alone what a trainer does itself, and what to write instead.
-REFUSED = {
-    "BackupAndRestore": "it saves the optimizer of a compiled model. Pass `checkpoint=tl.Checkpoints(directory)` to "
-    "`fit`, which resumes in the middle of an epoch too",
-    "OrbaxCheckpoint": "it saves the optimizer of a compiled model. Pass `checkpoint=tl.Checkpoints(directory)` to "
-    "`fit`",
-}
+# Keras' callbacks that save the optimizer of a compiled model, which a trainer's model has not.
+REFUSED = "BackupAndRestore", "OrbaxCheckpoint"
 OF_TRAIN_BATCHES = "on_batch_begin", "on_batch_end", "on_train_batch_begin", "on_train_batch_end"
 OF_TEST_BATCHES = "on_test_batch_begin", "on_test_batch_end"
 
@@ -84,7 +79,7 @@ class KerasCallbacks(FitListener):
         pairs = [(one.group, one.callback) if isinstance(one, ForGroup) else (None, one) for one in _flat(given)]
         for _, callback in pairs:
             _check_callback(callback)
-            _check_goes(callback)
+            _check_suitable(callback)
         # Keras' own averages are those of its optimizers; the trainer swaps its own.
         self.swaps_averages = any(isinstance(each, keras.callbacks.SwapEMAWeights) for _, each in pairs)
         pairs = [pair for pair in pairs if not isinstance(pair[1], keras.callbacks.SwapEMAWeights)]
@@ -94,6 +89,7 @@ class KerasCallbacks(FitListener):
         self._looks_at_steps = any(keras_internals.needs_batches(each, OF_TRAIN_BATCHES) for each in self._callbacks)
         self._looks_at_tests = any(keras_internals.needs_batches(each, OF_TEST_BATCHES) for each in self._callbacks)
         self._is_testing = False
+        self._at_start: list[dict[str, Any]] = []
         self._saved: tuple[Any, Callable[[str], Any]] | None = None
         self._logs: dict[str, Any] = {}  # of the last epoch, without what callbacks have added
 
@@ -108,19 +104,19 @@ class KerasCallbacks(FitListener):
             callback.set_params({"verbose": verbose, "epochs": epochs, "steps": steps})
             callback.set_model(view)
 
-    def go_on(self, said: Any, read: Callable[[str], Any]) -> None:
-        """Have a fit that begins go on with what `state` returned when the run was saved.
+    def resume(self, saved: Any, read: Callable[[str], Any]) -> None:
+        """Have the callbacks resume from a checkpoint when the fit begins.
 
         Args:
-            said: What it returned first.
-            read: Returns an array by its name, or None.
+            saved: The first part of what `state` returned when the run was saved.
+            read: Returns an array of the second part by its name, or None.
         """
-        self._saved = said, read
-        keep_files(self._callbacks)
+        self._saved = saved, read
+        append_to_files(self._callbacks)
 
     def state(self) -> tuple[Any, Mapping[str, np.ndarray]]:
-        """Return what the callbacks have come to."""
-        return state_of(self._callbacks)
+        """Return the state of the callbacks."""
+        return state_of(self._callbacks, self._at_start)
 
     # What the loop calls
 
@@ -131,6 +127,7 @@ class KerasCallbacks(FitListener):
     def before_fit(self) -> None:
         """Have a fit begin."""
         self._call("on_train_begin", {})
+        self._at_start = list(map(plain_attributes, self._callbacks))
         if self._saved is not None:
             restore(self._callbacks, *self._saved)
 
@@ -214,10 +211,13 @@ def _check_callback(callback: Any) -> None:
         )
 
 
-def _check_goes(callback: keras.callbacks.Callback) -> None:
+def _check_suitable(callback: keras.callbacks.Callback) -> None:
     for kind in type(callback).__mro__:
         if kind.__name__ in REFUSED and kind.__module__.startswith("keras."):
-            raise ValueError(f"`{kind.__name__}` does not go with a trainer: {REFUSED[kind.__name__]}.")
+            raise ValueError(
+                f"`{kind.__name__}` does not go with a trainer: it saves the optimizer of a compiled model. Pass "
+                "`checkpoint=tl.Checkpoints(directory)` to `fit`, which resumes in the middle of an epoch too."
+            )
     if isinstance(callback, keras.callbacks.SwapEMAWeights) and callback.swap_on_epoch:
         raise ValueError(
             "`SwapEMAWeights(swap_on_epoch=True)` leaves the averages in the model between epochs, where a trainer "

@@ -5,6 +5,7 @@ The one file of the command line that needs TensorFlow, whose import takes secon
 
 from __future__ import annotations
 
+import functools
 import keyword
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -75,8 +76,11 @@ def explain(model: str, policy: str, optimizer: str, depth: int) -> Answer:
         PolicyError: The policy cannot be resolved for the model.
     """
     trainer = _trainer(model, policy, optimizer=optimizer)
-    shown, state_bytes = trainer.explain(depth), trainer.state.optimizers.state_bytes
-    return Answer((shown,), {"policy": repr(trainer.policy), **_selection_data(trainer.selection, state_bytes)})
+    selection = trainer.selection
+    state_bytes = functools.partial(trainer.state.optimizers.expected_bytes, selection)
+    return Answer(
+        (trainer.explain(depth),), {"policy": repr(trainer.policy), **_selection_data(selection, state_bytes)}
+    )
 
 
 def frontier(model: str, policy: str, data: str, loss: str, batch_size: int) -> Answer:

@@ -27,9 +27,14 @@ def joined(x: Any, y: Any = None, sample_weight: Any = None) -> Any:
         sample_weight: The weights of the examples, or None.
 
     Raises:
-        DataError: There are targets or weights beside data that has its own, or it is not clear whether a list is
-            several inputs or batches.
+        DataError: There are targets or weights beside data that has its own, the weights are a number, or it is not
+            clear whether a list is several inputs or batches.
     """
+    if isinstance(sample_weight, numbers.Number):
+        raise DataError(
+            f"`sample_weight` is {sample_weight!r}, and must be an array of the weights of the examples. For so many "
+            f"examples per batch write `batch_size={sample_weight!r}`: it is passed by name."
+        )
     if y is None and sample_weight is None:
         if isinstance(x, list) and x and all(map(is_array, x)):
             raise DataError(
@@ -44,7 +49,21 @@ def joined(x: Any, y: Any = None, sample_weight: Any = None) -> Any:
             f"`{extra}` was given, and `x` is no array but a {type(x).__name__}, whose batches hold the targets and "
             "the weights. Put them there: `(inputs, targets, sample_weight)`."
         )
-    return (x, y) if sample_weight is None else (x, y, sample_weight)
+    return packed(x, y, sample_weight)
+
+
+def packed(x: Any, y: Any = None, sample_weight: Any = None) -> Any:
+    """Return inputs, targets and weights as a batch has them; inputs alone as they are.
+
+    Args:
+        x: The inputs.
+        y: The targets, or None.
+        sample_weight: The weights of the examples, or None.
+    """
+    # Not `keras.utils.pack_x_y_sample_weight`, which puts inputs alone in a tuple and loses weights without targets.
+    if sample_weight is not None:
+        return x, y, sample_weight
+    return x if y is None else (x, y)
 
 
 def is_array(value: Any) -> bool:
@@ -60,7 +79,7 @@ def is_arrays(value: Any) -> bool:
     return is_array(value) or isinstance(value, (tuple, list, Mapping))
 
 
-def parted(data: Any, validation_data: Any, validation_split: float | None) -> tuple[Any, Any]:
+def with_validation_split(data: Any, validation_data: Any, validation_split: float | None) -> tuple[Any, Any]:
     """Return the data to train on and the data to validate on, of which either may be given.
 
     Args:

@@ -20,6 +20,7 @@ from tapeloop.data.pydataset import PyDatasetBatches
 from tapeloop.data.sampler import Sampler
 from tapeloop.errors import DataError
 
+BATCH_SIZE = 32  # by default, as in Keras
 Source: TypeAlias = ArraySource | SparseSource | DatasetSource | IterableSource
 
 
@@ -250,7 +251,7 @@ class DataSpec:
             or arrays: one array, a dict of inputs, or a tuple `(inputs[, targets[, sample_weight]])` whose members
             may be nested. Arrays are NumPy arrays, tensors (ragged and sparse ones too), data frames, sparse matrices
             of SciPy, or files that are read in slices, such as `np.memmap`.
-        batch_size: Examples per batch, for arrays.
+        batch_size: Examples per batch, for arrays; None: as many as by default.
         steps: The name of the user's argument for the number of batches per epoch, and its value.
         class_weight: The weights of examples by the class of their target.
         shuffle: Whether arrays, and the batches of a `PyDataset`, come in another order each epoch.
@@ -259,11 +260,16 @@ class DataSpec:
 
     name: str
     data: Any
-    batch_size: int = 32
+    batch_size: int | None = None
     steps: tuple[str, int | None] = ("steps_per_epoch", None)
     class_weight: Mapping[int, float] | None = None
     shuffle: bool = False
     seed: int | None = 0
+
+    @property
+    def examples_per_batch(self) -> int:
+        """The number of examples in a batch of arrays."""
+        return BATCH_SIZE if self.batch_size is None else self.batch_size
 
     @property
     def is_arrays(self) -> bool:
@@ -299,7 +305,7 @@ class DataSpec:
                 without end.
             ValueError: `batch_size` or the number of batches is no whole number of 1 or more.
         """
-        batch_size = whole_number("batch_size", self.batch_size, 1)
+        batch_size = whole_number("batch_size", self.examples_per_batch, 1)
         steps = None if self.steps[1] is None else whole_number(*self.steps, 1)
         # Validation data and predictions come in the order in which the user has them.
         sampler = sampler or Sampler(shuffle=False)

@@ -264,7 +264,7 @@ class CachedData(FitData):
 def _loader(kept: CachedFeatures, given: DataSpec, orders: Sampler, epoch: int) -> DataLoader:
     """Return batches of features in the order in which those of the data would come."""
     tensors = kept.in_pass(epoch)
-    size = given.batch_size
+    size = given.examples_per_batch
     if given.is_sparse:  # which `tf.data` shuffles
         return DataLoader(SparseSource(Features(tensors), size, orders), None, given.name)
     if not given.is_arrays:

@@ -107,7 +107,7 @@ def find_learning_rate(
     lowest: float = 1e-7,
     highest: float = 1.0,
     steps: int = 100,
-    batch_size: int = 32,
+    batch_size: int | None = None,
 ) -> LearningRateSearch:
     """Try learning rates from a low one to a high one, and suggest the one at which the loss falls most steeply.
 
@@ -128,7 +128,7 @@ def find_learning_rate(
         lowest: The rate of the first step.
         highest: The rate of the last step.
         steps: The number of steps, 10 or more.
-        batch_size: Examples per batch, for arrays.
+        batch_size: Examples per batch, for arrays; by default 32.
 
     Returns:
         The rates, their losses and the suggestion.

@@ -130,7 +130,8 @@ class EpochLoop:
             # The model may have changed since the last epoch, and the policy may go by its logs.
             phase = self.phases.due(starting=True) if progress is None else self.phases.again()
             self.is_starting, state.under_way = False, progress or EpochProgress(state.step, state.step)
-            self._record(phase, history)
+            # Where a run resumes in the first epoch of its fit, the phase began with that, unless another is recorded.
+            self._record(phase, history, step=progress.began if progress and not history.phases else state.step)
         loader = data.training(phase, state.epoch)
         validates = data.validation_spec is not None
         if validates and self._data_is_new:  # what is wrong with either shows before anything has moved
@@ -363,10 +364,11 @@ class EpochLoop:
         self._record(phase)
         return phase
 
-    def _record(self, phase: ActivePhase, *histories: History) -> None:
-        """Take down that a phase begins."""
+    def _record(self, phase: ActivePhase, *histories: History, step: int | None = None) -> None:
+        """Take down that a phase begins, by default with the next step."""
         selection = phase.step.selection
-        began = Phase(self.state.step, self.state.epoch, phase.policy, lambda: selection)
+        step = self.state.step if step is None else step
+        began = Phase(step, self.state.epoch, phase.policy, lambda: selection)
         for history in (self.state.history, *histories):
             history.add_phase(began)
 

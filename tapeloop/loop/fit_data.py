@@ -109,7 +109,7 @@ class FitData:
             "kind": type(spec.data).__name__,
             "batches": size,
             "examples": getattr(loader.source, "examples", None),
-            "batch_size": spec.batch_size if spec.is_arrays else None,
+            "batch_size": spec.examples_per_batch if spec.is_arrays else None,
         }
 
     def _of_this_data(self, resumption: Resumption | None) -> Resumption | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import os
@@ -151,6 +152,12 @@ class History:
         first = next((n for n, number in enumerate(self.epoch) if number > epoch), len(self.epoch))
         logs = {name: values[first:] for name, values in self.history.items() if values[first:]}
         phases = [phase for phase in self.phases if phase.epoch >= epoch]
+        before = [phase for phase in self.phases if phase.epoch < epoch]
+        # A phase that began earlier may hold in these epochs too, of which it is then the first.
+        if before and first < len(self.epoch):
+            began = self.step[first - 1] if first else before[-1].step
+            if not phases or phases[0].step != began:
+                phases.insert(0, dataclasses.replace(before[-1], step=began, epoch=epoch))
         return History(logs, self.epoch[first:], phases, self.step[first:])
 
     def add_phase(self, phase: Phase) -> None:

@@ -79,7 +79,9 @@ class Selection:
     def still(self) -> tuple[VariableInfo, ...]:
         """The variables that do not move while this selection trains: those that it freezes, with their statistics."""
         idle = {variable for submodel in self.idle for variable in self.tree.variables_in[submodel]}
-        still = idle.union(self.frozen)
+        # Keras holds the weights that LoRA adapts non-trainable, as it does statistics; only these move.
+        adapted = {variable for variable in self.non_trainable if variable.is_adapted}
+        still = idle.union(self.frozen, adapted)
         return tuple(variable for variable in self.tree.variables if variable in still)
 
     @functools.cached_property

@@ -138,6 +138,12 @@ class VariableInfo:
         return math.prod(self.shape)
 
     @property
+    def is_adapted(self) -> bool:
+        """Whether Keras' `enable_lora` holds it non-trainable: the weight to which its layer adds what trains."""
+        owner = self.submodels[-1].object
+        return not self.trainable and not self.seed and bool(getattr(owner, "lora_enabled", False))
+
+    @property
     def bytes(self) -> int:
         """How many bytes it takes."""
         return self.size * tf.as_dtype(self.variable.dtype).size

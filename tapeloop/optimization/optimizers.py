@@ -227,6 +227,11 @@ class Optimizers:
         slots = [slot for cohort in self.cohorts for slot in cohort.slots.get(variable, ())]
         return sum(_bytes(slot) for slot in slots)
 
+    def expected_bytes(self, selection: Selection, variable: VariableInfo) -> int:
+        """Return how many bytes of state there are for a variable, or will be once a selection trains it."""
+        group = selection.group_of.get(variable)
+        return self.state_bytes(variable) or (0 if group is None else self.slot_bytes(variable, group))
+
     def slot_bytes(self, variable: VariableInfo, group: str) -> int:
         """Return how many bytes of state a variable has, or would have, while it trains in a group."""
         return self._templates[self._key(group)].slot_numbers(variable.shape) * (variable.bytes // (variable.size or 1))

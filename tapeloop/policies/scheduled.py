@@ -217,10 +217,12 @@ class Cycle(_Scheduled, VariablePolicy):
 
         Raises:
             PolicyError: There are no policies.
-            TypeError: One of them is no policy.
+            TypeError: `policies` is no list of policies.
             ValueError: `every` is no whole number of 1 or more, or `unit` no unit.
         """
-        turns = tuple(policies) if isinstance(policies, Iterable) else (policies,)
+        if isinstance(policies, VariablePolicy) or not isinstance(policies, Iterable):
+            raise TypeError(f"`Cycle` takes a list of policies. Received: {policies!r}.")
+        turns = tuple(policies)
         if not turns:
             raise PolicyError("`Cycle` needs one or more policies. Received none.")
         _check_policies("Cycle", turns)
@@ -279,9 +281,9 @@ class RandomSubset(_Scheduled, VariablePolicy):
 
         Raises:
             TypeError: `of` is no class of layers and no path glob, or `always` no filter.
-            ValueError: `k` or `every` is no whole number of 1 or more, or `unit` no unit.
+            ValueError: `k` or `every` is no whole number of 1 or more, `seed` none of 0 or more, or `unit` no unit.
         """
-        k, every = whole_number("k", k, 1), whole_number("every", every, 1)
+        k, every, seed = whole_number("k", k, 1), whole_number("every", every, 1), whole_number("seed", seed, 0)
         chosen = None if always is None else to_filter(always)
         self._set(unit, every, _k=k, _kind=SubmodelKind(of), _always=chosen, _seed=seed)
 

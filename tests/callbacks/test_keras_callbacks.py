@@ -390,3 +390,25 @@ def test_callbacks_go_on_with_a_run_that_was_stopped(tmp_path):
     assert log == expected_log
     for mine, theirs in zip(trainer.model.weights, expected.model.weights):
         np.testing.assert_array_equal(mine, theirs)  # those of the first epoch, which a process before had seen
+
+
+def test_callbacks_write_nothing_to_the_users_model():
+    model = network()
+    before, flags = dict(vars(model)), [layer.trainable for layer in model.layers]
+    trainer = tl.Trainer(model, tl.Freeze("base"), loss="mse", optimizer="sgd")
+    given = [callbacks.History(), callbacks.EarlyStopping("loss", patience=0, min_delta=9.0, restore_best_weights=True)]
+    trainer.fit(X, Y, epochs=4, verbose=0, callbacks=given)
+    assert trainer.epoch == 2
+    assert {name for name in vars(model) if vars(model)[name] is not before.get(name)} == set()
+    assert [layer.trainable for layer in model.layers] == flags
+
+
+def test_another_folder_of_the_program_is_not_taken_from_the_checkpoint(tmp_path):
+    def run(epochs, board):
+        callback = callbacks.TensorBoard(tmp_path / board, write_graph=False)
+        trainer = tl.Trainer(network(), loss="mse")
+        trainer.fit(X, Y, epochs=epochs, verbose=0, callbacks=callback, checkpoint=tmp_path / "run")
+
+    run(1, "one")
+    run(2, "other")
+    assert {step for steps in scalars(tmp_path / "other").values() for step, _ in steps} == {1}

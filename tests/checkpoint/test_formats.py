@@ -2,6 +2,7 @@
 
 import random
 
+import h5py
 import keras
 import numpy as np
 import pytest
@@ -143,3 +144,27 @@ def test_a_run_that_was_saved_before_the_steps_of_epochs_were_recorded_is_read(t
     for name, steps in (("new", [5]), ("old", [])):
         other.load(tmp_path / name)
         assert (other.history.epoch, other.history.step) == ([1], steps)
+
+
+def test_an_adapter_of_keras_is_saved_without_the_weights_that_it_adapts(tmp_path):
+    def trainer(seed):
+        keras.utils.set_random_seed(seed)
+        base = layers.Dense(6, name="base")
+        model = keras.Sequential([keras.Input((4,)), base, layers.BatchNormalization(name="norm"), layers.Dense(3)])
+        model.layers[-1].name = "head"
+        base.enable_lora(2)
+        return tl.Trainer(model, tl.TrainOnly("head", "norm", "**/lora_kernel_*"), loss="mse")
+
+    trained, fresh = fitted(trainer(0)), trainer(0)
+    trained.save_trained(tmp_path / "adapter.h5")
+    with h5py.File(tmp_path / "adapter.h5") as file:
+        saved = []
+        file.visititems(lambda name, one: saved.append(name) if isinstance(one, h5py.Dataset) else None)
+    assert sorted(saved) == sorted(
+        ["base/lora_kernel_a", "base/lora_kernel_b", "head/kernel", "head/bias"]
+        + [f"norm/{name}" for name in ("gamma", "beta", "moving_mean", "moving_variance")]
+    )
+    fresh.load_trained(tmp_path / "adapter.h5")
+    np.testing.assert_array_equal(fresh.predict(runs.X), trained.predict(runs.X))
+    with pytest.raises(tl.CheckpointError, match="was trained beside other weights"):
+        trainer(1).load_trained(tmp_path / "adapter.h5")

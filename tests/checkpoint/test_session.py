@@ -168,6 +168,21 @@ def test_a_history_holds_the_whole_fit_after_it_was_stopped(tmp_path):
     assert [phase.step for phase in history.phases] == [phase.step for phase in expected.phases]
 
 
+@pytest.mark.parametrize("stop", [7, 12])
+def test_the_history_of_a_second_fit_says_what_trained_from_its_start(tmp_path, stop):
+    def program(folder, stop=100):
+        trainer, given = PLAIN.trainer(), {"batch_size": 4, "verbose": 0, "checkpoint": folder}
+        with runs.interrupted_at(stop):
+            trainer.fit((runs.X, runs.Y), **given)
+            return trainer.fit((runs.X, runs.Y), epochs=2, **given)
+
+    program(tmp_path / "stopped", stop)
+    resumed, expected = program(tmp_path / "stopped"), program(tmp_path / "whole")
+    assert (resumed.epoch, resumed.step) == (expected.epoch, expected.step)
+    phases = [[(phase.step, phase.epoch) for phase in history.phases] for history in (resumed, expected)]
+    assert phases[0] == phases[1] == [(5, 1)]
+
+
 def test_a_run_goes_on_by_hand_too(tmp_path):
     with runs.interrupted_at(7):
         PLAIN.fit(3, tmp_path)

@@ -92,19 +92,22 @@ def test_functions_that_make_no_model(name, text):
 
 
 @pytest.mark.parametrize(
-    ("policy", "text"),
+    ("options", "text"),
     [
-        ("Freeze(", "--policy: 'Freeze(' raised SyntaxError: "),
-        ("Freez('body')", "`Freez` is no name of tapeloop's, `keras` or Python's. Did you mean `Freeze`?"),
-        ("Freeze(3)", "--policy: 'Freeze(3)' raised TypeError: A filter must be a path glob, a submodel"),
-        ("'body'", '--policy must be a policy such as `Freeze("body")`'.replace("body", "backbone")),
-        ("'body'", "Received: \"'body'\", which gives 'body'."),
-        (f"{HERE}:MISSING", "which gives None."),
-        (f"{HERE}:nothing", f"--policy: `{HERE}` has no `nothing`."),
+        ('--policy "Freeze("', "--policy: 'Freeze(' raised SyntaxError: "),
+        ("--policy \"Freez('body')\"", "`Freez` is no name of tapeloop's, `keras` or Python's. Did you mean `Freeze`?"),
+        ('--policy "Freeze(3)"', "--policy: 'Freeze(3)' raised TypeError: A filter must be a path glob, a submodel"),
+        ("--policy \"'body'\"", '--policy must be a policy such as `Freeze("body")`'.replace("body", "backbone")),
+        ("--policy \"'body'\"", "Received: \"'body'\", which gives 'body'."),
+        (f'--policy "{HERE}:MISSING"', "which gives None."),
+        (f'--policy "{HERE}:nothing"', f"--policy: `{HERE}` has no `nothing`."),
+        ("--optimizer adma", "`optimizer` is 'adma', and Keras has none of that name."),
+        ("--depth 0", "Invalid value for '--depth'"),
+        ("--what", "No such option: --what"),
     ],
 )
-def test_policies_that_are_none(policy, text):
-    status, said, error = ask(f'explain {HERE}:MODEL --policy "{policy}"')
+def test_policies_and_options_that_are_wrong(options, text):
+    status, said, error = ask(f"explain {HERE}:MODEL {options}")
     assert (status, said) == (2, "")
     assert text in error
 
@@ -112,20 +115,6 @@ def test_policies_that_are_none(policy, text):
 def test_an_expression_may_use_keras_and_python():
     policy = 'TrainOnly(*[f\\"{name}/bias\\" for name in [\\"head\\"]], keras.layers.BatchNormalization)'
     assert ask(f'explain {HERE}:MODEL --policy "{policy}" --json')[0] == 0
-
-
-@pytest.mark.parametrize(
-    ("options", "text"),
-    [
-        ("--optimizer adma", "`optimizer` is 'adma', and Keras has none of that name."),
-        ("--depth 0", "Invalid value for '--depth'"),
-        ("--what", "No such option: --what"),
-    ],
-)
-def test_other_options_that_are_wrong(options, text):
-    status, said, error = ask(f"explain {HERE}:MODEL {options}")
-    assert (status, said) == (2, "")
-    assert text in error
 
 
 def test_a_traceback_is_shown_to_those_who_ask():

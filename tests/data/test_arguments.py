@@ -29,6 +29,7 @@ def test_targets_and_weights_are_joined_to_the_inputs():
         ((tf.data.Dataset.range(3), Y), "`y` was given, and `x` is no array but a"),
         ((iter([X]), Y), "`y` was given, and `x` is no array but a list_iterator, whose batches hold the targets"),
         ((iter([X]), None, W), "`sample_weight` was given, and"),
+        ((X, Y, 32), r"`sample_weight` is 32, and must be an array.* write `batch_size=32`: it is passed by name"),
         (([X, X],), r"`x` is a list of 2 arrays and there is no `y`.*`\(\[first, second\],\)`.*`\[\(first,\), "),
     ],
 )

@@ -72,3 +72,13 @@ def test_embeddings_microbatches_and_eager_steps_are_measured_too():
 def test_nothing_is_measured_unasked():
     logs = tl.Trainer(mlp("a"), loss="mse").train_on_batch(X, Y)
     assert list(logs) == ["loss"]
+
+
+def test_what_is_measured_changes_nothing_that_trains():
+    def weights(**options):
+        trainer = tl.Trainer(mlp("a", "b"), tl.Freeze("a"), loss="mse", ema=0.9, clip_norm=0.1, seed=0, **options)
+        trainer.fit(X, Y, batch_size=4, epochs=2, verbose=0)
+        return [np.array(v) for v in (*trainer.model.weights, *trainer.state.averages.variables)]
+
+    for mine, theirs in zip(weights(log_updates=True), weights()):
+        np.testing.assert_array_equal(mine, theirs)

@@ -224,6 +224,8 @@ def test_a_policy_without_group_says_what_to_write(tree):
         (lambda: tl.Phases({1: ALL}), tl.PolicyError,
          r"must say what trains from the start. The first phase is at epoch 1"),
         (lambda: tl.Phases({}), TypeError, r"`Phases` takes a mapping.*Received: \{\}"),
+        (lambda: tl.Cycle(ALL), TypeError, r"`Cycle` takes a list of policies. Received: TrainAll\(\)"),
+        (lambda: tl.RandomSubset(1, of="b*", every=2, seed=None), ValueError, "`seed` must be a whole number"),
         (lambda: tl.Phases({0.5: ALL}), ValueError, r"`phases` must be a whole number, 0 or more. Received: 0.5"),
         (lambda: tl.Phases({0: "a"}), TypeError, r"`Phases` takes policies, such as .* Received: 'a'"),
         (lambda: tl.Phases({0: ALL}, unit="batch"), ValueError, r"`unit` must be 'epoch' or 'step'. Received: 'batch'"),
