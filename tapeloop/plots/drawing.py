@@ -12,10 +12,11 @@ import io
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 Figure: TypeAlias = Any  # matplotlib.figure.Figure: matplotlib is an optional package, and may not be there
 Colour: TypeAlias = tuple[float, float, float]
+T = TypeVar("T")
 
 SUFFIXES = ".png", ".svg"
 DOTS_PER_INCH = 150  # of a file, unless the user's style says otherwise
@@ -109,6 +110,12 @@ def checked_path(path: str | os.PathLike[str] | None) -> pathlib.Path | None:
             f"`path` must be in a folder that is there: make {str(file.parent)!r}. Received: {str(path)!r}."
         )
     return file
+
+
+def legend_groups(groups: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:
+    """Return the groups that have a line of their own in a legend, and the rest, which share one."""
+    most = 6 if len(groups) > 7 else len(groups)
+    return groups[:most], groups[most:]
 
 
 def luminance(colour: Colour) -> float:

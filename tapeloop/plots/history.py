@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tapeloop.plots.course import Axis, Course, Line, Phase
-from tapeloop.plots.drawing import Colour, Drawing, Figure, plain, shortened_path
+from tapeloop.plots.drawing import Colour, Drawing, Figure, legend_groups, plain, shortened_path
 
 WIDTH = 9.0  # inches, as all sizes
 MARKED = 40  # epochs up to which each has a dot
@@ -112,9 +112,8 @@ def _draw_panel(drawing: Drawing, panel: Any, name: str, curves: Mapping[bool, A
         finite = np.isfinite(middle)
         is_empty &= not finite.any()
         # Between epochs without a value, one with a value would be no line at all.
-        alone = finite & ~np.roll(finite, 1) & ~np.roll(finite, -1)
-        if len(middle) > 1:
-            alone[0], alone[-1] = finite[0] and not finite[1], finite[-1] and not finite[-2]
+        beside = np.pad(finite, 1)
+        alone = finite & ~beside[:-2] & ~beside[2:]
         marked = finite if len(middle) <= MARKED else alone
         panel.plot(
             ends,
@@ -221,10 +220,10 @@ def _draw_key(
 ) -> None:
     """Say below the timeline what its colours mean."""
     patches = drawing.part("patches")
-    shown = list(colours)[:6] if len(colours) > 7 else list(colours)
+    shown, rest = legend_groups(list(colours))
     handles = [(patches.Patch(color=colours[group]), f"group {group}") for group in shown if len(colours) > 1]
-    if len(shown) < len(colours):
-        last = list(colours)[-1]
+    if rest:
+        last = rest[-1]
         handles.append((patches.Patch(color=colours[last]), f"... {last}, {len(colours)} groups in all"))
     if any(0 < share < 1 for line in lines for share in line.share):
         face, edge = drawing.mixed(drawing.ink, 0.2), drawing.mixed(drawing.ink, 0.6)

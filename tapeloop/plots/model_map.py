@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tapeloop.model.rows import Info, Row, folded, unfolded
 from tapeloop.model.selection import Selection
 from tapeloop.model.summary import size_of
 from tapeloop.model.tree import SubmodelInfo, VariableInfo
-from tapeloop.plots.drawing import Colour, Drawing, Figure, plain, readable_on, shortened_path
+from tapeloop.plots.drawing import Colour, Drawing, Figure, legend_groups, plain, readable_on, shortened_path
 from tapeloop.plots.treemap import Rectangle, areas, strips
 
 WIDTH, HEIGHT = 9.0, 5.4  # of the map in inches, as all sizes
@@ -37,7 +38,7 @@ class Area:
     """
 
     label: str
-    parts: Mapping[tuple[str, str], int]
+    parts: Counter[tuple[str, str]]
     inference: bool
     count: int = 1
     inner: tuple[Area, ...] = ()
@@ -45,7 +46,7 @@ class Area:
     @property
     def size(self) -> int:
         """How many parameters it has."""
-        return sum(self.parts.values())
+        return self.parts.total()
 
 
 def plot_model(selection: Selection, title: str, path: str | os.PathLike[str] | None, depth: float) -> Figure:
@@ -93,12 +94,11 @@ class _Areas:
     def _variables(self, info: Info) -> Sequence[VariableInfo]:
         return self._selection.tree.variables_in[info] if isinstance(info, SubmodelInfo) else (info,)
 
-    def _parts(self, variables: Iterable[VariableInfo]) -> dict[tuple[str, str], int]:
-        parts: dict[tuple[str, str], int] = {}
+    def _parts(self, variables: Iterable[VariableInfo]) -> Counter[tuple[str, str]]:
+        parts: Counter[tuple[str, str]] = Counter()
         for variable in variables:
-            kind = treatment_of(self._selection, variable)
-            parts[kind] = parts.get(kind, 0) + variable.size
-        return {kind: size for kind, size in parts.items() if size}
+            parts[treatment_of(self._selection, variable)] += variable.size
+        return +parts  # without those that have no parameters
 
     def _area(self, row: Row, above: str) -> Area:
         label = row.label.removeprefix(above)
@@ -106,7 +106,7 @@ class _Areas:
         # What is shared has one place on the map, so that areas add up.
         own = [v for info in row.infos for v in self._variables(info) if v not in self._shown]
         self._shown.update(own)
-        parts = _sum([area.parts for area in inner] + [self._parts(own)])
+        parts = sum((area.parts for area in inner), self._parts(own))
         inference = all(map(self._is_inference, row.infos))
         return Area(label, parts, inference, len(row.infos), _clustered(inner))
 
@@ -138,20 +138,11 @@ def _clustered(areas: Sequence[Area], level: int = 1) -> tuple[Area, ...]:
 
 
 def _cluster(prefix: str, run: Sequence[Area], level: int) -> Area:
-    inner: Sequence[Area] = [
-        Area(area.label.removeprefix(prefix), area.parts, area.inference, area.count, area.inner) for area in run
-    ]
+    inner: Sequence[Area] = [replace(area, label=area.label.removeprefix(prefix)) for area in run]
     if level < 2:
         inner = _clustered(inner, level + 1)
-    return Area(f"{prefix}*", _sum([area.parts for area in run]), all(area.inference for area in run), 1, tuple(inner))
-
-
-def _sum(parts: Iterable[Mapping[tuple[str, str], int]]) -> dict[tuple[str, str], int]:
-    total: dict[tuple[str, str], int] = {}
-    for each in parts:
-        for kind, size in each.items():
-            total[kind] = total.get(kind, 0) + size
-    return total
+    parts = sum((area.parts for area in run), Counter())
+    return Area(f"{prefix}*", parts, all(area.inference for area in run), 1, tuple(inner))
 
 
 class _MapDrawing:
@@ -290,16 +281,16 @@ class _MapDrawing:
     def _entries(self, found: Sequence[Area]) -> list[tuple[Any, str]]:
         """Return the entries of the legend: what is shown, and how many parameters that is."""
         total = max(1, size_of(self.selection.tree.variables))
-        parts = _sum(area.parts for area in found)
+        parts = sum((area.parts for area in found), Counter())
         groups = [kind for kind in self.colours if kind[0] == "group"]
-        listed = groups[:6] if len(groups) > 7 else groups
-        entries = [(self._patch(kind, (0, 0), 1, 1), f"trains, group {kind[1]}", parts.get(kind, 0)) for kind in listed]
-        if len(listed) < len(groups):
-            rest, last = groups[len(listed) :], groups[-1]
+        listed, rest = legend_groups(groups)
+        entries = [(self._patch(kind, (0, 0), 1, 1), f"trains, group {kind[1]}", parts[kind]) for kind in listed]
+        if rest:
+            last = rest[-1]
             said = f"trains, {len(rest)} more groups, the last {last[1]}"
-            entries.append((self._patch(last, (0, 0), 1, 1), said, sum(parts.get(kind, 0) for kind in rest)))
+            entries.append((self._patch(last, (0, 0), 1, 1), said, sum(parts[kind] for kind in rest)))
         for name, said in ((FROZEN, "frozen"), (FIXED, "non-trainable (statistics, seeds, flags)")):
-            if parts.get((name, "")):
+            if parts[name, ""]:
                 entries.append((self._patch((name, ""), (0, 0), 1, 1), said, parts[name, ""]))
         resting = size_of({v for s in self.selection.inference for v in self.selection.tree.variables_in[s]})
         if resting:

@@ -156,6 +156,12 @@ def test_epochs_without_a_value_are_gaps_and_several_values_a_range():
     assert extents[-1].ymax == pytest.approx(1.0)
 
 
+def test_of_many_epochs_those_alone_have_dots():
+    logs = [{"loss": 1.0 if epoch in (0, 10, 20, 21, 49) else math.nan} for epoch in range(50)]
+    (line,) = history_of(models.blocks(1), tl.TrainAll(), epochs=50, logs=logs).plot().axes[0].get_lines()
+    assert line.get_markevery() == [0, 10, 49]
+
+
 def test_a_log_without_any_finite_value_says_so():
     history = history_of(models.blocks(1), tl.TrainAll(), epochs=2, logs=[{"loss": math.nan}] * 2)
     assert "no finite value" in [text.get_text() for text in history.plot().axes[0].texts]
