@@ -10,6 +10,7 @@ as many milliseconds of a longer step, and a smaller part of it.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import pathlib
@@ -45,7 +46,7 @@ class Batches(keras.callbacks.Callback):
         self.seen = logs
 
 
-KINDS = {"no callback": [], "looks at epochs": [Epochs()], "looks at batches": [Batches()]}
+KINDS = {"no callback": (), "looks at epochs": (Epochs,), "looks at batches": (Batches,)}
 
 
 def arms() -> dict[str, Callable[[], object]]:
@@ -56,11 +57,12 @@ def arms() -> dict[str, Callable[[], object]]:
     model = mlp()
     model.compile("adam", loss)
     options = {"batch_size": BATCH, "verbose": 0}
-    ours = {f"tapeloop, {kind}": lambda given=given: trainer.fit(x, y, callbacks=given, **options)
-            for kind, given in KINDS.items()}  # fmt: skip
-    theirs = {f"Keras, {kind}": lambda given=given: model.fit(x, y, callbacks=given, **options)
-              for kind, given in KINDS.items()}  # fmt: skip
-    return ours | theirs
+    return {
+        # A callback object for each arm: it is told which model it looks at.
+        f"{who}, {name}": functools.partial(fit, x, y, callbacks=[kind() for kind in kinds], **options)
+        for who, fit in (("tapeloop", trainer.fit), ("Keras", model.fit))
+        for name, kinds in KINDS.items()
+    }
 
 
 def main() -> None:
@@ -82,8 +84,9 @@ def main() -> None:
         rows[name] = {"ms": statistics.median(mine), "ratio": ratio}
         print(f"{name:28} {rows[name]['ms']:7.3f} ms a step  {ratio:6.2f}")
     if asked.out is not None:
-        said = {"command": "python -m benchmarks.callbacks", "tensorflow": tf.__version__, "rounds": asked.rounds}
-        asked.out.write_text(json.dumps({**said, "rows": rows}, indent=1) + "\n")
+        machine = {"tensorflow": tf.__version__, "keras": keras.__version__, "cores": os.cpu_count()}
+        content = {"command": "python -m benchmarks.callbacks", **machine, "rounds": asked.rounds, "rows": rows}
+        asked.out.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":
