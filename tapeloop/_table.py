@@ -86,6 +86,7 @@ def shortened(items: Sequence[Any], most: int) -> list[Any]:
 def format_bytes(count: int) -> str:
     """Return a number of bytes in the largest fitting unit: `1.5 MiB`."""
     size, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
-    while size >= 1024 and len(units) > 1:
+    # As it is shown: 1023.99 KiB would be 1024.0 KiB.
+    while round(size, 1) >= 1024 and len(units) > 1:
         size, units = size / 1024, units[1:]
     return f"{size:.{int(units[0] != 'B')}f} {units[0]}"

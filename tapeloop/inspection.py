@@ -129,9 +129,9 @@ class ShowsItself:
         except PolicyError as error:
             if state.step or all(layer.object.built for layer in Tree.of(self.model).layers):
                 return f"nothing, since {error}"
-            return "what is known once the model is built, by its first call"
+            return "not known before the model is built, by its first call"
         if selection is None:
-            return "what the policy says when training goes on"
+            return "not known before the policy is asked, by the next step"
         found.append(selection)
         total, trained = size_of(selection.tree.variables), size_of(selection.trained)
         groups = _listed([f"{group} {size_of(held):,}" for group, held in selection.groups.items()])

@@ -79,7 +79,7 @@ class Alternating(tl.VariablePolicy):
 @pytest.mark.parametrize("around", [lambda policy: policy, lambda policy: tl.Phases({0: policy})])
 def test_a_policy_that_keeps_state_is_not_asked(around):
     own = Alternating()
-    assert lines(blocks(around(own)))["trains"] == "what the policy says when training goes on"
+    assert lines(blocks(around(own)))["trains"] == "not known before the policy is asked, by the next step"
     assert own.asked == 0
 
 
@@ -118,7 +118,7 @@ def test_inside_a_step_it_says_what_trains_and_reads_nothing(run_eagerly):
 
 def test_a_model_that_is_not_built_says_so():
     said = lines(tl.Trainer(models.Subclassed(), tl.Freeze("base"), loss="mse"))
-    assert said["trains"] == "what is known once the model is built, by its first call"
+    assert said["trains"] == "not known before the model is built, by its first call"
     assert said[""] == "<Trainer of Subclassed 'subclassed', 60 parameters"
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import tapeloop as tl
 from tapeloop.model.tree import raw
 from tests.support import models
-from tests.support.snapshot import snapshot
+from tests.support.snapshot import snapshot, walk
 from tests.support.steps import Counting
 
 X, Y = models.images(16)
@@ -58,3 +58,11 @@ def test_all_that_a_fit_changes_is_state_or_made_anew():
     assert {v.ref() for v in trainer.state.variables} >= {
         raw(v).ref() for cohort in trainer.state.optimizers.cohorts for v in cohort.optimizer.variables
     }
+
+
+def test_a_snapshot_notices_what_joins_a_set():
+    members, before, after = {"a"}, {}, {}
+    walk(members, "members", before, set())
+    members.add("b")
+    walk(members, "members", after, set())
+    assert (before, after) == ({"members": {"a"}}, {"members": {"a", "b"}})

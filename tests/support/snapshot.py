@@ -24,6 +24,8 @@ def walk(value, path, found, stop):
         found[f"{path}.length"] = len(value)
         for number, inner in enumerate(value):
             walk(inner, f"{path}.{number}", found, stop)
+    elif isinstance(value, (set, frozenset)):
+        found[path] = {each if isinstance(each, (str, int)) else id(each) for each in value}
     elif type(value).__module__.startswith("tapeloop.") or isinstance(value, tl.Trainer):
         stop.add(id(value))
         for name, inner in vars(value).items():
