@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tapeloop._validation import whole_number
-from tapeloop.checkpoint.records import names_in, records_in
+from tapeloop.checkpoint.records import best_of, names_in, records_in
 from tapeloop.errors import CheckpointError
 
 RESUME = "auto", "never", "must"
@@ -127,12 +127,7 @@ class Checkpoints:
 
     def best_of(self, records: dict[str, dict[str, Any]]) -> str | None:
         """Return the name of the best checkpoint by what they say of their runs."""
-        values = {name: record["epoch_logs"].get(self.keep_best) for name, record in records.items()}
-        # NaN is never the best: it compares as neither less nor more.
-        known = {name: value for name, value in values.items() if isinstance(value, (int, float)) and value == value}
-        if not known:
-            return None
-        return (max if self.is_more_better else min)(known, key=known.__getitem__)
+        return best_of(records, self.keep_best, is_more_better=self.is_more_better)
 
     @property
     def is_more_better(self) -> bool:

@@ -57,6 +57,11 @@ def replaced(final: pathlib.Path) -> pathlib.Path:
     return final.with_name(f"{final.name}.replaced")
 
 
+def present(place: pathlib.Path) -> pathlib.Path:
+    """Return where a folder is: at its place, or beside it if the process was killed while another took its place."""
+    return replaced(place) if not place.is_dir() and replaced(place).is_dir() else place
+
+
 def verify(folder: pathlib.Path, only: Collection[str] | None = None) -> None:
     """Check that a folder is as it was written.
 

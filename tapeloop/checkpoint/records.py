@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from tapeloop.checkpoint import files
@@ -47,18 +48,34 @@ def read_record(checkpoint: pathlib.Path) -> dict[str, Any]:
     return record
 
 
-def require_shared(folder: pathlib.Path, digest: str, only: tuple[str, ...] | None = None) -> None:
+def best_of(records: Mapping[str, Mapping[str, Any]], log: str | None, *, is_more_better: bool) -> str | None:
+    """Return the name of the best checkpoint by a log; None if no checkpoint has it.
+
+    Args:
+        records: What each checkpoint says of its run, by its name.
+        log: The name of the log.
+        is_more_better: Whether the best is the highest.
+    """
+    values = {name: record["epoch_logs"].get(log) for name, record in records.items()}
+    # NaN is never the best: it compares as neither less nor more.
+    known = {name: value for name, value in values.items() if isinstance(value, (int, float)) and value == value}
+    if not known:
+        return None
+    return (max if is_more_better else min)(known, key=known.__getitem__)
+
+
+def require_shared(folder: pathlib.Path, digest: str, *, every_byte: bool = True) -> None:
     """Check that a folder which checkpoints share is as it was written, and the one that a checkpoint refers to.
 
     Args:
         folder: The shared folder.
         digest: Its digest, as the checkpoint has it.
-        only: The names of the files whose content is read; by default, of all.
+        every_byte: Whether all files are read, and not only the list of them.
 
     Raises:
-        DamagedError: It is not.
+        DamagedError: The folder is damaged, or is another one.
     """
-    files.verify(folder, only)
+    files.verify(folder, None if every_byte else ())
     # Digests that agree in themselves may be those of another folder that took the name.
     if files.digest_of(folder) != digest:
-        raise files.DamagedError("it is not the one that was referred to")
+        raise files.DamagedError("its digest is not the one that the checkpoint recorded")

@@ -150,8 +150,7 @@ class SavesRuns:
             found = CheckpointStore(place).newest(self._contents.require_readable)
             assert found is not None
             return found
-        if not place.is_dir() and files.replaced(place).is_dir():
-            place = files.replaced(place)  # the process was killed while it put another in its place
+        place = files.present(place)
         if not place.is_dir():
             raise CheckpointError(f"There is no checkpoint at {place}. Give the folder that `save` was given.")
         try:

@@ -66,8 +66,11 @@ def table(header: Sequence[str], rows: Iterable[Iterable[str]], right: Collectio
 def _drawn(made: Table) -> str:
     text = io.StringIO()
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else PIPE_COLUMNS
-    # Brackets in the names of layers are no markup.
-    Console(file=text, width=width, markup=False, highlight=False, emoji=False).print(made)
+    # Brackets in the names of layers are no markup; and no variable of the environment makes the text a terminal.
+    console = Console(
+        file=text, width=width, color_system=None, force_terminal=False, markup=False, highlight=False, emoji=False
+    )
+    console.print(made)
     # Cells are filled up with spaces, those of the last column too.
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 

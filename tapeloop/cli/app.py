@@ -16,7 +16,7 @@ import typer
 from tapeloop._version import __version__
 from tapeloop.cli import benchmarks, checkpoints
 from tapeloop.cli.answer import Answer, BadUsage
-from tapeloop.cli.references import said
+from tapeloop.cli.references import error_line
 from tapeloop.errors import TapeloopError
 
 app = typer.Typer(
@@ -118,7 +118,8 @@ def frontier(
 ) -> None:
     """Show what a feature cache would save.
 
-    It computes once for each example what is frozen and comes first; its share of a step is measured.
+    A feature cache computes the frozen layers that come first once for each example. The share of a step that it would
+    save is measured.
 
     \b
     tapeloop frontier mymodels:make_model --data mymodels:make_data --policy 'Freeze("backbone")'
@@ -135,15 +136,15 @@ def frontier(
 def list_checkpoints(directory: Folder, as_json: Json = False, with_traceback: Traceback = False) -> None:
     """List the checkpoints of a run.
 
-    For each: when it was written, what trained then, whether it is the newest or the best, and whether it is damaged,
-    as far as that shows without reading all of its bytes. Nothing in the directory is touched, and a run may be writing
-    there; so it is with `verify` and `show`.
+    The list says when each checkpoint was written, what trained then, whether it is the newest or the best, and whether
+    it is damaged, as far as that shows without reading all of its bytes. No command for checkpoints changes anything in
+    the directory, and a run may be writing there.
 
     \b
     tapeloop checkpoints list runs/digits
     tapeloop checkpoints list runs/digits --json | jq -r '.checkpoints[] | select(.best).path'
 
-    Exit status 1: one is damaged, or there is none.
+    Exit status 1: a checkpoint is damaged, or the directory has none.
     """
     _answer(lambda: checkpoints.listed(directory), as_json, with_traceback)
 
@@ -152,13 +153,13 @@ def list_checkpoints(directory: Folder, as_json: Json = False, with_traceback: T
 def verify(directory: Folder, as_json: Json = False, with_traceback: Traceback = False) -> None:
     """Check every byte of checkpoints.
 
-    Each must be as it was written.
+    Each checkpoint must be as it was written.
 
     \b
     tapeloop checkpoints verify runs/digits
     tapeloop checkpoints verify runs/digits/000012-step-600
 
-    Exit status 1: one is damaged, or there is none.
+    Exit status 1: a checkpoint is damaged, or the directory has none.
     """
     _answer(lambda: checkpoints.verified(directory), as_json, with_traceback)
 
@@ -173,15 +174,12 @@ def show(directory: Folder, as_json: Json = False, with_traceback: Traceback = F
     tapeloop checkpoints show runs/digits                      # the newest
     tapeloop checkpoints show runs/digits/000012-step-600
 
-    Exit status 1: it is damaged, or there is none.
+    Exit status 1: the checkpoint is damaged, or the directory has none.
     """
     _answer(lambda: checkpoints.described(directory), as_json, with_traceback)
 
 
-@app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
-    add_help_option=False,
-)
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
 def bench(context: typer.Context) -> None:
     """Measure what partial training saves.
 
@@ -215,7 +213,8 @@ def _answer(ask: Callable[[], Answer], as_json: bool, with_traceback: bool) -> N
         if with_traceback:
             traceback.print_exc()
         else:
-            typer.echo(str(error) if isinstance(error, (BadUsage, TapeloopError)) else said(error), err=True)
-        raise typer.Exit(2 if isinstance(error, BadUsage) else 1) from None
+            typer.echo(str(error) if isinstance(error, (BadUsage, TapeloopError)) else error_line(error), err=True)
+        # What nobody has foreseen must not read as an answer.
+        raise typer.Exit(1 if isinstance(error, TapeloopError) else 2) from None
     answer.print(as_json=as_json)
     raise typer.Exit(int(answer.is_wrong))

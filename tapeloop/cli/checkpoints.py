@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tapeloop._table import format_bytes
-from tapeloop.checkpoint.checkpoints import Checkpoints
+from tapeloop.checkpoint.records import best_of
 from tapeloop.cli.answer import Answer, table
 from tapeloop.cli.visit import Folder, Visit
 from tapeloop.errors import CheckpointError
 
-LISTED = ("checkpoint", "step", "epoch", "policy", "saved at", "size", "", "state")
+LISTED = ("checkpoint", "step", "epoch", "phase", "saved at", "size", "", "state")
 
 
 def listed(folder: pathlib.Path) -> Answer:
@@ -24,20 +24,22 @@ def listed(folder: pathlib.Path) -> Answer:
         CheckpointError: There are no checkpoints in it.
     """
     visit = Visit(folder, every_byte=False)
-    checkpoints, shared, best = visit.checkpoints, visit.shared, _best(visit.checkpoints)
+    checkpoints, best = visit.checkpoints, _best(visit.checkpoints)
     rows, data = [], []
     for each in checkpoints:
         marks = {"newest": each is checkpoints[-1], "best": each.name == best}
-        said = ", ".join(name for name, is_so in marks.items() if is_so)
-        rows.append((each.name, *_moment(each.record), format_bytes(each.bytes), said, each.fault or "fine"))
+        marked = ", ".join(name for name, is_so in marks.items() if is_so)
+        rows.append((each.name, *_moment(each.record), format_bytes(each.bytes), marked, each.fault or "fine"))
         data.append({**_folder_data(each), **marks, **_listed_data(each.record)})
     shown: list[Any] = [table(LISTED, rows, right={"step", "epoch", "size"})]
-    if shared:
-        users = {each.name: sum(each.name in some.needs for some in checkpoints) for each in shared}
-        cells = [(e.name, f"{users[e.name]}", format_bytes(e.bytes), e.fault or "fine") for e in shared]
+    cells = []
+    for key, each in visit.shared.items():
+        users = sum(key in checkpoint.needs.items() for checkpoint in checkpoints)
+        cells.append((each.name, f"{users}", format_bytes(each.bytes), each.fault or "fine"))
+    if cells:
         shown += ["", table(("shared tensors", "used by", "size", "state"), cells, right={"used by", "size"})]
     shown += ["", f"The lists of files were looked at; `tapeloop checkpoints verify {folder}` reads every byte."]
-    return _answer(folder, shown, data, [*checkpoints, *shared], shared)
+    return _answer(folder, visit, shown, data)
 
 
 def verified(folder: pathlib.Path) -> Answer:
@@ -48,13 +50,18 @@ def verified(folder: pathlib.Path) -> Answer:
         CheckpointError: There are no checkpoints in it.
     """
     visit = Visit(folder, every_byte=True)
-    everything = [*visit.checkpoints, *visit.shared]
-    rows = [(each.name, format_bytes(each.bytes), each.fault or "fine") for each in everything]
-    wrong = sum(each.fault is not None for each in everything)
-    what = f"{format_bytes(sum(each.bytes for each in everything))} in {len(everything)} folders"
-    said = f"{what}: {wrong} not as written." if wrong else f"{what}: every byte is as it was written."
-    shown = [table(("folder", "size", "state"), rows, right={"size"}), "", said]
-    return _answer(folder, shown, [_folder_data(each) for each in visit.checkpoints], everything, visit.shared)
+    rows = [(each.name, format_bytes(each.bytes), each.fault or "fine") for each in visit.folders]
+    # A checkpoint needs the tensors that it shares, even if its own files are as they were written.
+    unusable = sum(each.fault is not None for each in visit.folders)
+    folders = f"{len(rows)} folder{'s' * (len(rows) != 1)}"
+    size = format_bytes(sum(each.bytes for each in visit.folders))
+    result = (
+        f"{unusable} of {folders} cannot be used."
+        if unusable
+        else f"{size} in {folders}: every byte is as it was written."
+    )
+    shown = [table(("folder", "size", "state"), rows, right={"size"}), "", result]
+    return _answer(folder, visit, shown, [_folder_data(each) for each in visit.checkpoints])
 
 
 def described(folder: pathlib.Path) -> Answer:
@@ -72,11 +79,10 @@ def described(folder: pathlib.Path) -> Answer:
     return Answer((table(("", ""), rows),), {**_folder_data(found), **_run_data(found.record)}, bool(found.fault))
 
 
-def _answer(
-    folder: pathlib.Path, shown: Sequence[Any], data: Any, everything: Sequence[Folder], shared: Sequence[Folder]
-) -> Answer:
-    said = {"directory": str(folder), "checkpoints": data, "shared": [_folder_data(each) for each in shared]}
-    return Answer(shown, said, is_wrong=any(each.fault is not None for each in everything))
+def _answer(folder: pathlib.Path, visit: Visit, shown: Sequence[Any], checkpoints: Sequence[Any]) -> Answer:
+    shared = [_folder_data(each) for each in visit.shared.values()]
+    data = {"directory": str(folder), "checkpoints": checkpoints, "shared": shared}
+    return Answer(shown, data, is_wrong=any(each.fault is not None for each in visit.folders))
 
 
 def _best(checkpoints: Sequence[Folder]) -> str | None:
@@ -85,7 +91,7 @@ def _best(checkpoints: Sequence[Folder]) -> str | None:
     # The option may have changed between the starts of a run: the last one counts.
     for record in reversed(records.values()):
         if record["epoch_logs"] and record.get("best"):
-            return Checkpoints(".", keep_best=next(iter(record["epoch_logs"])), mode=record["best"]).best_of(records)
+            return best_of(records, next(iter(record["epoch_logs"])), is_more_better=record["best"] == "max")
     return None
 
 
@@ -102,8 +108,8 @@ def _moment(record: Mapping[str, Any] | None) -> tuple[str, str, str, str]:
 
 def _listed_data(record: Mapping[str, Any] | None) -> dict[str, Any]:
     names = "step", "epoch", "epoch_under_way", "policy", "phase", "saved_at"
-    said = dict.fromkeys(names) if record is None else _run_data(record)
-    return {name: said[name] for name in names}
+    data = dict.fromkeys(names) if record is None else _run_data(record)
+    return {name: data[name] for name in names}
 
 
 def _epoch(record: Mapping[str, Any]) -> str:
@@ -160,17 +166,20 @@ def _run_lines(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     lines += [("phase", f"from step {each['step']}, epoch {each['epoch']}: {each['name']}") for each in data["phases"]]
     groups = data["phase"]["variables"] if data["phase"] else {}
     lines += [("trains", ", ".join(f"{name}: {count} variables" for name, count in groups.items()))]
-    lines += [("logs", _said(data["logs"])), ("logs so far", _said((data["epoch_under_way"] or {}).get("logs") or {}))]
+    lines += [
+        ("logs", _numbers(data["logs"])),
+        ("logs so far", _numbers((data["epoch_under_way"] or {}).get("logs") or {})),
+    ]
     for each in data["optimizers"]:
         of, count = f" of {each['group']}" if each["group"] else "", sum(c["variables"] for c in each["cohorts"])
-        said = f"{each['kind']}{of}, learning rate {_number(each['learning_rate'])}, state of {count} variables"
-        lines.append(("optimizer", said))
-    lines += [("rates set", _said(data["learning_rates_set"])), ("ema", _number(data["ema"] or ""))]
+        text = f"{each['kind']}{of}, learning rate {_number(each['learning_rate'])}, state of {count} variables"
+        lines.append(("optimizer", text))
+    lines += [("rates set", _numbers(data["learning_rates_set"])), ("ema", _number(data["ema"] or ""))]
     lines.append(("skipped", f"{data['skipped_steps']} steps of the epoch" if data["skipped_steps"] else ""))
-    return [(name, said) for name, said in lines if said]
+    return [(name, text) for name, text in lines if text]
 
 
-def _said(numbers: Mapping[str, Any]) -> str:
+def _numbers(numbers: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {_number(value)}" for name, value in numbers.items())
 
 

@@ -16,10 +16,11 @@ import tensorflow as tf
 
 from tapeloop import _public
 from tapeloop.cli.answer import Answer, BadUsage, table
-from tapeloop.cli.references import evaluated, is_reference, made
+from tapeloop.cli.references import is_reference, object_at, value_of
+from tapeloop.errors import TapeloopError
 from tapeloop.model.filters import glob
 from tapeloop.model.selection import Selection
-from tapeloop.model.summary import all_paths, keras_flag, with_variables
+from tapeloop.model.summary import all_paths, keras_flag, size_of, with_variables
 from tapeloop.model.tree import Model, SubmodelInfo, Tree, VariableInfo
 from tapeloop.policies.base import VariablePolicy
 from tapeloop.policies.resolve import near_paths, nearest
@@ -56,9 +57,9 @@ def paths(model: str, pattern: str | None) -> Answer:
     data = {"glob": pattern, "matches": [_path_data(tree, each) for each in matches]}
     if not matches:
         weightless = [submodel.path for submodel in tree.submodels if filter_.identifies(submodel, tree)]
-        hint = f"`{weightless[0]}` has no variables." if weightless else nearest(filter_, tree)
-        shown = [f"{filter_!r} matches no variable of the model. {hint}"]
-        return Answer(shown, {**data, "near": near_paths(filter_, tree)}, is_wrong=True)
+        near = near_paths(filter_, tree)
+        hint = f"`{weightless[0]}` has no variables." if weightless else nearest(near, tree)
+        return Answer([f"{filter_!r} matches no variable of the model. {hint}"], {**data, "near": near}, is_wrong=True)
     return Answer((_path_table(tree, matches), "", f"{pattern!r} matches {_counted(matches)}"), data)
 
 
@@ -95,10 +96,15 @@ def frontier(model: str, policy: str, data: str, loss: str, batch_size: int) -> 
 
     Raises:
         BadUsage: There is no such model, policy, data or loss.
-        DataError, DisconnectedError, PolicyError: The model, the data, the loss and the policy do not fit together.
+        TapeloopError: The model, the data, the loss and the policy do not fit together.
     """
-    trainer = _trainer(model, policy, loss=_loss(loss))
-    found = trainer.frontier(made("--data", data, lambda found: not callable(found)), batch_size=batch_size)
+    trainer, batches = _trainer(model, policy, loss=_loss(loss)), object_at("--data", data)
+    try:
+        found = trainer.frontier(batches, batch_size=batch_size)
+    except ValueError as error:
+        if isinstance(error, TapeloopError):
+            raise
+        raise TapeloopError(str(error)) from error  # only a batch shows that there is no loss
     # A step without a frontier is an answer too, and the one that scripts ask for by the exit status.
     return Answer((str(found),), {**asdict(found), "bytes": found.bytes}, is_wrong=not found)
 
@@ -113,7 +119,7 @@ def _trainer(model: str, policy: str, **options: Any) -> Trainer:
 
 
 def _model(reference: str) -> Model:
-    found = made("MODEL", reference, lambda found: isinstance(found, (keras.Layer, tf.Module, Mapping)))
+    found = object_at("MODEL", reference, lambda found: isinstance(found, (keras.Layer, tf.Module, Mapping)))
     try:
         Tree.of(found)
     except TypeError as error:
@@ -123,9 +129,9 @@ def _model(reference: str) -> Model:
 
 def _policy(text: str) -> VariablePolicy:
     if is_reference(text):
-        found = made("--policy", text, lambda found: isinstance(found, VariablePolicy))
+        found = object_at("--policy", text, lambda found: isinstance(found, VariablePolicy))
     else:
-        found = evaluated("--policy", text, NAMES)
+        found = value_of("--policy", text, NAMES)
     if not isinstance(found, VariablePolicy):
         raise BadUsage(f"--policy must be {POLICY}. Received: {text!r}, which gives {found!r}.")
     return found
@@ -136,10 +142,10 @@ def _loss(text: str) -> Any:
         return loss_by_shapes
     if is_reference(text):
         # A function is the loss itself, and is not called; a class of Keras' losses is made without arguments.
-        return made("--loss", text, lambda found: not isinstance(found, type))
+        return object_at("--loss", text, lambda found: not isinstance(found, type))
     if text.isidentifier() and not keyword.iskeyword(text):
         return text  # the trainer knows Keras' names
-    return evaluated("--loss", text, NAMES)
+    return value_of("--loss", text, NAMES)
 
 
 def loss_by_shapes(targets: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor:
@@ -167,7 +173,7 @@ def loss_by_shapes(targets: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor:
 
 def _counted(variables: list[VariableInfo] | tuple[VariableInfo, ...]) -> str:
     count = len(variables)
-    return f"{count:,} variable{'s' * (count != 1)}, {sum(variable.size for variable in variables):,} parameters"
+    return f"{count:,} variable{'s' * (count != 1)}, {size_of(variables):,} parameters"
 
 
 def _path_table(tree: Tree, rows: list[Any]) -> Any:
@@ -184,7 +190,7 @@ def _path_data(tree: Tree, info: SubmodelInfo | VariableInfo) -> dict[str, Any]:
     if isinstance(info, VariableInfo):
         said = {"kind": "variable", "type": info.dtype, "shape": list(info.shape), "parameters": info.size}
         return {"path": info.path, **said, "keras_flag": keras_flag(info), "paths": list(info.paths)}
-    size = sum(variable.size for variable in tree.variables_in[info])
+    size = size_of(tree.variables_in[info])
     said = {"kind": "submodel", "type": type(info.object).__name__, "shape": None, "parameters": size}
     return {"path": info.path, **said, "keras_flag": None, "paths": list(info.paths)}
 
@@ -203,10 +209,10 @@ def _selection_data(selection: Selection, state_bytes: Any) -> dict[str, Any]:
         "non_trainable": selection.non_trainable,
     }
     return {
-        "parameters": {name: sum(variable.size for variable in some) for name, some in counts.items()},
+        "parameters": {name: size_of(some) for name, some in counts.items()},
         "optimizer_state_bytes": sum(variable["optimizer_state_bytes"] for variable in variables),
         "groups": {
-            group: {"parameters": sum(v.size for v in some), "multiplier": selection.multipliers.get(group, 1.0)}
+            group: {"parameters": size_of(some), "multiplier": selection.multipliers.get(group, 1.0)}
             for group, some in selection.groups.items()
         },
         "inference": [submodel.path for submodel in selection.inference],

@@ -8,6 +8,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import itertools
 import pathlib
 import re
 import sys
@@ -28,19 +29,20 @@ def is_reference(text: str) -> bool:
     return _REFERENCE.fullmatch(text) is not None
 
 
-def made(option: str, reference: str, is_it: Callable[[Any], bool]) -> Any:
+def object_at(option: str, reference: str, is_wanted: Callable[[Any], bool] | None = None) -> Any:
     """Return an object that a user has named, or what it returns if it is a function or class to be called.
 
     Args:
         option: What the command line calls it.
         reference: `package.module:name` or `file.py:name`; the name may have dots.
-        is_it: Tells whether an object is what is looked for, and so is not called, though it may be callable.
+        is_wanted: Tells whether an object is what is looked for, and so is not called, though it may be callable. By
+            default, all that can be called is.
 
     Raises:
         BadUsage: There is no such module or name, it needs arguments, or the user's code raises.
     """
-    found = _named(option, reference)
-    if is_it(found) or not callable(found):
+    found = _named_object(option, reference)
+    if not callable(found) or (is_wanted is not None and is_wanted(found)):
         return found
     needed = _needed_arguments(found)
     if needed:
@@ -52,7 +54,7 @@ def made(option: str, reference: str, is_it: Callable[[Any], bool]) -> Any:
         return found()
 
 
-def evaluated(option: str, expression: str, names: Mapping[str, Any]) -> Any:
+def value_of(option: str, expression: str, names: Mapping[str, Any]) -> Any:
     """Return the value of a Python expression.
 
     Args:
@@ -63,25 +65,24 @@ def evaluated(option: str, expression: str, names: Mapping[str, Any]) -> Any:
     Raises:
         BadUsage: It cannot be evaluated.
     """
-    try:
-        # The user's own shell: what stands there could as well be run by `python -c`.
-        return eval(expression, dict(names))
-    except NameError as error:
-        near = difflib.get_close_matches(str(error.name), names, n=1)
-        hint = f" Did you mean `{near[0]}`?" if near else ""
-        raise BadUsage(
-            f"{option}: in {expression!r}, `{error.name}` is no name of tapeloop's, `keras` or Python's.{hint}"
-        ) from error
-    except Exception as error:
-        raise BadUsage(f"{option}: {expression!r} raised {said(error)}") from error
+    with _explained(f"{option}: {expression!r}"):
+        try:
+            # The user's own shell: what stands there could as well be run by `python -c`.
+            return eval(expression, dict(names))
+        except NameError as error:
+            near = difflib.get_close_matches(str(error.name), names, n=1)
+            hint = f" Did you mean `{near[0]}`?" if near else ""
+            raise BadUsage(
+                f"{option}: in {expression!r}, `{error.name}` is no name of tapeloop's, `keras` or Python's.{hint}"
+            ) from error
 
 
-def said(error: BaseException) -> str:
+def error_line(error: BaseException) -> str:
     """Return an error as Python shows it in its last line."""
     return f"{type(error).__name__}: {error}".removesuffix(": ")
 
 
-def _named(option: str, reference: str) -> Any:
+def _named_object(option: str, reference: str) -> Any:
     """Return the object that a reference names."""
     match = _REFERENCE.fullmatch(reference)
     if match is None:
@@ -91,12 +92,16 @@ def _named(option: str, reference: str) -> Any:
         )
     home, name = match.groups()
     found: Any = _file(option, pathlib.Path(home).expanduser()) if home.endswith(".py") else _module(option, home)
-    for part in name.split("."):
-        if not hasattr(found, part):
-            near = difflib.get_close_matches(part, [each for each in dir(found) if each[0] != "_"], n=3)
-            hint = f" The nearest names are {', '.join(f'`{each}`' for each in near)}." if near else ""
-            raise BadUsage(f"{option}: `{home}` has no `{name}`.{hint}")
-        found = getattr(found, part)
+    with _explained(f"{option}: `{reference}`"):
+        for part in name.split("."):
+            try:
+                found = getattr(found, part)
+            except AttributeError as error:
+                if error.name != part:  # the user's own property looks for another
+                    raise
+                near = difflib.get_close_matches(part, [each for each in dir(found) if each[0] != "_"], n=3)
+                hint = f" The nearest names are {', '.join(f'`{each}`' for each in near)}." if near else ""
+                raise BadUsage(f"{option}: `{home}` has no `{name}`.{hint}") from error
     return found
 
 
@@ -119,15 +124,16 @@ def _file(option: str, path: pathlib.Path) -> ModuleType:
     if not path.is_file():
         raise BadUsage(f"{option}: there is no file {path}.")
     with _explained(f"{option}: {path}"):
-        return _run(path.absolute())
+        return _run_file(path.absolute())
 
 
 @functools.cache
-def _run(path: pathlib.Path) -> ModuleType:
+def _run_file(path: pathlib.Path) -> ModuleType:
     """Run a file as a module, once for all options that name it."""
     # As Python does for a script, whose imports are looked for beside it.
     _look_in(path.parent)
-    name = path.stem if path.stem not in sys.modules else f"{path.stem}_of_the_command_line"
+    others = (f"{path.stem}_of_the_command_line_{number}" for number in itertools.count(1))
+    name = next(name for name in itertools.chain([path.stem], others) if name not in sys.modules)
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
@@ -154,14 +160,20 @@ def _explained(what: str) -> Iterator[None]:
     except BadUsage:
         raise
     except (Exception, SystemExit) as error:
-        raise BadUsage(f"{what} raised {said(error)}{_where(error)}") from error
+        raise BadUsage(f"{what} raised {error_line(error)}{_where(error)}") from error
 
 
 def _where(error: BaseException) -> str:
     """Name the last line of the user's own that an error came through."""
-    others = ("<", *_PYTHONS, str(pathlib.Path(__file__).parents[1]))
-    own = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(others)]
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_own(frame.filename)]
     return f" (line {own[-1].lineno} of {own[-1].filename})" if own else ""
+
+
+def _is_own(filename: str) -> bool:
+    """Tell whether a file is the user's, and neither Python's, a package's nor this package's."""
+    others = *_PYTHONS, str(pathlib.Path(__file__).parents[1])
+    # Code without a file has a name such as `<string>`.
+    return not filename.startswith("<") and not any(pathlib.Path(filename).is_relative_to(folder) for folder in others)
 
 
 def _needed_arguments(function: Callable[..., Any]) -> list[str]:

@@ -66,9 +66,7 @@ class Visit:
             CheckpointError: There is no checkpoint.
         """
         # What it shares stands beside the checkpoint itself, and not beside a link to it.
-        given, place = place, place.expanduser().resolve()
-        if not place.is_dir() and files.replaced(place).is_dir():
-            place = files.replaced(place)  # the process was killed while it put another in its place
+        given, place = place, files.present(place.expanduser().resolve())
         if not place.is_dir():
             raise BadUsage(f"There is no folder {given}.")
         self._every_byte = every_byte
@@ -85,10 +83,17 @@ class Visit:
             )
 
     @property
-    def shared(self) -> list[Folder]:
-        """The folders of tensors that the checkpoints share."""
+    def shared(self) -> dict[tuple[str, str], Folder]:
+        """The folders of tensors that the checkpoints share, by name and digest."""
         # A name may stand twice: a checkpoint that was copied here may refer to another folder of that name.
-        return [self._seen[key] for key in sorted({key for each in self.checkpoints for key in each.needs.items()})]
+        return {
+            key: self._seen[key] for key in sorted({key for each in self.checkpoints for key in each.needs.items()})
+        }
+
+    @property
+    def folders(self) -> list[Folder]:
+        """The checkpoints, and the folders that they share."""
+        return [*self.checkpoints, *self.shared.values()]
 
     def _checkpoint(self, path: pathlib.Path) -> Folder:
         record, faults = None, []
@@ -98,7 +103,7 @@ class Visit:
             if self._every_byte:
                 files.verify(path)
         except (files.DamagedError, CheckpointError, OSError) as error:
-            faults.append(_said(error))
+            faults.append(_fault(error))
         found = Folder(path, _size(path), record)
         for name, digest in found.needs.items():
             if (name, digest) not in self._seen:  # each is read once for all checkpoints
@@ -110,9 +115,9 @@ class Visit:
     def _shared(self, path: pathlib.Path, digest: str) -> Folder:
         def look(path: pathlib.Path) -> Folder:
             try:
-                require_shared(path, digest, None if self._every_byte else ())
+                require_shared(path, digest, every_byte=self._every_byte)
             except (files.DamagedError, OSError) as error:
-                return Folder(path, _size(path), fault=_said(error))
+                return Folder(path, _size(path), fault=_fault(error))
             return Folder(path, _size(path))
 
         return _steady(path, look) or Folder(path, fault="it is missing")
@@ -150,7 +155,7 @@ def _size(path: pathlib.Path) -> int:
         return 0
 
 
-def _said(error: Exception) -> str:
+def _fault(error: Exception) -> str:
     if isinstance(error, OSError):
         return f"{pathlib.Path(error.filename or '').name or 'it'} cannot be read ({error.strerror})"
     return str(error)

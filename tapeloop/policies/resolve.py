@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
 
 import keras
@@ -119,7 +119,9 @@ def _check_filters(policy: VariablePolicy, tree: Tree) -> None:
     for filter_ in filters:
         for part in (*filter_.parts(), filter_):
             if not any(map(part, tree.variables)) and not _is_weightless(part, tree):
-                raise PolicyError(f"{part!r} in {policy!r} matches no variable of the model. {nearest(part, tree)}")
+                raise PolicyError(
+                    f"{part!r} in {policy!r} matches no variable of the model. {nearest(near_paths(part, tree), tree)}"
+                )
         matches = [variable for variable in tree.variables if filter_(variable)]
         if not any(variable.trainable for variable in matches) and not policy.freezes_filters:
             raise PolicyError(
@@ -154,9 +156,8 @@ def near_paths(filter_: Filter, tree: Tree) -> list[str]:
     return list(dict.fromkeys(near))
 
 
-def nearest(filter_: Filter, tree: Tree) -> str:
-    """Say which paths a filter may have meant, or what there is in the model."""
-    near = near_paths(filter_, tree)
+def nearest(near: Sequence[str], tree: Tree) -> str:
+    """Say which paths a filter may have meant, as `near_paths` lists them, or what there is in the model."""
     if near:
         return f"The nearest paths are {', '.join(f'`{path}`' for path in near)}."
     return f"The model has {listed([path for path in _paths(tree) if '/' not in path], most=5)} at the top."

@@ -12,7 +12,7 @@ import typer
 
 import tapeloop
 from tapeloop.__main__ import main
-from tapeloop.cli import benchmarks
+from tapeloop.cli import benchmarks, checkpoints
 from tapeloop.cli.app import app
 from tests.support.commands import ask
 
@@ -96,3 +96,19 @@ def test_without_the_suite_it_says_where_that_is(started, tmp_path, monkeypatch,
     status, said, error = ask("bench run")
     assert (status, said, started) == (2, "", [])
     assert error.startswith("The benchmark suite comes with tapeloop's repository and is not installed. Run `tapeloop")
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "text"),
+    [
+        (MemoryError(), 2, "MemoryError"),
+        (PermissionError(13, "Permission denied", "run"), 2, "PermissionError: [Errno 13] Permission denied: 'run'"),
+        (tapeloop.CheckpointError("There is none."), 1, "There is none."),
+    ],
+)
+def test_what_nobody_has_foreseen_does_not_read_as_an_answer(monkeypatch, raised, status, text):
+    def verified(folder):
+        raise raised
+
+    monkeypatch.setattr(checkpoints, "verified", verified)
+    assert ask("checkpoints verify run") == (status, "", f"{text}\n")

@@ -86,7 +86,7 @@ def test_the_list(run):
     status, said, error = ask(f"checkpoints list {run}")
     assert (status, error) == (0, "")
     head, *rows = [line.split() for line in said.split("\n\n")[0].splitlines()]
-    assert head == ["checkpoint", "step", "epoch", "policy", "saved", "at", "size", "state"]
+    assert head == ["checkpoint", "step", "epoch", "phase", "saved", "at", "size", "state"]
     assert [row[0] for row in rows] == list(NAMES)
     assert [row[1] for row in rows] == ["4", "6", "8"]
     assert "   6  1 + 2 batches  TrainOnly(glob('wide'), glob('head'))  20" in said
@@ -109,19 +109,19 @@ def test_the_list_for_machines(run):
     assert [each["name"] for each in said["shared"]] == sorted(path.name for path in run.glob("shared-*"))
 
 
-def give_logs(checkpoint, logs, best):
-    """Let a checkpoint say that its epoch logged this."""
+def let_say(checkpoint, **said):
+    """Let a checkpoint say this of its run."""
     record = json.loads((checkpoint / records.RECORD).read_text())
     with files.written_aside(checkpoint) as aside:
         shutil.copytree(checkpoint, aside, dirs_exist_ok=True)
         (aside / files.SUMS).unlink()
-        (aside / records.RECORD).write_text(json.dumps({**record, "epoch_logs": logs, "best": best}))
+        (aside / records.RECORD).write_text(json.dumps({**record, **said}))
 
 
 @pytest.mark.parametrize(("best", "expected"), [("max", NAMES[0]), ("min", NAMES[2])])
 def test_the_best_is_what_the_run_takes_for_it(copy, best, expected):
     for name, logs in zip(NAMES, ({"val_thing": 3.0}, {}, {"val_thing": 2.0})):
-        give_logs(copy / name, logs, best)
+        let_say(copy / name, epoch_logs=logs, best=best)
     found = [each["name"] for each in ask_json(f"checkpoints list {copy}")[1]["checkpoints"] if each["best"]]
     assert found == [expected]
 
@@ -142,7 +142,7 @@ def test_a_flipped_byte_of_tensors_is_found_by_verify_and_not_looked_for_by_list
     assert status == 1
     assert f"{NAMES[2]}" in said
     assert "tensors.data-00000-of-00001 is not as it was written" in said
-    assert "folders: 1 not as written." in said
+    assert re.search(r"\n1 of \d folders cannot be used\.\n", said)
     faults = {each["name"]: each["fault"] for each in ask_json(f"checkpoints verify {copy}")[1]["checkpoints"]}
     assert faults == {
         NAMES[0]: None, NAMES[1]: None, NAMES[2]: "tensors.data-00000-of-00001 is not as it was written",
@@ -186,6 +186,28 @@ def test_a_flipped_byte_of_shared_tensors_is_told_of_each_checkpoint_that_needs_
     assert status == 1
     assert {each["fault"] for each in said["checkpoints"]} == {f"shared-000001: {why}"}
     assert [each["fault"] for each in said["shared"] if each["name"] == "shared-000001"] == [why]
+
+
+def test_what_needs_damaged_tensors_is_counted_with_them(copy):
+    flip(copy / "shared-000001" / "tensors.data-00000-of-00001")
+    count = len(NAMES) + len(list(copy.glob("shared-*")))
+    assert ask(f"checkpoints verify {copy}")[1].endswith(f"\n\n4 of {count} folders cannot be used.\n")
+
+
+def test_another_folder_of_the_name_is_told_from_the_one_that_is_needed(copy):
+    kept = json.loads((copy / NAMES[2] / records.RECORD).read_text())["shared_tensors"]["shared-000001"]
+    let_say(copy / NAMES[2], shared_tensors={"shared-000001": {**kept, "digest": "f" * 64}})
+    status, said, _ = ask(f"checkpoints list {copy}")
+    rows = [re.split(r"  +", line) for line in said.splitlines() if line.startswith("shared-000001")]
+    assert status == 1
+    assert sorted((users, state) for _, users, _, state in rows) == [
+        ("1", "its digest is not the one that the checkpoint recorded"),
+        ("2", "fine"),
+    ]
+
+
+def test_one_folder_is_no_folders(run):
+    assert "KiB in 1 folder: every byte is as it was written." in ask(f"checkpoints verify {run.parent / 'by-hand'}")[1]
 
 
 def test_a_checkpoint_of_a_newer_tapeloop(copy, monkeypatch):
@@ -312,17 +334,17 @@ def test_a_folder_may_be_looked_at_while_checkpoints_are_written_and_removed(run
     thread.start()
     while not is_over.is_set():
         looked = Visit(tmp_path, every_byte=True)
-        assert [each.fault for each in (*looked.checkpoints, *looked.shared)] == [None] * (len(looked.checkpoints) + 1)
+        assert [each.fault for each in looked.folders] == [None] * (len(looked.checkpoints) + 1)
         seen_names |= {each.name for each in looked.checkpoints}
     thread.join()
     assert len(seen_names) > 3
 
 
-def test_the_commands_need_no_tensorflow(run, tmp_path):
-    for name in ("tensorflow", "keras"):
+def test_the_commands_need_neither_tensorflow_nor_numpy(run, tmp_path):
+    for name in ("tensorflow", "keras", "numpy"):
         (tmp_path / f"{name}.py").write_text("raise ImportError('not needed')\n")
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
-    command = [sys.executable, "-m", "tapeloop", "checkpoints", "show", str(run)]
+    command = [sys.executable, "-m", "tapeloop", "checkpoints", "list", str(run)]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == ask(f"checkpoints show {run}")[1]
+    assert done.stdout == ask(f"checkpoints list {run}")[1]

@@ -31,7 +31,9 @@ head/bias                  float32             (2,)             2  trainable
 """
 
 
-def test_all_paths():
+def test_all_paths(monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # which is of no use to those who read a pipe
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
     assert ask(f"paths {MODEL}") == (0, PATHS, "")
     status, said = ask_json(f"paths {MODEL}")
     assert status == 0

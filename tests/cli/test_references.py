@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+from tapeloop.cli import references
 from tests.support.commands import HERE, ask
 
 
@@ -122,3 +123,51 @@ def test_a_traceback_is_shown_to_those_who_ask():
     assert (status, said) == (2, "")
     assert 'raise ValueError("no weights here")' in error
     assert error.endswith("support/commands.py)\n")
+
+
+def test_an_expression_that_leaves_is_an_error():
+    status, said, error = ask(f'explain {HERE}:MODEL --policy "exit()"')
+    assert (status, said, error) == (2, "", "--policy: 'exit()' raised SystemExit: None\n")
+
+
+OWN = """\
+class Kept:
+    asked = 0
+
+    @property
+    def model(self):
+        Kept.asked += 1
+        raise RuntimeError(f"asked {Kept.asked} times")
+
+    @property
+    def other(self):
+        return self.nothing
+
+kept = Kept()
+"""
+
+
+def test_a_property_is_read_once_and_what_it_raises_is_told(folder):
+    (folder / "properties.py").write_text(OWN)
+    error = ask("paths properties.py:kept.model")[2]
+    where = f"(line 7 of {folder}/properties.py)"
+    assert error == f"MODEL: `properties.py:kept.model` raised RuntimeError: asked 1 times {where}\n"
+    error = ask("paths properties.py:kept.other")[2]
+    assert error.startswith("MODEL: `properties.py:kept.other` raised AttributeError: 'Kept' object has no attribute")
+    assert error.endswith(f"(line 11 of {folder}/properties.py)\n")
+
+
+def test_a_folder_whose_name_begins_like_that_of_a_package_is_the_users(folder, monkeypatch):
+    monkeypatch.setattr(references, "_PYTHONS", (str(folder / "rai"),))
+    assert f"(line 2 of {folder}/raises.py)" in ask("paths raises.py:model")[2]
+
+
+def test_files_of_one_name_are_modules_of_their_own(folder):
+    for place in "abc":
+        (folder / place).mkdir()
+        (folder / place / "alike.py").write_text("class Kept:\n    pass\n")
+    kinds = [
+        references.object_at("MODEL", f"{folder}/{place}/alike.py:Kept", lambda found: isinstance(found, type))
+        for place in "abc"
+    ]
+    assert [sys.modules[kind.__module__].Kept for kind in kinds] == kinds
