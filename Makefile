@@ -11,10 +11,9 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 demo: $(READY)
 	$(BIN)/python examples/transfer_digits.py
 
-# In a process for each core, since most of it is tracing, which uses one: more threads of TensorFlow would only get in
-# each other's way. `make test-all` has as many as TensorFlow makes.
+# In a process for each core, since most of it is tracing, which uses one.
 test: $(READY)
-	TAPELOOP_EXAMPLES=24 TAPELOOP_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto --dist worksteal
+	TAPELOOP_EXAMPLES=24 $(BIN)/python -m pytest -m "not slow" -n auto --dist worksteal
 
 # All of them, with more of the models that Hypothesis draws; first a list of what `make test` leaves out.
 test-all: $(READY)

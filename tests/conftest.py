@@ -5,11 +5,6 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 import pytest
-import tensorflow as tf
-
-if "TAPELOOP_THREADS" in os.environ:
-    tf.config.threading.set_intra_op_parallelism_threads(int(os.environ["TAPELOOP_THREADS"]))
-    tf.config.threading.set_inter_op_parallelism_threads(int(os.environ["TAPELOOP_THREADS"]))
 
 
 @pytest.fixture(autouse=True)

@@ -94,8 +94,8 @@ class VariableInfo:
         >>> kernel = tl.Trainer(model).selection.trained[0]
         >>> kernel.path, kernel.name, kernel.shape, kernel.dtype, kernel.size
         ('head/kernel', 'kernel', (4, 2), 'float32', 8)
-        >>> kernel.bytes, kernel.is_penalized, kernel.tf_variable.shape
-        (32, False, TensorShape([4, 2]))
+        >>> kernel.bytes, kernel.is_adapted, kernel.is_penalized, kernel.tf_variable.shape
+        (32, False, False, TensorShape([4, 2]))
     """
 
     variable: Variable = field(repr=False)

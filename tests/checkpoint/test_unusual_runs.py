@@ -2,6 +2,7 @@
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 
 import tapeloop as tl
@@ -101,6 +102,7 @@ def test_what_trained_in_former_phases_is_read_when_somebody_looks(tmp_path, mon
     assert len(resolved) == len({phase.recorded for phase in phases}) > 1
 
 
+@pytest.mark.slow
 def test_two_trainers_in_turn_each_save_themselves(tmp_path):
     one, other = runs.RUNS["plain"], runs.RUNS["groups"]
     for epochs in (1, 2):

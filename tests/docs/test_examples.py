@@ -82,6 +82,7 @@ def test_two_speeds():
     assert "every rate was as scheduled: True" in printed
 
 
+@pytest.mark.slow
 def test_transfer_digits():
     printed = run_by_itself("transfer_digits")
     scores = r"pretrained on 0-4 ([\d.]+), head only ([\d.]+), head and last block ([\d.]+)"
