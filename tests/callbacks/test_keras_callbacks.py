@@ -408,8 +408,11 @@ def test_another_folder_of_the_program_is_not_taken_from_the_checkpoint(tmp_path
     def run(epochs, board):
         callback = callbacks.TensorBoard(tmp_path / board, write_graph=False)
         trainer = tl.Trainer(network(), loss="mse")
-        trainer.fit(X, Y, epochs=epochs, verbose=0, callbacks=callback, checkpoint=tmp_path / "run")
+        trainer.fit(X, Y, epochs=epochs, verbose=0, callbacks=callback, checkpoint=tmp_path / "run",
+                    validation_data=HELD_OUT)  # fmt: skip
 
     run(1, "one")
     run(2, "other")
-    assert {step for steps in scalars(tmp_path / "other").values() for step, _ in steps} == {1}
+    found = scalars(tmp_path / "other")
+    assert {writer for writer, _ in found} == {"train", "validation"}
+    assert found["train", "epoch_loss"][0][0] == found["validation", "epoch_loss"][0][0] == 1
