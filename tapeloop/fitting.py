@@ -194,7 +194,7 @@ class Fits:
                 return self._loop.fit(fit_data, span, display, [listener], validation)
             saved = session.saved_beside(span)
             if saved is not None:
-                listener.resume(*saved)
+                listener.resume(self.state.epoch - span.start, *saved)
             # What callbacks do comes before the run is saved.
             with session.saving(fit_data, beside=listener, changes_the_end=listener.changes_the_end):
                 return self._loop.fit(fit_data, span, display, [listener, session], validation)

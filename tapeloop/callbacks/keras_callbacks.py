@@ -104,15 +104,16 @@ class KerasCallbacks(FitListener):
             callback.set_params({"verbose": verbose, "epochs": epochs, "steps": steps})
             callback.set_model(view)
 
-    def resume(self, saved: Any, read: Callable[[str], Any]) -> None:
+    def resume(self, epochs: int, saved: Any, read: Callable[[str], Any]) -> None:
         """Have the callbacks resume from a checkpoint when the fit begins.
 
         Args:
+            epochs: The number of epochs of the fit that are trained already.
             saved: The first part of what `state` returned when the run was saved.
             read: Returns an array of the second part by its name, or None.
         """
         self._saved = saved, read
-        append_to_files(self._callbacks)
+        append_to_files(self._callbacks, epochs)
 
     def state(self) -> tuple[Any, Mapping[str, np.ndarray]]:
         """Return the state of the callbacks."""

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 PLAIN = bool, int, float, str, type(None)
+_LOG = logging.getLogger("tapeloop")
+
 BEST = "best_weights"  # of `EarlyStopping`
 
 
@@ -54,7 +58,13 @@ def restore(
         state: The first part of what `state_of` returned.
         read: Returns an array of the second part by its name, or None where there is none of that name.
     """
-    if [type(callback).__name__ for callback in callbacks] != [entry["class"] for entry in state]:
+    mine, saved = [type(callback).__name__ for callback in callbacks], [entry["class"] for entry in state]
+    if mine != saved:
+        _LOG.warning(
+            "The callbacks begin anew: they are %s, and were %s in the checkpoint. Pass the same in the same order.",
+            ", ".join(mine) or "none",
+            ", ".join(saved) or "none",
+        )
         return
     for number, (callback, entry) in enumerate(zip(callbacks, state)):
         # A `CSVLogger` has read by now what there is in its file.
@@ -67,11 +77,32 @@ def restore(
             callback.best_weights = best
 
 
-def append_to_files(callbacks: Sequence[keras.callbacks.Callback]) -> None:
-    """Have each `CSVLogger` append to its file, which it would begin anew."""
+def append_to_files(callbacks: Sequence[keras.callbacks.Callback], epochs: int) -> None:
+    """Have each `CSVLogger` append to its file, which it would begin anew.
+
+    Args:
+        callbacks: The callbacks.
+        epochs: The number of epochs that the run has trained. Later ones, which came after the run was last saved, are
+            trained again: their rows at the end of the file are removed.
+    """
     for callback in callbacks:
         if isinstance(callback, keras.callbacks.CSVLogger):
             callback.append = True
+            _remove_rows(callback.filename, callback.sep, epochs)
+
+
+def _remove_rows(filename: str, separator: str, epochs: int) -> None:
+    """Remove the last rows of a `CSVLogger`'s file, up to one of an earlier epoch than this."""
+    if not tf.io.gfile.exists(filename):
+        return
+    with tf.io.gfile.GFile(filename, "r") as file:
+        lines = file.read().splitlines(keepends=True)
+    kept = len(lines)
+    while kept and (first := lines[kept - 1].split(separator)[0]).isdecimal() and int(first) >= epochs:
+        kept -= 1
+    if kept < len(lines):
+        with tf.io.gfile.GFile(filename, "w") as file:
+            file.write("".join(lines[:kept]))
 
 
 def _is_scalar(value: Any) -> bool:

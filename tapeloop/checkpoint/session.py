@@ -76,11 +76,12 @@ class CheckpointSession(FitListener):
             return
         self._contents.restore(self.found)
         record = self.found.record
-        within = f" and {record['epoch_under_way']['drawn']} batches" if record["epoch_under_way"] else ""
         step, epoch = record["step"], record["epoch"]
+        within = f" and {record['epoch_under_way']['drawn']} batches" if record["epoch_under_way"] else ""
+        trained = f"{epoch} {'epoch' if epoch == 1 else 'epochs'}{within}"
         rest = "" if epoch < epochs.stop else f". All {len(epochs)} epochs of the fit are trained already"
         # A warning, since Python shows no others unless it is told to, and nobody should have to guess.
-        _LOG.warning("Resuming from %s: step %s, after %s epochs%s%s.", self.found.folder, step, epoch, within, rest)
+        _LOG.warning("Resuming from %s: step %s, after %s%s.", self.found.folder, step, trained, rest)
 
     def saved_beside(self, epochs: range) -> tuple[Any, Callable[[str], Any]] | None:
         """Return what was saved of who looked on as well, and what reads its arrays, if it looked on at this fit.

@@ -16,6 +16,7 @@ from tapeloop.loop.state import TrainerState
 from tapeloop.loop.step_cache import StepCache
 from tapeloop.model.selection import Selection
 from tapeloop.model.tree import Model, Tree, VariableInfo
+from tapeloop.optimization.diagnosis import warn_zero_terms
 from tapeloop.policies.base import VariablePolicy, is_value
 from tapeloop.policies.recorded import Recorded, described
 from tapeloop.policies.resolve import chain, resolve, selections_to_come
@@ -218,6 +219,7 @@ class PhaseTracker:
         if selection is not self._prepared:
             changing = type(self.policy).at is not VariablePolicy.at
             self._steps.parts.updates.prepare(selection, self._state.step, changing=changing)
+            warn_zero_terms(selection)
             self._prepared = selection
         self._fresh = None
         # Asked no more often than needed: at the largest common divisor of all that the policies say.

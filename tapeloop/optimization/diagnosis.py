@@ -1,8 +1,9 @@
-"""Why a variable gets no gradient, as far as the traced graph tells."""
+"""Why a variable gets no gradient, as far as the traced graph and its value tell."""
 
 from __future__ import annotations
 
 import bisect
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,8 @@ from tapeloop._backend import tracing
 from tapeloop._backend.traced_graph import PYTHON
 from tapeloop._search import search, way_to
 from tapeloop.errors import listed
-from tapeloop.model.tree import VariableInfo
+from tapeloop.model.selection import Selection
+from tapeloop.model.tree import SubmodelInfo, VariableInfo
 from tapeloop.optimization.untracked_variables import BLOCKING
 
 
@@ -33,6 +35,31 @@ def disconnected(loss: tf.Tensor, missing: Sequence[VariableInfo], total: int) -
         + " Let the loss depend on them, or freeze them: `Freeze(...)` with these paths; of a loss that is one of "
         "several, take the gradients by `self.gradients(tape, loss, unconnected='zero')`."
     )
+
+
+def warn_zero_terms(selection: Selection) -> None:
+    """Warn of layers whose low-rank terms, of Keras' `enable_lora`, are all zero: so are their gradients, for good.
+
+    Args:
+        selection: What trains.
+    """
+    # The change of a kernel is the product of its two terms, and the gradient of each has the other as a factor.
+    terms: dict[SubmodelInfo, list[VariableInfo]] = {}
+    for variable in selection.trained:
+        if variable.name.startswith("lora_") and getattr(variable.submodels[-1].object, "lora_enabled", False):
+            terms.setdefault(variable.submodels[-1], []).append(variable)
+    zero = [
+        layer.path
+        for layer, found in terms.items()
+        if len(found) > 1 and not any(bool(tf.reduce_any(each.tf_variable != 0)) for each in found)
+    ]
+    if zero:
+        warnings.warn(
+            f"The low-rank terms of {listed(zero)} are all zero, so that their gradients are zero and they never "
+            "train. Keras sets them to zero when weights without such terms are loaded: load them first, and call "
+            "`enable_lora` after that.",
+            stacklevel=2,
+        )
 
 
 def _cause(loss: tf.Tensor, variable: VariableInfo) -> str:

@@ -69,6 +69,9 @@ class VariablePolicy:
     every: int | None = None
     freezes_filters = False
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
     def at(self, progress: Progress) -> VariablePolicy:
         """Return the policy that holds at a moment.
 

@@ -67,6 +67,4 @@ class Recorded(VariablePolicy):
 
 def described(policy: VariablePolicy) -> str:
     """Return how a policy is written, without the addresses of objects, which differ from process to process."""
-    if type(policy).__repr__ is object.__repr__:
-        return f"{type(policy).__name__}()"
     return re.sub(r" at 0x[0-9A-Fa-f]+", "", repr(policy))

@@ -392,6 +392,38 @@ def test_callbacks_go_on_with_a_run_that_was_stopped(tmp_path):
         np.testing.assert_array_equal(mine, theirs)  # those of the first epoch, which a process before had seen
 
 
+def test_a_csv_file_has_one_row_for_an_epoch_that_was_trained_twice(tmp_path):
+    def run(fails_at):
+        def fail(epoch, logs):
+            if epoch == fails_at:
+                raise RuntimeError("stopped")
+
+        given = [callbacks.CSVLogger(tmp_path / "log.csv"), callbacks.LambdaCallback(on_epoch_end=fail)]
+        saved = tl.Checkpoints(tmp_path / "run", every_epochs=3)
+        trainer = tl.Trainer(network(), loss="mse")
+        try:
+            trainer.fit(X, Y, epochs=6, verbose=0, callbacks=given, checkpoint=saved)
+        finally:
+            given[0].csv_file.close()
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        run(fails_at=4)
+    run(fails_at=None)
+    rows = (tmp_path / "log.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows] == ["epoch", "0", "1", "2", "3", "4", "5"]
+
+
+def test_it_is_said_that_other_callbacks_than_were_saved_begin_anew(tmp_path, caplog):
+    for epochs, given in ((1, [callbacks.EarlyStopping("loss")]), (2, [callbacks.History()])):
+        trainer = tl.Trainer(network(), loss="mse")
+        trainer.fit(X, Y, epochs=epochs, verbose=0, callbacks=given, checkpoint=tmp_path / "run")
+    assert (
+        "The callbacks begin anew: they are History, and were EarlyStopping in the checkpoint. Pass the same in the "
+        "same order."
+    ) in caplog.text
+    assert "step 1, after 1 epoch." in caplog.text
+
+
 def test_callbacks_write_nothing_to_the_users_model():
     model = network()
     model(X)  # what Keras notes of a first call is Keras' own

@@ -228,6 +228,20 @@ def test_a_quantized_layer_with_adapters_trains_the_adapters_alone():
     assert set() < found <= {"d/lora_kernel_a", "d/lora_kernel_b"}
 
 
+def test_low_rank_terms_that_loading_has_set_to_zero_are_warned_of(tmp_path):
+    def network():
+        return keras.Sequential([keras.Input((4,)), layers.Dense(3, name="d")])
+
+    network().save_weights(tmp_path / "base.weights.h5")
+    model = network()
+    model.layers[0].enable_lora(2)
+    fit(model, tl.TrainOnly("d/lora_kernel_*"), optimizer="sgd")  # the order that the warning asks for
+    trainer = tl.Trainer(model, tl.TrainOnly("d/lora_kernel_*"), loss="mse")
+    trainer.load(tmp_path / "base.weights.h5")
+    with pytest.warns(UserWarning, match=r"terms of `d` are all zero.*load them first, and call `enable_lora` after"):
+        trainer.fit(X, Y, verbose=0)
+
+
 class Drifting(layers.Layer):
     """Trains one weight, and moves another by hand each time that it is called."""
 
