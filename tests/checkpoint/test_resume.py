@@ -3,6 +3,7 @@
 import pytest
 
 from tests.support import runs
+from tests.support.params import params
 
 # In the middle of an epoch and at its end; where what trains changes, in each of its phases.
 STOPS = dict.fromkeys(runs.RUNS, (2, (3, 5))) | dict.fromkeys(
@@ -11,11 +12,10 @@ STOPS = dict.fromkeys(runs.RUNS, (2, (3, 5))) | dict.fromkeys(
 
 # Other spellings of what the rest try: `make test-all` runs them.
 SLOW = {"unhashable", "portions", "dataset portions", "iterated", "pydataset"}
+SLOW |= {"adversarial", "cycle", "float16", "groups", "random"}
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=pytest.mark.slow) if kind in SLOW else kind for kind in STOPS]
-)
+@pytest.mark.parametrize("kind", params(STOPS, SLOW))
 def test_a_run_goes_on_bit_for_bit(kind, tmp_path):
     epochs, stops = STOPS[kind]
     for step in stops:

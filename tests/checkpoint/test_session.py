@@ -251,7 +251,7 @@ trainer.fit(data, epochs=2, batch_size=4, verbose=0, checkpoint=folder, **{**run
     ("ending", "where"),
     [
         (signal.SIGTERM, "validation"),
-        (signal.SIGINT, "features"),
+        pytest.param(signal.SIGINT, "features", marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, "features", marks=pytest.mark.slow),
         pytest.param(signal.SIGINT, "validation", marks=pytest.mark.slow),
     ],

@@ -7,6 +7,7 @@ import pytest
 import tensorflow as tf
 
 import tapeloop as tl
+from tests.support.params import params
 
 layers = keras.layers
 SIZE = 4
@@ -120,7 +121,7 @@ def test_a_frozen_prefix_costs_its_forward_pass(make, tmp_path):
     assert not [op for op in frozen if "Backprop" in op or "Grad" in op]
 
 
-@pytest.mark.parametrize("make", KINDS, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", params(KINDS, {recurrent}), ids=lambda make: make.__name__)
 def test_a_frozen_middle_costs_its_activation_gradient_and_no_more(make, tmp_path):
     policy = tl.TrainOnly("adapter", "head")
     frozen = trained(make, policy, tmp_path)

@@ -103,10 +103,10 @@ def compare(make, data, options_of, optimizer=None, **fit):
 
 
 def pairs():
-    """Each kind of model with each loss; but for functional models, all but one of them slowly."""
+    """Each kind of model with each loss; quickly all with labels, and functional ones with two losses more."""
     for make in (functional, sequential, subclassed):
         for case in CASES:
-            slow = make is not functional and case != "labels"
+            slow = case != "labels" and (make is not functional or case in ("regression", "summed"))
             yield pytest.param(make, case, id=f"{make.__name__}-{case}", marks=[pytest.mark.slow] * slow)
 
 

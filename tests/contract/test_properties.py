@@ -15,6 +15,7 @@ from tapeloop.policies.resolve import resolve
 from tests.support import recipes
 from tests.support.fitting import X, Y, fit, moved
 from tests.support.inspect import optimizer_state_bytes
+from tests.support.params import params
 
 FORWARD = [("sequential", ["dense", "bn", "dropout"]), ("insistent", ["spectral", "recurrent", "attention"]), "augment"]
 
@@ -110,9 +111,7 @@ SAMPLE = {"MobileNetV3Small", "MobileNetV2"}
 LEAST = {"InceptionV3": 75, "InceptionResNetV2": 75, "Xception": 71, "NASNetLarge": 96, "NASNetMobile": 96}
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in SAMPLE else pytest.param(name, marks=pytest.mark.slow) for name in sorted(APPLICATIONS)]
-)
+@pytest.mark.parametrize("name", params(sorted(APPLICATIONS), set(APPLICATIONS) - set(SAMPLE)))
 def test_every_architecture_of_keras_keeps_the_contract(name):
     size = LEAST.get(name, 64)
     backbone = APPLICATIONS[name](include_top=False, weights=None, input_shape=(size, size, 3), pooling="avg")

@@ -7,6 +7,7 @@ import tensorflow as tf
 
 import tapeloop as tl
 from tests.support.fitting import RANDOM, CountingModule, X, Y, dense, fit, history_of, moved
+from tests.support.params import params
 
 layers = keras.layers
 
@@ -48,7 +49,7 @@ class FunctionModel(BaseAndHead):
         return self.h(self.b(x, training=training))
 
 
-@pytest.mark.parametrize("make", [FunctionModule, FunctionModel])
+@pytest.mark.parametrize("make", params([FunctionModule, FunctionModel], [FunctionModule]))
 def test_a_tf_function_inside_the_model_neither_breaks_the_freeze_nor_keeps_its_mode(make):
     model = make()
     model(X, training=True)  # its own trace, in training mode, which a frozen step must not use

@@ -27,11 +27,16 @@ from tests.support.cached import (
 )
 from tests.support.classifiers import classifier
 from tests.support.fitting import refused, state
+from tests.support.params import params
 
 layers = keras.layers
 
 
-@pytest.mark.parametrize("name", MODELS)
+# Variants of the rest, as far as the cache goes: `make test-all` runs them.
+SLOW = {"around", "attention", "embedding", "recurrent", "regularized", "subclassed", "two inputs", "weights"}
+
+
+@pytest.mark.parametrize("name", params(MODELS, SLOW))
 def test_a_cached_run_is_the_run_without_the_cache(name):
     make, policy, data, kind = MODELS[name]
     options = {} if kind is TwoSteps else {"validation_data": data()}

@@ -19,6 +19,7 @@ from tests.support.cached import (
 )
 from tests.support.classifiers import Counting, classifier
 from tests.support.fitting import in_threads
+from tests.support.params import params
 from tests.support.policies import Asked
 
 layers = keras.layers
@@ -26,7 +27,10 @@ layers = keras.layers
 
 @pytest.mark.parametrize(
     "layer",
-    [lambda: layers.BatchNormalization(center=False, scale=False, name="bn"), lambda: Counting(name="counting")],
+    [
+        lambda: layers.BatchNormalization(center=False, scale=False, name="bn"),
+        pytest.param(lambda: Counting(name="counting"), marks=pytest.mark.slow),
+    ],
 )
 def test_what_the_training_step_moves_is_not_cached_for_an_evaluation(layer):
     # Features are computed once, and not anew in each epoch.
@@ -89,7 +93,7 @@ def test_validation_in_batches_of_any_size():
     check_cached_run(frozen_base, images, validation_data=uneven, batch_size=BATCH, epochs=2)
 
 
-@pytest.mark.parametrize("where", ["memory", "path"])
+@pytest.mark.parametrize("where", params(["memory", "path"], ["memory"]))
 def test_trainers_in_threads_train_alike_and_share_a_folder(where, tmp_path, watched):
     def fit_twice(trainer):
         for _ in range(2):
@@ -127,7 +131,7 @@ class Drifting(keras.utils.PyDataset):
             self.y = self.y + 1.0
 
 
-@pytest.mark.parametrize("where", ["memory", "path"])
+@pytest.mark.parametrize("where", params(["memory", "path"], ["memory"]))
 def test_a_pydataset_that_changes_after_its_features_were_computed_is_noticed(where, tmp_path):
     trainer = frozen_base()
     where = tmp_path if where == "path" else where

@@ -18,6 +18,7 @@ import tapeloop as tl
 from tapeloop.feature_cache import fingerprint, storage
 from tapeloop.feature_cache.fingerprint import CacheKey
 from tapeloop.feature_cache.frontier import Cut
+from tests.support import recipes
 from tests.support.cached import (
     BATCH,
     check_cached_run,
@@ -27,6 +28,7 @@ from tests.support.cached import (
     watched_cache,
 )
 from tests.support.classifiers import classifier
+from tests.support.params import params
 
 layers = keras.layers
 
@@ -62,7 +64,7 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("damage", params(DAMAGE, {"another description", "another length", "empty"}))
 def test_what_is_damaged_is_named_and_computed_anew(damage, tmp_path, watched, caplog):
     fit(tmp_path)
     (entry,) = entries(tmp_path)
@@ -92,6 +94,7 @@ frozen_base().fit(images(), batch_size=4, feature_cache=sys.argv[1], verbose=0)
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_while_it_writes_leaves_nothing_that_is_read(tmp_path):
     with subprocess.Popen([sys.executable, "-c", WRITING, str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "written\n"
@@ -170,7 +173,7 @@ def test_large_features_stay_in_their_files(tmp_path, monkeypatch):
     assert all(isinstance(array, np.memmap) for array in kept.arrays)
 
 
-@pytest.mark.parametrize("dtype", ["mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize("dtype", params(["mixed_bfloat16", "mixed_float16"], {"mixed_bfloat16"}))
 def test_features_of_other_precisions(dtype, tmp_path):
     keras.config.set_dtype_policy(dtype)
     try:
@@ -242,7 +245,7 @@ def written(tmp_path_factory):
 
 
 @hypothesis.given(change=st.sampled_from([*CHANGES, *WITHOUT_EFFECT]), kind=st.sampled_from(["path", "memory"]))
-@hypothesis.settings(max_examples=24, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
+@recipes.thorough()
 def test_a_hit_only_where_nothing_that_features_depend_on_has_changed(change, kind, written):
     trainer, data, where = frozen_base(), images(), written if kind == "path" else "memory"
     fit(where, data, trainer)
@@ -251,7 +254,7 @@ def test_a_hit_only_where_nothing_that_features_depend_on_has_changed(change, ki
     assert watched.computed == ["x"] * (change in CHANGES)
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", params(SETTINGS, {"epochs", "class_weight"}))
 def test_settings_that_features_depend_on(name, tmp_path, watched):
     options, misses = SETTINGS[name]
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)

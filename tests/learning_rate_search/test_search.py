@@ -12,6 +12,7 @@ import tapeloop as tl
 from tapeloop.loop.compiled_step import CompiledStep
 from tests.support import models, runs
 from tests.support.fitting import refused
+from tests.support.params import params
 from tests.support.policies import Asked
 from tests.support.snapshot import snapshot
 from tests.support.steps import OneUpdate
@@ -167,13 +168,14 @@ KINDS = [
     *(("two groups", 0), ("drawn", 0), ("float16", 0), ("eager", 0)),
     *(("plain", 1), ("asked often", 1), ("counting", 1), ("microbatches", 1)),
 ]
+SLOW = {("drawn", 0), ("float16", 0), ("eager", 0), ("asked often", 1), ("microbatches", 1)}
 
 
 def search(trainer, data=(runs.X, runs.Y), **options):
     return tl.find_learning_rate(trainer, data, **{"batch_size": runs.BATCH, "steps": 12, "highest": 0.1, **options})
 
 
-@pytest.mark.parametrize(("kind", "at"), KINDS)
+@pytest.mark.parametrize(("kind", "at"), params(KINDS, SLOW))
 def test_a_run_goes_on_as_if_there_had_been_no_search(kind, at):
     searched, other = trainer_of(kind), trainer_of(kind)
     for epoch in range(2):

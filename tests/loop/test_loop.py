@@ -67,11 +67,11 @@ def expected():
 
 
 def kinds_and_options():
-    """Every kind of data in every way to run steps; in pieces arrays alone, and slowly all."""
+    """Every kind of data in every way to run steps; quickly all in the ordinary way, and two in each."""
     for options in ({}, {"steps_per_call": 3}, {"run_eagerly": True}, {"microbatches": 2}):
         for kind in KINDS:
-            slow = "microbatches" in options and kind != "arrays"
-            yield pytest.param(kind, options, id=f"{kind}-{options}", marks=[pytest.mark.slow] * slow)
+            slow = (options and kind not in ("arrays", "generator")) or ("microbatches" in options and kind != "arrays")
+            yield pytest.param(kind, options, id=f"{kind}-{options}", marks=[pytest.mark.slow] * bool(slow))
 
 
 @pytest.mark.parametrize(("kind", "options"), list(kinds_and_options()))

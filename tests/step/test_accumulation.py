@@ -11,6 +11,7 @@ from tests.support import models
 from tests.support.compare import assert_close
 from tests.support.fitting import fit, history_of, mlp, refused
 from tests.support.models import network, trainer_of
+from tests.support.params import params
 from tests.support.steps import InTurn
 
 layers = keras.layers
@@ -46,7 +47,7 @@ def assert_pieces_are_the_whole(batch, counts, model=network, kind=tl.Trainer, p
         assert_close(other.history.history, whole.history.history, rtol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{}, {"run_eagerly": True}, {"clip_norm": 0.05}], ids=str)
+@pytest.mark.parametrize("options", params([{}, {"run_eagerly": True}, {"clip_norm": 0.05}], [{}]), ids=str)
 def test_microbatches_of_a_ragged_batch_equal_the_whole(options):
     assert_pieces_are_the_whole(models.images(13), [2, 5, 13], **options)
 

@@ -9,6 +9,7 @@ import tapeloop as tl
 from tests.support import models
 from tests.support.inspect import everything, live_ops, own_variables
 from tests.support.models import trainer_of
+from tests.support.params import params
 from tests.support.steps import InTurn
 
 layers = keras.layers
@@ -75,9 +76,10 @@ CASES = {
     "kept by a subclass": (models.functional, Own, 1, {}),
 }
 EAGERLY = [name for name in CASES if name not in ("clipped", "in pieces")]
+KINDS = [*((name, False) for name in CASES), *((name, True) for name in EAGERLY)]
 
 
-@pytest.mark.parametrize(("name", "eagerly"), [*((n, False) for n in CASES), *((n, True) for n in EAGERLY)])
+@pytest.mark.parametrize(("name", "eagerly"), params(KINDS, {("clipped", False), ("many", True), ("the first", True)}))
 def test_a_skipped_batch_might_as_well_not_have_been_there(name, eagerly):
     make, kind, bad, options = CASES[name]
     bad = min(bad, 10) if eagerly else bad

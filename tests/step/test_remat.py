@@ -63,10 +63,10 @@ CHOSEN = {
 
 
 def cases():
-    """Each choice of layers; eagerly also recurrent ones, in pieces ordinary ones, and slowly all of them."""
+    """Each choice of layers in each way to run steps; quickly some, and one of them in each."""
     for name in CHOSEN:
         for options in ({}, {"microbatches": 2}, {"run_eagerly": True}):
-            slow = options and name != "glob" and (name != "recurrent" or "microbatches" in options)
+            slow = name != "glob" and (options or name in ("recurrent", "first", "several"))
             yield pytest.param(name, options, id=f"{name}-{options}", marks=[pytest.mark.slow] * bool(slow))
 
 
