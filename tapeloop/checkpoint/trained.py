@@ -74,9 +74,11 @@ def read_trained(path: pathlib.Path, tree: Tree, *, strict: bool) -> None:
     other = [name for name in values if name in mine and mine[name].shape != values[name].shape]
     if missing or other:
         said = [f"has no {listed(missing)}"] * bool(missing) + [f"has other shapes for {listed(other)}"] * bool(other)
+        terms = [name for name in (*missing, *other) if name.rpartition("/")[2].startswith("lora_")]
+        hint = "" if not terms else " Call `enable_lora` first, on the same layers and with the same rank."
         raise CheckpointError(
             f"{path} is of another model than the trainer's, which {' and '.join(said)}. Make the model as it was, "
-            "with the same names of layers, and call it on a batch first if its layers are not built."
+            f"with the same names of layers, and call it on a batch first if its layers are not built.{hint}"
         )
     trained = {mine[name] for name in values}
     rest = {variable for variable in tree.variables if not variable.seed} - trained

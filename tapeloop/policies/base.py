@@ -50,7 +50,7 @@ class Progress:
 class VariablePolicy:
     """Gives every trainable variable a group, or freezes it. Subclass it and write `group`.
 
-    A policy that changes as training goes writes `at` instead.
+    A policy that changes as training goes writes `at`, and returns another policy from it, or itself in another state.
 
     Attributes:
         every: After how many steps `at` is asked within an epoch; None if it is asked at the start of epochs alone.
@@ -79,7 +79,8 @@ class VariablePolicy:
             progress: How far training has come.
 
         Returns:
-            A policy, which is asked in turn; this policy itself, if nothing changes.
+            A policy, which is asked in turn; or this policy itself, whose `group` then holds. It may have changed what
+            it goes by.
 
         Example:
             >>> class Later(tl.VariablePolicy):
