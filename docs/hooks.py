@@ -11,7 +11,7 @@ from mkdocs.structure.files import File, Files
 SHOWN = "benchmarks/results/*.json", "benchmarks/results/*/*.png", "benchmarks/results/*/report.md", "examples/*.ipynb"
 # In the repository a link leaves `docs/` by one `../` more than in the site, which holds these folders itself.
 OUTSIDE = re.compile(r"(\]\((?:\.\./)*)\.\./((?:examples|benchmarks)/)")
-EXAMPLE = re.compile(r"(\]\([^)]*examples/\w+)\.py\)")
+EXAMPLE = re.compile(r"(\]\([^)]*examples/[\w/]+)\.py\)")
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -20,9 +20,10 @@ def on_files(files: Files, config: Any) -> Files:
     for pattern in SHOWN:
         for path in sorted(root.glob(pattern)):
             files.append(File(str(path.relative_to(root)), str(root), config.site_dir, config.use_directory_urls))
-    for path in sorted((root / "examples").glob("*.py")):
-        page = f"# examples/{path.name}\n\n```python\n{path.read_text()}```\n"
-        files.append(File.generated(config, f"examples/{path.stem}.md", content=page))
+    for path in sorted((root / "examples").glob("**/*.py")):
+        name = path.relative_to(root)
+        page = f"# {name}\n\n```python\n{path.read_text()}```\n"
+        files.append(File.generated(config, str(name.with_suffix(".md")), content=page))
     return files
 
 
