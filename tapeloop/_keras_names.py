@@ -42,6 +42,17 @@ ATTRIBUTES = {
     "steps_per_execution": "it is the trainer's option `steps_per_call`, which is chosen by itself",
     "fit_generator": "call `trainer.fit(generator)`",
 }
+_OPTION = "it is an option of the trainer. Make a new one for another value; `save` and `load` carry the run over"
+# What Keras users assign to a model, and options of a trainer: as attributes they would do nothing.
+ASSIGNED = {
+    "optimizer": ATTRIBUTES["optimizer"],
+    "learning_rate": "assign `trainer.learning_rates[group]`; without groups of your own, the group is 'default'",
+    "trainable": ATTRIBUTES["trainable"],
+    "steps_per_execution": ATTRIBUTES["steps_per_execution"],
+    **dict.fromkeys(
+        ("clip_norm", "nonfinite", "max_skipped", "remat", "jit_compile", "run_eagerly", "steps_per_call"), _OPTION
+    ),
+}
 
 
 def check_no_others(method: Callable[..., Any], others: Mapping[str, Any]) -> None:

@@ -107,3 +107,44 @@ def test_no_batch_size_is_that_of_keras():
     trainer.fit(x, y, batch_size=None, verbose=0)
     trainer.fit([(X, Y)], batch_size=None, verbose=0)
     assert trainer.step == 2 + 1  # batches of 32 and 8; and the batches that were given
+
+
+ASSIGNED = {
+    "optimizer": "`optimizer` is not assigned: there may be several.*`trainer.learning_rates",
+    "learning_rate": r"assign `trainer.learning_rates\[group\]`; without groups of your own, the group is 'default'",
+    "clip_norm": "it is an option of the trainer. Make a new one for another value; `save` and `load` carry the run",
+    "trainable": "assign `trainer.policy`",
+    "state": "`state` is the trainer's own and is not assigned: choose another name.",
+    "model": "`model` is the trainer's own",
+    "_features": "`_features` is the trainer's own",
+}
+
+
+@pytest.mark.parametrize("name", ASSIGNED)
+def test_what_would_do_nothing_or_break_the_trainer_is_not_assigned(name):
+    trainer = tl.Trainer(keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)]), loss="mse")
+    with pytest.raises(AttributeError, match=ASSIGNED[name]):
+        setattr(trainer, name, 1.0)
+    trainer.loss = trainer.counts = 1  # names of the user's own
+
+
+class TwoModels(tl.Trainer):
+    def train_step(self, batch):
+        with self.tape() as tape:
+            loss = keras.ops.mean(self.model["a"](batch[0]) ** 2)
+        self.update(tape, loss)
+        return {"loss": loss}
+
+
+def test_of_several_models_it_is_said_what_to_override_for_what_was_called():
+    networks = {name: keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)]) for name in "ab"}
+    x, y = np.ones((8, 4)), np.ones((8, 2))
+    trainer, plain = TwoModels(networks, tl.TrainOnly("a")), tl.Trainer(networks, loss="mse")
+    for call, said in (
+        (lambda: trainer.evaluate(x, y, verbose=0), "know which to call: override `eval_step`."),
+        (lambda: plain.evaluate(x, y, verbose=0), "know which to call: override `forward` or `compute_loss`."),
+        (lambda: trainer.predict(x), "know which to call: override `forward`, which `predict` calls."),
+        (lambda: plain.fit(x, y, verbose=0), "override `forward`, `compute_loss` or `train_step`."),
+    ):
+        with pytest.raises(TypeError, match=said):
+            call()

@@ -25,13 +25,8 @@ def call_model(model: Model, inputs: Any, training: bool) -> Any:
 
     Raises:
         DataError: The inputs do not fit the model.
-        TypeError: `model` is a mapping of several models, or cannot be called.
+        TypeError: `model` cannot be called.
     """
-    if isinstance(model, Mapping):
-        raise TypeError(
-            f"A trainer of several models ({', '.join(map(repr, model))}) cannot know which to call: override "
-            "`forward`, `compute_loss` or `train_step`."
-        )
     if not callable(model):
         raise TypeError(
             f"The model {model!r} cannot be called: give {type(model).__name__} a `__call__`, or override `forward`."

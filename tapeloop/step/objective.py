@@ -87,8 +87,11 @@ class Objective:
         """Return the metrics since the last reset, as Keras names them."""
         if not self._stand_in.built:
             return {}
-        results = self._stand_in.get_metrics_result()
-        results.pop("loss", None)  # the total is the step's to report: it has the penalties too
+        results: dict[str, tf.Tensor] = {}
+        for metric in self._stand_in.metrics:
+            if metric.name != "loss":  # the total is the step's to report: it has the penalties too
+                result = metric.result()
+                results |= result if isinstance(result, dict) else {metric.name: result}
         return results
 
     def reset(self) -> None:

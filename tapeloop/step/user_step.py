@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tapeloop._keras_names import missing
+from tapeloop._keras_names import ASSIGNED, missing
 from tapeloop.model.tree import AnyModel, HasVariables, Tree
 from tapeloop.optimization.tape import GroupTape
 from tapeloop.optimization.target_networks import checked_decay, paired
@@ -22,6 +22,8 @@ OVERRIDABLE = ("forward", "compute_loss", "train_step", "eval_step")
 OWN_STEP = ("train_step", "compute_loss", "forward", "tape", "update", "gradients", "apply", "added_losses")
 
 
+# What a subclass must not replace.
+OWN_ATTRIBUTES = "model", "state", "_parts", "_loop", "_contents", "_features", "_seed"
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 
 
@@ -50,6 +52,10 @@ class UserStep:
             inputs: The inputs, as the data gives them.
             training: Whether the step trains; frozen submodels run in inference mode all the same.
 
+        Raises:
+            DataError: The inputs do not fit the model.
+            TypeError: The model cannot be called, or is a mapping of several.
+
         Example:
             >>> class Halved(tl.Trainer):
             ...     def forward(self, inputs, training):
@@ -59,6 +65,8 @@ class UserStep:
             >>> bool(np.allclose(2 * Halved(model).predict(x), model(x)))
             True
         """
+        if isinstance(self.model, Mapping):
+            raise TypeError(self._no_single_model())
         return call_model(self.model, inputs, training)
 
     def compute_loss(self, batch: Any, training: bool) -> Any:
@@ -338,6 +346,15 @@ class UserStep:
         own = vars(UserStep)
         return all(getattr(getattr(self, name), "__func__", None) is own[name] for name in OWN_STEP)
 
+    def _no_single_model(self) -> str:
+        kind = "train" if self._parts.context is None else self._parts.context.kind
+        overrides_train = type(self).train_step is not UserStep.train_step
+        remedy = {
+            "predict": "override `forward`, which `predict` calls",
+            "eval": "override `eval_step`" if overrides_train else "override `forward` or `compute_loss`",
+        }.get(kind, "override `forward`, `compute_loss` or `train_step`")
+        return f"A trainer of several models ({', '.join(map(repr, self.model))}) cannot know which to call: {remedy}."
+
     def _no_loss(self) -> str:
         said, kind = "There is no loss: `loss` is None and no layer adds one. ", type(self)
         overrides_train = kind.train_step is not UserStep.train_step and kind.eval_step is UserStep.eval_step
@@ -347,6 +364,15 @@ class UserStep:
                 "needs one: override `eval_step` too, or pass `loss=...`."
             )
         return f"{said}Pass `loss=...` to the trainer, or override `compute_loss`."
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute of a subclass, if its name is not taken by the trainer."""
+        # Otherwise an option that is assigned would do nothing, and one of these would be lost to the trainer.
+        if name in OWN_ATTRIBUTES and name in vars(self):
+            raise AttributeError(f"`{name}` is the trainer's own and is not assigned: choose another name.")
+        if name in ASSIGNED and not hasattr(type(self), name):
+            raise AttributeError(f"`{name}` is not assigned: {ASSIGNED[name]}.")
+        super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
         """Say what is the matter if a subclass has not called the constructor, or the attribute is missing."""
