@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-FEW, MANY = 5, 50
+FEW, MANY = 3, 50
 
 
 def killed(ending, kills, seed):

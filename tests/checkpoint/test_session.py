@@ -15,6 +15,7 @@ import tapeloop as tl
 from tapeloop.checkpoint.session import CheckpointSession
 from tapeloop.checkpoint.store import CheckpointStore
 from tests.support import runs
+from tests.support.params import params
 
 layers = keras.layers
 PLAIN = runs.RUNS["plain"]
@@ -28,11 +29,11 @@ def steps_saved(folder):
     ("options", "expected"),
     [
         ({}, [5, 10]),
-        ({"every_epochs": 2}, [10]),
+        pytest.param({"every_epochs": 2}, [10], marks=pytest.mark.slow),
         ({"every_steps": 4, "every_epochs": None}, [4, 8, 10]),
         ({"every_steps": 5}, [5, 5, 10, 10]),  # within the epoch, and at its end
         ({"every_minutes": 1e-9, "every_epochs": None}, None),
-        ({"every_epochs": None}, [10]),  # at the end in any case
+        pytest.param({"every_epochs": None}, [10], marks=pytest.mark.slow),  # at the end in any case
     ],
 )
 def test_a_run_is_saved_when_the_user_says(tmp_path, options, expected):
@@ -78,7 +79,7 @@ def test_an_epoch_at_whose_end_the_user_stops_may_be_the_best(tmp_path, monkeypa
     assert checkpoints.best == tmp_path / "000001-step-5"
 
 
-@pytest.mark.parametrize("stop", [7, 10])
+@pytest.mark.parametrize("stop", params([7, 10], [10]))
 def test_another_policy_goes_on_with_the_rest_of_the_epoch(tmp_path, stop, caplog):
     run = runs.Run(runs.made())
     with runs.interrupted_at(stop):
@@ -168,7 +169,7 @@ def test_a_history_holds_the_whole_fit_after_it_was_stopped(tmp_path):
     assert [phase.step for phase in history.phases] == [phase.step for phase in expected.phases]
 
 
-@pytest.mark.parametrize("stop", [7, 12])
+@pytest.mark.parametrize("stop", params([7, 12], [7]))
 def test_the_history_of_a_second_fit_says_what_trained_from_its_start(tmp_path, stop):
     def program(folder, stop=100):
         trainer, given = PLAIN.trainer(), {"batch_size": 4, "verbose": 0, "checkpoint": folder}

@@ -13,6 +13,7 @@ from tests.support.compare import assert_close
 from tests.support.fitting import refused
 from tests.support.inspect import calls_of_the_loop
 from tests.support.models import trainer_of
+from tests.support.params import params
 from tests.support.policies import Asked
 from tests.support.steps import Counting
 
@@ -100,7 +101,7 @@ def weights_after_each_fit():
     return found
 
 
-@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"generator"}))
+@pytest.mark.parametrize("kind", params(sorted(set(KINDS) - {"generator"}), ["dataset", "list"]))
 def test_epochs_of_any_length_go_around_the_data(kind, weights_after_each_fit):
     trainer, done = counting(), 0
     for (steps, epochs), weights in zip(EPOCHS, weights_after_each_fit):

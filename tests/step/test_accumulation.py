@@ -82,7 +82,7 @@ GROUPS = tl.Groups({"conv": "conv", "head": "head"})
 
 
 @pytest.mark.parametrize("kind", [tl.Trainer, TwoUpdates])
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("optimizer", params(["sgd", "adam"], ["sgd"]))
 def test_two_groups_in_two_microbatches_equal_one_double_batch(kind, optimizer):
     # Adam's first steps divide by the gradient's own size, and so turn a rounding difference into a step.
     optimizer = {"sgd": keras.optimizers.SGD(0.1), "adam": keras.optimizers.Adam(1e-3, epsilon=1e-2)}[optimizer]

@@ -52,10 +52,10 @@ OPTIONS = {
 
 
 def kinds_and_options():
-    """Arrays with every option; other data with those that the data's end might meet, and slowly all."""
+    """Every kind of data with every option; quickly arrays with most, and others with one."""
     for kind in KINDS:
         for name in OPTIONS:
-            slow = kind != "arrays" and name not in ("plain", "calls")
+            slow = name in ("momentum", "schedule") if kind == "arrays" else name != "calls"
             yield pytest.param(kind, OPTIONS[name], id=f"{kind}-{name}", marks=[pytest.mark.slow] * slow)
 
 
@@ -119,7 +119,7 @@ class Counting(tl.Trainer):
     [
         # Each alone, for together one that goes unnoticed would be rolled back with the others.
         ([lambda: layers.BatchNormalization(name="more")], tl.Trainer),
-        ([lambda: layers.Dropout(0.5, seed=0, name="more")], tl.Trainer),
+        pytest.param([lambda: layers.Dropout(0.5, seed=0, name="more")], tl.Trainer, marks=pytest.mark.slow),
         ([Seen], tl.Trainer),
         ([], Clipped),
         ([], Noting),
