@@ -78,13 +78,18 @@ def main():
     assert forked(None, reference) == 0
     expected = json.loads(reference.read_text().splitlines()[-1])[1]
     results = {"statuses": [], "finished": 0, "differences": [], "repeated": [], "writing": 0}
-    while kills > 0:
+
+    def goes_on():
+        """Whether more are to be killed: by SIGTERM, until one at least was within its fit."""
+        return kills > 0 or (ending == signal.SIGTERM and not results["repeated"])
+
+    while goes_on():
         folder, log = parent / f"run{results['finished']}", parent / f"run{results['finished']}.log"
         folder.mkdir()
         status = 1
         while status != 0:
             # Once enough were killed, the last run goes to its end.
-            status = forked(folder, log, ending if kills > 0 else None, draw.uniform(0, LONGEST_S))
+            status = forked(folder, log, ending if goes_on() else None, draw.uniform(0, LONGEST_S))
             kills -= status != 0
             results["statuses"].append(status)
             results["writing"] += any(path.name.startswith(".writing") for path in folder.iterdir())
