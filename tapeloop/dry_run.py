@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from tapeloop._backend.traced_graph import bytes_kept_for_gradient
+from tapeloop._backend.traced_graph import peak_bytes
 from tapeloop._table import Table, format_bytes, table
 from tapeloop.data.batch import sized_spec_of, tensors_in
 from tapeloop.errors import DataError, DisconnectedError
@@ -17,8 +17,8 @@ from tapeloop.model.tree import Model, Tree, VariableInfo
 from tapeloop.policies.resolve import selections_to_come
 from tapeloop.step.plan import Planner
 
-HEADER = ("phase", "groups", "parameters", "traces", "weights", "gradients", "optimizer state", "activations", "loss")
-RIGHT = {"phase", "parameters", "traces", "weights", "gradients", "optimizer state", "activations"}
+HEADER = ("phase", "groups", "parameters", "traces", "weights", "gradients", "optimizer state", "step", "loss")
+RIGHT = {"phase", "parameters", "traces", "weights", "gradients", "optimizer state", "step"}
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class DryPhase:
         weight_bytes: The bytes of all of the model's variables.
         gradient_bytes: The bytes of the gradients.
         state_bytes: The bytes of the optimizer's state for what trains.
-        activation_bytes: The bytes that the forward pass keeps for the gradient, for one batch, as far as the shapes
-            are known: an estimate, for the compiler may fuse some and compute others again.
+        step_bytes: The most bytes that a step on one batch holds at a time beside the weights and the optimizer's
+            state: activations and gradients. An estimate: TensorFlow may run ops in another order, and fuse some.
         disconnected: What is wrong with the gradients, or None.
 
     Example:
@@ -48,7 +48,7 @@ class DryPhase:
     weight_bytes: int
     gradient_bytes: int
     state_bytes: int
-    activation_bytes: int
+    step_bytes: int
     disconnected: str | None
 
 
@@ -88,9 +88,7 @@ class DryRun:
                 ", ".join(phase.selection.groups),
                 f"{sum(variable.size for variable in phase.selection.trained):,}",
                 str(phase.traces),
-                *map(
-                    format_bytes, (phase.weight_bytes, phase.gradient_bytes, phase.state_bytes, phase.activation_bytes)
-                ),
+                *map(format_bytes, (phase.weight_bytes, phase.gradient_bytes, phase.state_bytes, phase.step_bytes)),
                 "connected" if phase.disconnected is None else "missing",
             )
             for number, phase in enumerate(self.phases)
@@ -135,10 +133,10 @@ def dry_run(model: Model, loop: EpochLoop, data: FitData) -> DryRun:
 def _traced(loop: EpochLoop, selection: Selection, spec: object) -> DryPhase:
     """Trace the step of a phase, and return what the phase would cost."""
     planner, optimizers = Planner("train", selection, loop.steps.parts), loop.state.optimizers
-    disconnected, kept = None, 0
+    disconnected, held = None, 0
     try:
         # Deferred: the gradients are computed, and no update is made of them.
-        kept = sum(bytes_kept_for_gradient(each) for each in planner.plan(spec, deferred=True).functions)
+        held = max(map(peak_bytes, planner.plan(spec, deferred=True).functions))
     except DisconnectedError as error:
         disconnected = str(error)
     return DryPhase(
@@ -147,7 +145,7 @@ def _traced(loop: EpochLoop, selection: Selection, spec: object) -> DryPhase:
         weight_bytes=_bytes(selection.tree.variables),
         gradient_bytes=_bytes(selection.trained),
         state_bytes=sum(optimizers.slot_bytes(variable, group) for variable, group in selection.group_of.items()),
-        activation_bytes=kept,
+        step_bytes=held,
         disconnected=disconnected,
     )
 

@@ -3,8 +3,10 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import tapeloop as tl
+from tapeloop._backend.traced_graph import peak_bytes
 from tests.support import models
 from tests.support.fitting import X, Y, mlp
 
@@ -20,8 +22,8 @@ def test_each_phase_is_reported_and_nothing_moves():
     assert [phase.gradient_bytes for phase in found.phases] == [60, 140, 220]
     assert [phase.state_bytes for phase in found.phases] == [120, 280, 440]  # two moments of Adam
     assert {phase.weight_bytes for phase in found.phases} == {220}
-    kept = [phase.activation_bytes for phase in found.phases]
-    assert 0 < kept[0] < kept[1] < kept[2]
+    held = [phase.step_bytes for phase in found.phases]
+    assert 0 < held[0] < held[1] < held[2]
     assert models.values(trainer.model) == before
     assert (trainer.step, trainer.epoch, trainer.trace_count, trainer.history.phases) == (0, 0, 0, [])
     assert trainer.state.variables == []
@@ -71,18 +73,30 @@ def test_an_iterator_is_not_drawn_from():
     assert len(list(data)) == 1
 
 
+def test_a_step_holds_what_is_still_to_be_taken():
+    @tf.function(autograph=False)
+    def compute(x, y):
+        hidden = tf.nn.relu(tf.matmul(x, y))  # 4 KiB, in place
+        wide = tf.concat([hidden, hidden], 1)  # 8 KiB, and `hidden` is taken later
+        narrow = tf.reshape(tf.reduce_sum(wide, 1, keepdims=True), [32])  # 128 bytes, and `wide` goes
+        return tf.matmul(hidden, hidden) + narrow  # 4 KiB more
+
+    function = compute.get_concrete_function(*[tf.TensorSpec([32, 32])] * 2)
+    assert peak_bytes(function) == 4096 + 8192 + 128
+
+
 def test_activations_grow_with_the_batch_and_the_depth_that_trains():
     keras.utils.set_random_seed(0)
     layers = [keras.layers.Dense(64, "relu", name=f"d{n}") for n in range(4)]
     model = keras.Sequential([keras.Input((64,)), *layers])
-    x = np.zeros((32, 64), "float32")
+    x = np.zeros((1024, 64), "float32")
 
-    def kept(policy, batch_size):
+    def held(policy, batch_size):
         (phase,) = tl.Trainer(model, policy, loss="mse").fit(x, x, batch_size=batch_size, dry_run=True).phases
-        return phase.activation_bytes
+        return phase.step_bytes
 
-    assert kept(tl.TrainAll(), 32) == pytest.approx(2 * kept(tl.TrainAll(), 16), rel=0.1)
-    assert kept(tl.TrainOnly("d3"), 32) < 0.6 * kept(tl.TrainAll(), 32)
+    assert held(tl.TrainAll(), 1024) == pytest.approx(2 * held(tl.TrainAll(), 512), rel=0.1)
+    assert held(tl.TrainOnly("d3"), 1024) < 0.6 * held(tl.TrainAll(), 1024)
 
 
 def test_a_policy_that_counts_is_as_if_nobody_had_asked_it():

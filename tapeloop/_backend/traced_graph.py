@@ -14,8 +14,13 @@ from tapeloop._search import search
 # Stateful ops that only read a variable. An op type that is stateful and not listed here counts as writing.
 READING = frozenset({"ReadVariableOp", "ResourceGather", "ResourceGatherNd", "VariableShape"})
 # Ops that call Python. A graph holds only a number for their code, so nobody can tell what it does.
-OF_TAPES = "gradient_tape/"  # what the names of ops begin with that compute a gradient
 PYTHON = frozenset({"PyFunc", "PyFuncStateless", "EagerPyFunc"})
+# Ops whose output is what they take, seen in another way, and ops that may write into what they take.
+VIEWS = frozenset({"Identity", "Reshape", "Squeeze", "ExpandDims", "StopGradient", "PreventGradient"})
+ELEMENTWISE = frozenset(
+    {"Add", "AddV2", "BiasAdd", "Elu", "EluGrad", "Maximum", "Minimum", "Mul", "Neg", "RealDiv", "Relu", "Relu6"}
+    | {"Relu6Grad", "ReluGrad", "Rsqrt", "Sigmoid", "SigmoidGrad", "Softmax", "Square", "Sub", "Tanh", "TanhGrad"}
+)
 
 
 class TracedGraph:
@@ -170,21 +175,40 @@ class Subgraph:
         return repr(_canonical(self.definition.node, [target.name for target in self.targets], functions, outside))
 
 
-def bytes_kept_for_gradient(function: Any) -> int:
-    """Return how many bytes of its forward pass a traced function keeps for the gradients that it computes.
+def peak_bytes(function: Any) -> int:
+    """Return the most bytes that a traced function holds at a time, beside its arguments and variables: an estimate.
 
-    Those are the tensors that ops of a tape take, which TensorFlow names after it; variables are not among them, nor
-    what has a shape that is not known.
+    Its ops run in the order in which they were traced, forward and then backward. A tensor is held from its op to the
+    last one that takes it, an output to the end. One of a shape that is not known counts nothing.
     """
-    total = 0
-    for op in function.graph.get_operations():
-        if op.name.startswith(OF_TAPES) or op.type in ("Const", *READING):
-            continue
+    ops = function.graph.get_operations()
+    owner: dict[str, str] = {}  # whose memory a tensor is in: its own, or that of what it is a view of
+    last_use: dict[str, int] = {}
+    for number, op in enumerate(ops):
+        taken = [owner[given.name] for given in op.inputs]
         for output in op.outputs:
-            is_kept = any(user.name.startswith(OF_TAPES) for user in output.consumers())
-            if is_kept and output.shape.is_fully_defined() and output.dtype not in (tf.resource, tf.variant):
-                total += output.shape.num_elements() * output.dtype.size
-    return total
+            owner[output.name] = taken[0] if op.type in VIEWS else output.name
+        last_use |= dict.fromkeys([*taken, *(owner[output.name] for output in op.outputs)], number)
+    last_use |= {owner[output.name]: len(ops) for output in function.outputs}
+    held, most = dict[str, int](), 0
+    for number, op in enumerate(ops):
+        ending = {owner[given.name] for given in op.inputs if last_use[owner[given.name]] == number}
+        for output in op.outputs if op.type not in (*VIEWS, *READING, "Const", "Placeholder") else ():
+            size = _bytes(output)
+            # An elementwise op writes into the memory of what it takes, if nobody takes that later.
+            replaced = next((name for name in ending if held.get(name) == size), None)
+            if op.type in ELEMENTWISE and replaced is not None:
+                held.pop(replaced)
+            held[output.name] = size
+        most = max(most, sum(held.values()))
+        for name in ending | {output.name for output in op.outputs if last_use[owner[output.name]] == number}:
+            held.pop(name, None)
+    return most
+
+
+def _bytes(tensor: tf.Tensor) -> int:
+    is_known = tensor.shape.is_fully_defined() and tensor.dtype not in (tf.resource, tf.variant)
+    return tensor.shape.num_elements() * tensor.dtype.size if is_known else 0
 
 
 def _sparse_shapes(function: Any, inputs: Iterable[tf.Tensor]) -> Iterator[str]:
