@@ -3,9 +3,11 @@
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import hypothesis
@@ -247,10 +249,12 @@ def written(tmp_path_factory):
 @hypothesis.given(change=st.sampled_from([*CHANGES, *WITHOUT_EFFECT]), kind=st.sampled_from(["path", "memory"]))
 @recipes.thorough()
 def test_a_hit_only_where_nothing_that_features_depend_on_has_changed(change, kind, written):
-    trainer, data, where = frozen_base(), images(), written if kind == "path" else "memory"
-    fit(where, data, trainer)
-    with watched_cache() as watched:
-        fit(where, change(trainer, data) or data, trainer)
+    with tempfile.TemporaryDirectory() as folder:  # one draw must not find what another has written
+        where = shutil.copytree(written, f"{folder}/features") if kind == "path" else "memory"
+        trainer, data = frozen_base(), images()
+        fit(where, data, trainer)
+        with watched_cache() as watched:
+            fit(where, change(trainer, data) or data, trainer)
     assert watched.computed == ["x"] * (change in CHANGES)
 
 
