@@ -158,7 +158,7 @@ class Fits:
             CheckpointError: The folder cannot be used, or has checkpoints of another model or trainer.
             DisconnectedError: A variable that should train gets no gradient.
             NonFiniteError: A loss or a gradient is Inf or NaN.
-            RuntimeError: Called inside `ema_weights()`, or within an epoch of this trainer.
+            RuntimeError: Called inside `ema_weights()`, or within a fit of this trainer.
 
         Example:
             >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
@@ -169,7 +169,9 @@ class Fits:
             (2, 2, 4)
         """
         check_no_others(self.fit, others)
-        self._loop.check_idle()
+        self._loop.check_may_fit()
+        if shuffle not in (True, False):
+            raise ValueError(f"`shuffle` must be True or False. Received: {shuffle!r}.")
         whole_number("epochs", epochs, 0)
         self.state.averages.check_may_train()
         given = joined(x, y, sample_weight)
@@ -189,6 +191,7 @@ class Fits:
             return self._dry_run(spec, validation_spec, epochs)
         with opened(checkpoint, self._contents) as session:
             fit_data, span = self._prepare(spec, validation_spec, epochs, cache, session)
+            listener.check_groups(self._loop.phases.groups_to_come())
             listener.set_params(epochs=epochs, steps=fit_data.loader.batches_per_epoch, verbose=verbose)
             if session is None:
                 return self._loop.fit(fit_data, span, display, [listener], validation)

@@ -128,6 +128,11 @@ def test_what_would_do_nothing_or_break_the_trainer_is_not_assigned(name):
     trainer.loss = trainer.counts = 1  # names of the user's own
 
 
+def test_shuffle_is_a_flag(trainer):
+    with pytest.raises(ValueError, match=r"`shuffle` must be True or False\. Received: 'batch'"):
+        trainer.fit(X, Y, shuffle="batch")
+
+
 class TwoModels(tl.Trainer):
     def train_step(self, batch):
         with self.tape() as tape:

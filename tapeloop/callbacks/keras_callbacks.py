@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -13,6 +13,7 @@ from tapeloop._backend import keras_internals
 from tapeloop.callbacks.model_view import ModelView
 from tapeloop.callbacks.state import append_to_files, plain_attributes, restore, state_of
 from tapeloop.data.loader import DataLoader
+from tapeloop.errors import PolicyError
 from tapeloop.loop.epochs import EpochLoop
 from tapeloop.loop.listener import FitListener, ReadLogs
 from tapeloop.model.tree import Model
@@ -79,12 +80,13 @@ class KerasCallbacks(FitListener):
         pairs = [(one.group, one.callback) if isinstance(one, ForGroup) else (None, one) for one in _flat(given)]
         for _, callback in pairs:
             _check_callback(callback)
-            _check_suitable(callback)
+            _check_suitable(callback, model)
         # Keras' own averages are those of its optimizers; the trainer swaps its own.
         self.swaps_averages = any(isinstance(each, keras.callbacks.SwapEMAWeights) for _, each in pairs)
         pairs = [pair for pair in pairs if not isinstance(pair[1], keras.callbacks.SwapEMAWeights)]
         self._loop = loop
         self._callbacks = [callback for _, callback in pairs]
+        self._groups = [group for group, _ in pairs]
         self._views = [ModelView(model, loop, objective, group) for group, _ in pairs]
         self._looks_at_steps = any(keras_internals.needs_batches(each, OF_TRAIN_BATCHES) for each in self._callbacks)
         self._looks_at_tests = any(keras_internals.needs_batches(each, OF_TEST_BATCHES) for each in self._callbacks)
@@ -103,6 +105,22 @@ class KerasCallbacks(FitListener):
         for callback, view in zip(self._callbacks, self._views):
             callback.set_params({"verbose": verbose, "epochs": epochs, "steps": steps})
             callback.set_model(view)
+
+    def check_groups(self, groups: Collection[str] | None) -> None:
+        """Check that there will be a group for each `ForGroup`.
+
+        Args:
+            groups: The groups that may train; None if nobody knows.
+
+        Raises:
+            PolicyError: There will be none.
+        """
+        for callback, group in zip(self._callbacks, self._groups):
+            if groups is not None and group is not None and group not in groups:
+                raise PolicyError(
+                    f"`ForGroup({group!r}, {type(callback).__name__})`: there is no group {group!r}. The groups are "
+                    f"{sorted(groups)}."
+                )
 
     def resume(self, epochs: int, saved: Any, read: Callable[[str], Any]) -> None:
         """Have the callbacks resume from a checkpoint when the fit begins.
@@ -212,7 +230,13 @@ def _check_callback(callback: Any) -> None:
         )
 
 
-def _check_suitable(callback: keras.callbacks.Callback) -> None:
+def _check_suitable(callback: keras.callbacks.Callback, model: Model) -> None:
+    restores = isinstance(callback, keras.callbacks.EarlyStopping) and callback.restore_best_weights
+    if isinstance(model, Mapping) and (restores or isinstance(callback, keras.callbacks.ModelCheckpoint)):
+        raise ValueError(
+            f"`{type(callback).__name__}` keeps the weights of one model, and the trainer's is a mapping of "
+            f"{', '.join(map(repr, model))}. Pass `checkpoint=tl.Checkpoints(directory, keep_best=...)` to `fit`."
+        )
     for kind in type(callback).__mro__:
         if kind.__name__ in REFUSED and kind.__module__.startswith("keras."):
             raise ValueError(

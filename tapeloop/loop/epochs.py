@@ -241,6 +241,19 @@ class EpochLoop:
         finally:
             display.close()
 
+    def check_may_fit(self) -> None:
+        """Check that no fit is under way, also between two of its epochs.
+
+        Raises:
+            RuntimeError: One is.
+        """
+        self.check_idle()
+        if self.data is not None:
+            raise RuntimeError(
+                "`fit` was called within a fit of the same trainer, such as by a callback. Call it after that has "
+                "ended: `trainer.stop_training = True` ends it."
+            )
+
     def check_idle(self) -> None:
         """Check that no epoch is under way.
 

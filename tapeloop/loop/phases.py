@@ -145,6 +145,12 @@ class PhaseTracker:
         to_come = selections_to_come(self.policy, self._fresh)
         self._state.optimizers.require_groups(to_come, changing=True)
 
+    def groups_to_come(self) -> set[str] | None:
+        """Return the names of the groups that may train, or None if a policy does not say what it will answer."""
+        tree, is_static = self._fresh or Tree.of(self._model), type(self.policy).at is VariablePolicy.at
+        to_come = [resolve(self.policy, tree)] if is_static else selections_to_come(self.policy, tree)
+        return {group for selection in to_come for group in selection.groups} or None
+
     def read_again(self) -> None:
         """Have the model be read anew: its flags may have changed since the fit began."""
         self._fresh = None

@@ -333,10 +333,33 @@ def test_a_prediction_and_an_evaluation_are_told_of():
 def test_models_in_a_mapping_are_saved_by_the_trainer():
     trainer = tl.Trainer({"one": network()}, loss="mse")
     trainer.forward = lambda inputs, training: trainer.model["one"](inputs)
-    saving = callbacks.ModelCheckpoint("unused.keras")
+    for given in (callbacks.ModelCheckpoint("unused.keras"), callbacks.EarlyStopping(restore_best_weights=True)):
+        with pytest.raises(ValueError, match=r"keeps the weights of one model, .* a mapping of 'one'.*tl.Checkpoints"):
+            trainer.fit(X, Y, verbose=0, callbacks=[given])
+    saving = callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: saving.model.save("unused.keras"))
+    assert trainer.step == 0
     with pytest.raises(AttributeError, match=r"asks for `self.model.save`, and .* a mapping of 'one'.*tl.Checkpoints"):
         trainer.fit(X, Y, verbose=0, callbacks=[saving])
     assert not pathlib.Path("unused.keras").exists()
+
+
+def test_a_group_that_never_comes_is_found_before_anything_has_moved():
+    stages = tl.GradualUnfreeze(["head", "base"], decay=0.5)
+    late, wrong = (tl.ForGroup(group, callbacks.ReduceLROnPlateau("loss")) for group in ("stage1", "stage2"))
+    trainer = tl.Trainer(network(), stages, loss="mse")
+    with pytest.raises(tl.PolicyError, match=r"`ForGroup\('stage2', ReduceLROnPlateau\)`: there is no group 'stage2'"):
+        trainer.fit(X, Y, verbose=0, callbacks=[wrong])
+    assert trainer.step == 0
+    with pytest.raises(tl.PolicyError, match="The groups are \\['default'\\]"):
+        tl.Trainer(network(), loss="mse").fit(X, Y, verbose=0, callbacks=[late])
+
+
+def test_a_fit_within_a_fit_is_refused():
+    trainer = tl.Trainer(network(), loss="mse")
+    again = callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: trainer.fit(X, Y, verbose=0))
+    with pytest.raises(RuntimeError, match=r"`fit` was called within a fit of the same trainer.*`trainer.stop_training"):
+        trainer.fit(X, Y, epochs=2, verbose=0, callbacks=[again])
+    assert trainer.fit(X, Y, verbose=0).epoch == [1]
 
 
 def test_a_run_that_was_stopped_early_is_over_when_it_is_run_again(tmp_path):
