@@ -357,7 +357,7 @@ def test_a_group_that_never_comes_is_found_before_anything_has_moved():
 def test_a_fit_within_a_fit_is_refused():
     trainer = tl.Trainer(network(), loss="mse")
     again = callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: trainer.fit(X, Y, verbose=0))
-    with pytest.raises(RuntimeError, match=r"`fit` was called within a fit of the same trainer.*`trainer.stop_training"):
+    with pytest.raises(RuntimeError, match=r"`fit` was called within a fit of the same trainer.*`trainer.stop"):
         trainer.fit(X, Y, epochs=2, verbose=0, callbacks=[again])
     assert trainer.fit(X, Y, verbose=0).epoch == [1]
 
