@@ -90,3 +90,8 @@ def format_bytes(count: int) -> str:
     while round(size, 1) >= 1024 and len(units) > 1:
         size, units = size / 1024, units[1:]
     return f"{size:.{int(units[0] != 'B')}f} {units[0]}"
+
+
+def format_count(number: int, one: str, several: str | None = None) -> str:
+    """Return a number of things: `1 step`, `2,000 steps`; `several` is the plural, by default with an s."""
+    return f"{number:,} {one if number == 1 else several or one + 's'}"

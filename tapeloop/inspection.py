@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import keras
 
-from tapeloop._table import Table
+from tapeloop._table import Table, format_count
 from tapeloop._validation import whole_number
 from tapeloop.errors import PolicyError
 from tapeloop.loop.epochs import EpochLoop
@@ -116,7 +116,9 @@ class ShowsItself:
             "policy": _told(lambda: described(self._parts.policy)),
             "trains": trains,
             "optimizer": _told(lambda: _listed(self.state.optimizers.settings(selection))),
-            "trained": _told(lambda: f"{_count(self.state.step, 'step')}, {_count(self.state.epoch, 'epoch')}"),
+            "trained": _told(
+                lambda: f"{format_count(self.state.step, 'step')}, {format_count(self.state.epoch, 'epoch')}"
+            ),
         }
         first = f"<{type(self).__name__} of {_told(lambda: _sized(self.model, selection))}"
         return "\n".join([first, *(f"  {f'{name}:':<11}{said}" for name, said in lines.items())]) + ">"
@@ -151,7 +153,7 @@ def _told(tell: Callable[[], str]) -> str:
 def _name(model: Model) -> str:
     """Return what a model is called: `Functional 'resnet50'`."""
     if isinstance(model, Mapping):
-        return f"{_count(len(model), 'model')}: {_listed(list(model))}"
+        return f"{format_count(len(model), 'model')}: {_listed(list(model))}"
     name = getattr(model, "name", None) if isinstance(model, keras.Layer) else None
     return type(model).__name__ + (f" {name!r}" if name else "")
 
@@ -159,10 +161,6 @@ def _name(model: Model) -> str:
 def _sized(model: Model, selection: Selection | None) -> str:
     tree = Tree.of(model) if selection is None else selection.tree
     return f"{_name(model)}, {size_of(tree.variables):,} parameters"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import tapeloop as tl
-from tapeloop._table import html_table, shortened, table
+from tapeloop._table import format_count, html_table, shortened, table
 from tests.support import models
 from tests.support.histories import history_of
 
@@ -68,3 +68,8 @@ def test_a_frontier_shows_what_it_prints():
     none = tl.Frontier(obstacles=("`base/kernel` trains and comes first", "`x` mixes"))
     assert none._repr_html_().count("<tr>") == 3
     assert "mixes" in none._repr_html_()
+
+
+def test_one_thing_and_several():
+    assert format_count(1, "batch", "batches") == "1 batch"
+    assert (format_count(0, "step"), format_count(2000, "step")) == ("0 steps", "2,000 steps")

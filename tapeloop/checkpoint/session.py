@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from tapeloop._table import format_count
 from tapeloop.checkpoint import files
 from tapeloop.checkpoint.checkpoints import Checkpoints
 from tapeloop.checkpoint.contents import RunContents, resumption_of
@@ -77,8 +78,9 @@ class CheckpointSession(FitListener):
         self._contents.restore(self.found)
         record = self.found.record
         step, epoch = record["step"], record["epoch"]
-        within = f" and {record['epoch_under_way']['drawn']} batches" if record["epoch_under_way"] else ""
-        trained = f"{epoch} {'epoch' if epoch == 1 else 'epochs'}{within}"
+        drawn = record["epoch_under_way"]["drawn"] if record["epoch_under_way"] else None
+        within = "" if drawn is None else f" and {format_count(drawn, 'batch', 'batches')}"
+        trained = f"{format_count(epoch, 'epoch')}{within}"
         rest = "" if epoch < epochs.stop else f". All {len(epochs)} epochs of the fit are trained already"
         # A warning, since Python shows no others unless it is told to, and nobody should have to guess.
         _LOG.warning("Resuming from %s: step %s, after %s%s.", self.found.folder, step, trained, rest)
