@@ -110,6 +110,39 @@ class TracedGraph:
             node.attr.pop("_class", None)  # names other nodes to share a device with, which may be missing here
         return Subgraph([name for name in self.captures if name in used], self, definition, targets, feeds)
 
+    def edited(self, nodes: Mapping[str, Any], feeds: Sequence[Any], effects: Collection[tf.Operation]) -> Subgraph:
+        """Return what other nodes make of the function: whatever its outputs and some effects need of them.
+
+        Args:
+            nodes: The nodes by name, as protocol buffers: those of a subgraph, changed.
+            feeds: What stands for the values that are fed, beside the captures: its `name` is that of a tensor.
+            effects: The ops that are to run as well.
+        """
+
+        def behind(name: str) -> list[str]:
+            taken = [given.lstrip("^").partition(":")[0] for given in nodes[name].input if _is_data(given, nodes)]
+            return [before for before in taken if before in nodes]
+
+        starts = [op.name for op in (*effects, *(output.op for output in self.outputs)) if op.name in nodes]
+        found = search(starts, behind)
+        definition = tf.compat.v1.GraphDef(versions=self.definition.versions, library=self.definition.library)
+        definition.node.extend(nodes[name] for name in nodes if name in found)
+        for node in definition.node:
+            kept = [taken for taken in node.input if taken[0] != "^" or taken[1:] in found]
+            del node.input[:]
+            node.input.extend(kept)
+        taken = {name for node in definition.node for name in node.input} | {output.name for output in self.outputs}
+        captures = [name for name in self.captures if name in taken or name.removesuffix(":0") in taken]
+        return Subgraph(captures, self, definition, self.outputs, feeds)
+
+    def structured(self, tensors: Iterable[tf.Tensor]) -> Any:
+        """Return what the function returns, of values for its outputs."""
+        computed, structure = iter(tensors), self.function.structured_outputs
+        values = tf.nest.flatten(structure, expand_composites=True)
+        # An output may be None or a number of Python, which is no tensor of the graph.
+        values = [next(computed) if isinstance(value, tf.Tensor) else value for value in values]
+        return tf.nest.pack_sequence_as(structure, values, expand_composites=True)
+
     def _is_pure_node(self, node: Any) -> bool:
         # Control flow and calls are as pure as the functions that they run; a node may also be named after one.
         called = [node.op] if node.op in self._functions else _called(node)
@@ -209,6 +242,11 @@ def peak_bytes(function: Any) -> int:
 def _bytes(tensor: tf.Tensor) -> int:
     is_known = tensor.shape.is_fully_defined() and tensor.dtype not in (tf.resource, tf.variant)
     return tensor.shape.num_elements() * tensor.dtype.size if is_known else 0
+
+
+def _is_data(taken: str, nodes: Mapping[str, Any]) -> bool:
+    """Tell whether a node waits for what it takes: a value, or a NoOp that joins what it waits for."""
+    return taken[0] != "^" or (taken[1:] in nodes and nodes[taken[1:]].op == "NoOp")
 
 
 def _sparse_shapes(function: Any, inputs: Iterable[tf.Tensor]) -> Iterator[str]:

@@ -211,6 +211,8 @@ class KerasCallbacks(FitListener):
         # As `keras.callbacks.CallbackList` does, which would give each of them the same model.
         for callback in self._callbacks:
             getattr(callback, name)(*args)
+            if keras_internals.is_overridden(callback, name):
+                self._loop.steps.folding.weights_may_have_moved()
 
 
 def _flat(given: Any) -> Sequence[Any]:

@@ -100,12 +100,8 @@ class Cut:
     def rest(self, features: Features) -> Any:
         """Run the rest of the step in a function that is being traced, and return what the step returns."""
         tensors = features.tensors
-        computed = iter(self.after([*tensors, *(_size_like(size, tensors[0]) for size in self.sizes)]))
-        structure = self.whole.function.structured_outputs
-        values = tf.nest.flatten(structure, expand_composites=True)
-        # An output may be None or a number of Python, which is no tensor of the graph.
-        values = [next(computed) if isinstance(value, tf.Tensor) else value for value in values]
-        return tf.nest.pack_sequence_as(structure, values, expand_composites=True)
+        sizes = (_size_like(size, tensors[0]) for size in self.sizes)
+        return self.whole.structured(self.after([*tensors, *sizes]))
 
 
 def find(

@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from tapeloop._backend.assertions import refusal
 from tapeloop._backend.patching import noting_all_assignments
+from tapeloop.folding.option import Folding
 from tapeloop.loop.compiled_step import CompiledStep
 from tapeloop.loop.epochs import EpochLoop
 from tapeloop.loop.interrupts import deferred_interrupt
@@ -117,7 +118,7 @@ def rehearsed(loop: EpochLoop, batch: Any) -> Iterator[Rehearsal]:
         try:
             parts.updates, loop.runs = trial, True
             trial.prepare(selection, state.step, changing=type(loop.phases.policy).at is not VariablePolicy.at)
-            step = CompiledStep(Planner("train", selection, parts), copy.copy(state.microbatches))
+            step = CompiledStep(Planner("train", selection, parts), copy.copy(state.microbatches), Folding(False))
             # Once it is traced, it is known what it moves.
             step.trace_on_batch(batch)
             before.add_all(atomic.movable_variables(step.planner))

@@ -16,6 +16,9 @@ import tensorflow as tf
 from tapeloop._backend.assertions import DRAWING, has_stopped, xla_refusal
 from tapeloop.data.batch import Features, after, examples_of, open_spec_of, spec_of, tensors_in
 from tapeloop.data.cursor import BatchCursor, IteratorReader, Reader, layout_of
+from tapeloop.folding.fold import fold
+from tapeloop.folding.option import Folding
+from tapeloop.folding.store import FoldedPart
 from tapeloop.loop.step_counts import StepCounts, counted, limits
 from tapeloop.loop.steps_per_call import Pace
 from tapeloop.step import atomic
@@ -37,12 +40,13 @@ class CompiledStep:
         pace: The number of steps that a call of the loop runs.
     """
 
-    def __init__(self, planner: Planner, microbatches: Microbatches) -> None:
+    def __init__(self, planner: Planner, microbatches: Microbatches, folding: Folding) -> None:
         """Make the step; nothing is traced yet.
 
         Args:
             planner: What plans it.
             microbatches: The number of pieces that the batches of a training step are cut in.
+            folding: Whether its frozen part is folded.
         """
         self.planner = planner
         self.kind = planner.kind
@@ -51,6 +55,7 @@ class CompiledStep:
         self.pace = Pace(planner.parts.compilation.steps_per_call)
         # An evaluation keeps no activations for a gradient, which are what pieces save.
         self._microbatches = microbatches if self.kind == "train" else Microbatches(1)
+        self._folding = folding
         self._counts = planner.parts.counts
         self._uses_xla = planner.parts.compilation.uses_xla
         self._plan_rest: Callable[[Any], StepPlan] | None = None
@@ -139,15 +144,39 @@ class CompiledStep:
             said = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()[:200]
             _LOG.warning("The step cannot be traced (%s): its metrics cover the rest of this epoch alone.", said)
 
-    def plan(self, spec: Any) -> StepPlan:
-        """Plan the step for batches of a signature, or for features of them."""
+    def plan(self, spec: Any, *, folds: bool = False) -> StepPlan:
+        """Plan the step for batches of a signature, or for features of them.
+
+        Args:
+            spec: The signature.
+            folds: Whether its frozen part is folded.
+        """
         if isinstance(spec, Features):
             assert self._plan_rest is not None
             return self._plan_rest(spec)
         count, adapts = self._microbatches.count, self._microbatches.adapts
+        plan_piece = functools.partial(self._plan_piece, folds=folds)
         if count == 1:
-            return self.planner.plan(spec, deferred=self.planner.may_fail())
-        return accumulate(functools.partial(self.planner.plan, deferred=True), spec, count, at_most=adapts)
+            return plan_piece(spec, deferred=self.planner.may_fail())
+        return accumulate(functools.partial(plan_piece, deferred=True), spec, count, at_most=adapts)
+
+    def _plan_piece(self, spec: Any, *, deferred: bool, folds: bool) -> StepPlan:
+        """Plan the step for batches or micro-batches of a signature."""
+        # Folded or not, the user's part is traced once.
+        key = f"{spec} {deferred}"
+        if key not in self._traced:
+            self._traced[key] = self.planner.plan(spec, deferred=deferred)
+        plan = self._traced[key]
+        folded = fold(self.planner, plan, self._folding.store) if folds else None
+        if folded is None:
+            return plan
+        self._folded.append(folded.values)
+        return folded.plan
+
+    def refresh(self) -> None:
+        """Bring folded values up to date, if weights may have moved since the last step."""
+        for values in self._folded:
+            values.refresh()
 
     def split_at(self, plan_rest: Callable[[Any], StepPlan]) -> None:
         """Run on features if a cursor gives them: `plan_rest` plans the rest of the step for their signature."""
@@ -157,6 +186,8 @@ class CompiledStep:
 
     def forget(self) -> None:
         """Forget all traces."""
+        self._traced: dict[str, StepPlan] = {}
+        self._folded: list[FoldedPart] = []
         self._steps: dict[str, Callable[[Any], Any]] = {}
         self._loops: dict[str, Any] = {}
         self._singles: dict[str, Any] = {}
@@ -179,22 +210,29 @@ class CompiledStep:
         """Whether the host runs step by step."""
         return self._is_on_trial or self.planner.parts.compilation.run_eagerly
 
-    def _step(self, spec: Any) -> Callable[[Any], Any]:
+    def _folds(self, spec: Any) -> bool:
+        """Tell whether the step for batches of a signature is folded: once it is, it stays so."""
+        is_data = not isinstance(spec, Features)
+        return is_data and (f"{spec} folded" in self._steps or self._folding.folds(self.kind))
+
+    def _step(self, spec: Any, *, folds: bool) -> Callable[[Any], Any]:
         """Return the step for batches of a signature: planned and built if the signature is new."""
         # A plan is traced once, and built into the loop, the single step and the step that the host calls.
-        key = str(spec)
+        key = f"{spec} folded" if folds else f"{spec}"
         if key not in self._steps:
-            plan = self.plan(spec)
+            self.trace_count += f"{spec}" not in self._steps and f"{spec} folded" not in self._steps
+            plan = self.plan(spec, folds=folds)
             step = atomic.build(self.planner, plan) if self.kind == "train" else self.planner.build_evaluation(plan)
             self._steps[key] = tf.function(step, autograph=False, jit_compile=True) if self._uses_xla else step
-            self.trace_count += 1
         return self._steps[key]
 
     def _compiled(self, spec: Any) -> Any:
         """Return the step for batches of a signature as a function that the host can call."""
-        key = str(spec)
+        folds = self._folds(spec)
+        key = f"{spec} {folds}"
         if key not in self._functions:
-            self._functions[key] = tf.function(self._step(spec), autograph=False).get_concrete_function(spec)
+            step = self._step(spec, folds=folds)
+            self._functions[key] = tf.function(step, autograph=False).get_concrete_function(spec)
         return self._functions[key]
 
     def _loop_over(self, cursor: BatchCursor) -> Any:
@@ -203,9 +241,11 @@ class CompiledStep:
             # `tf.function` would look its trace up by the same signature, but takes as long for it as for the call
             # itself.
             reader = cursor.reader.signature()
-            key = str(tf.nest.map_structure(_described, reader))
+            spec = cursor.spec()
+            folds = self._folds(spec)
+            key = f"{tf.nest.map_structure(_described, reader)} {folds}"
             if key not in self._loops:
-                loop = tf.function(functools.partial(self._loop, self._step(cursor.spec())), autograph=False)
+                loop = tf.function(functools.partial(self._loop, self._step(spec, folds=folds)), autograph=False)
                 start, counts, limit = tf.constant(0, tf.int64), self._counts.read_value(), limits(1, 0)
                 args = reader, start, counts, limit, tf.constant(math.inf, tf.float64)
                 self._loops[key] = loop.get_concrete_function(*args)
@@ -220,7 +260,8 @@ class CompiledStep:
         key = f"{kinds} {layout_of(batch)}"
         if key not in self._singles:
             spec = open_spec_of(batch)
-            step = self._step(spec)
+            # Between two batches anything may be set by hand, such as the weights of a target network.
+            step = self._step(spec, folds=False)
             alone = tf.function(lambda batch, counts: self._alone(step, batch, counts), autograph=False)
             self._singles[key] = alone.get_concrete_function(spec, tf.TensorSpec([6], tf.int64))
         return self._singles[key]
@@ -313,7 +354,7 @@ class CompiledStep:
         if self.planner.parts.compilation.run_eagerly:  # such a step undoes itself
             return []
         # Planned first, since the plan tells what the user's part touches.
-        self._step(spec())
+        self._step(spec(), folds=False)
         return [(variable, variable.numpy()) for variable in atomic.movable_variables(self.planner)]
 
     def _give_up_xla(self, error: Exception) -> None:

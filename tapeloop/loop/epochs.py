@@ -85,6 +85,7 @@ class EpochLoop:
         """
         history, state = self.state.history.since(epochs.start), self.state
         self.steps.start_fit()
+        self.steps.folding.weights_may_have_moved()
         self.data, self.span, self._listeners, state.under_way = data, epochs, listeners, None
         self._validation = validation or Validation()
         self.is_resuming, self.stop_training, logs = state.resumption is not None, False, dict[str, Any]()
@@ -133,12 +134,15 @@ class EpochLoop:
             # Where a run resumes in the first epoch of its fit, the phase began with that, unless another is recorded.
             self._record(phase, history, step=progress.began if progress and not history.phases else state.step)
         loader = data.training(phase, state.epoch)
+        self._expect("train", loader, phase.every_steps)
         validates = data.validation_spec is not None
         if validates and self._data_is_new:  # what is wrong with either shows before anything has moved
             if progress is None:
                 phase.step.trace(loader.cursor())
             evaluation = self.evaluation()
-            evaluation.trace(data.validation(evaluation).cursor())
+            to_validate = data.validation(evaluation)
+            self._expect("eval", to_validate)
+            evaluation.trace(to_validate.cursor())
         self._data_is_new = False
         if state.under_way.logs is None:
             state.under_way.logs = self._train(phase, loader, display, title, history, resumption)
@@ -155,8 +159,12 @@ class EpochLoop:
         evaluation = self.evaluation()
         loader = data.validation(evaluation)
         averages = self._validation.values == "ema"
+        if averages or not self.steps.parts.is_plain():  # a step of the user's may move what no step of ours would
+            self.steps.folding.weights_may_have_moved()
         with self.state.averages.swap(self.state.step) if averages else contextlib.nullcontext():
             logs = self.evaluate(evaluation, loader, display, "  validation", self._listeners)
+        if averages:
+            self.steps.folding.weights_may_have_moved()
         loader.rewind()  # so that each epoch is validated on the same batches
         return {f"val_{name}": value for name, value in logs.items()}
 
@@ -185,6 +193,9 @@ class EpochLoop:
     ) -> dict[str, Any]:
         """Run a step over one epoch of batches, and return its logs."""
         read_logs = functools.partial(self.steps.logs, "eval", [step.planner.metrics])
+        if self.data is None:
+            self._expect("eval", loader)
+            self.steps.folding.weights_may_have_moved()
         self._start(step)
         for listener in listeners:
             listener.before_evaluation(loader)
@@ -216,6 +227,7 @@ class EpochLoop:
         if self._is_reset is not step:
             self.steps.reset(step.kind, step.selection.tree)
         self._is_reset = None
+        self.steps.folding.weights_may_have_moved()
         step.planner.warn_stale()
         with self._running(), deferred_interrupt():
             counts, logs, failure = step.run_on_batch(batch, self._before())
@@ -228,11 +240,14 @@ class EpochLoop:
     def predict(self, loader: DataLoader, display: ProgressDisplay) -> Iterator[Any]:
         """Yield the outputs for each batch of one epoch."""
         step = self.steps.get("predict", self.phases.held())
+        self._expect("predict", loader)
+        self.steps.folding.weights_may_have_moved()
         step.planner.warn_stale()
         examples = 0
         display.start("prediction", loader.batches_per_epoch)
         try:
             for batch in loader:
+                step.refresh()
                 outputs = step.predict(batch, self._before())
                 examples += int(examples_of(batch))
                 yield outputs
@@ -349,6 +364,7 @@ class EpochLoop:
         most = min(limit for limit in (step.pace.steps, cursor.remaining, most) if limit is not None)
         # Between the call and the bookkeeping of it, Ctrl-C would leave the two apart.
         with deferred_interrupt():
+            step.refresh()
             began = time.perf_counter()
             counts, failure = step.run_steps(cursor, most, self._before(), self.handler.max_consecutive)
             step.pace.adapt(counts.batches, time.perf_counter() - began)
@@ -384,6 +400,15 @@ class EpochLoop:
         began = Phase(step, self.state.epoch, phase.policy, lambda: selection)
         for history in (self.state.history, *histories):
             history.add_phase(began)
+
+    def _expect(self, kind: str, loader: DataLoader, every_steps: int | None = None) -> None:
+        """Take down how many steps of a kind are to come in a row, which tells whether folding them is worth it."""
+        batches, epochs = loader.batches_per_epoch, self.span.stop - self.state.epoch if self.data is not None else 1
+        # After each look of a callback or a policy, folded values would have to be computed anew.
+        limits = [limit for limit in (every_steps, _fewest(self._listeners)) if limit is not None]
+        if min(limits) < sys.maxsize:
+            batches, epochs = min(limits), 1
+        self.steps.folding.expect(kind, batches, epochs)
 
     def _start(self, step: CompiledStep) -> None:
         """Reset what a step logs, before an epoch."""

@@ -230,7 +230,10 @@ class PhaseTracker:
         self._fresh = None
         # Asked no more often than needed: at the largest common divisor of all that the policies say.
         every_steps = math.gcd(*(each.every for each in policies if each.every is not None))
-        self._active = ActivePhase(self._steps.get("train", selection), holding, every_steps or None)
+        step, before = self._steps.get("train", selection), self._active
+        if before is not None and step is not before.step:
+            self._steps.folding.weights_may_have_moved()  # by the steps of the phase before
+        self._active = ActivePhase(step, holding, every_steps or None)
         return self._active
 
     def _chain(self, logs: Mapping[str, Any] | None = None) -> list[VariablePolicy]:
@@ -243,6 +246,8 @@ class PhaseTracker:
         if self._asked is None or self._asked[0] is not asked[0] or self._asked[1:] != asked[1:]:
             self._answer = chain(self.policy, state.progress(logs))
             self._asked = asked
+            if not all(type(policy).__module__.startswith("tapeloop.") for policy in self._answer):
+                self._steps.folding.weights_may_have_moved()  # a policy of the user's may do so
         return self._answer
 
 

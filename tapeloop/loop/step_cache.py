@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from tapeloop.folding.option import Folding
 from tapeloop.loop.compiled_step import CompiledStep
 from tapeloop.model.selection import Selection
 from tapeloop.model.tree import Model, Tree, raw
@@ -23,10 +24,12 @@ class StepCache:
 
     Attributes:
         parts: What all of them share.
+        folding: Whether their frozen parts are folded.
     """
 
-    def __init__(self, parts: StepParts, microbatches: Microbatches) -> None:
+    def __init__(self, parts: StepParts, microbatches: Microbatches, folding: Folding) -> None:
         self.parts = parts
+        self.folding = folding
         self._microbatches = microbatches
         self._steps: dict[tuple[str, Selection], CompiledStep] = {}
         self._traces_gone = 0
@@ -37,7 +40,7 @@ class StepCache:
         # Two spellings of one policy share a step: selections are equal by variables and modes.
         step = self._steps.pop((kind, selection), None)
         if step is None:
-            step = CompiledStep(Planner(kind, selection, self.parts), self._microbatches)
+            step = CompiledStep(Planner(kind, selection, self.parts), self._microbatches, self.folding)
         self._steps[kind, selection] = step  # the step used last stands last
         # Its compiled functions go, so that a random policy does not fill the memory; see `docs/notes.md` for what
         # stays.

@@ -16,9 +16,16 @@ from tapeloop.step.context import StepContext
 class UserAttributes:
     """Finds what the user keeps among the attributes of a trainer."""
 
-    def __init__(self, attributes: Mapping[str, Any], model: Model) -> None:
-        """Keep the attributes of a trainer, which go on changing, and its model, which is left out of the answers."""
+    def __init__(self, attributes: Mapping[str, Any], model: Model, kind: type) -> None:
+        """Keep the attributes of a trainer, which go on changing.
+
+        Args:
+            attributes: The attributes.
+            model: Its model, which is left out of the answers.
+            kind: Its class, whose attributes stand for those that it has not itself.
+        """
         self._attributes = attributes
+        self._kind = kind
         self._model = model
 
     def metrics(self) -> list[keras.metrics.Metric]:
@@ -60,8 +67,8 @@ class UserAttributes:
 
     def warn_stale(self, context: StepContext) -> None:
         """Warn of numbers among the attributes that have changed since a step was traced with them."""
-        now = self._attributes
-        changed = [name for name, value in context.numbers.items() if name in now and not _is_same(now[name], value)]
+        now = {name: self._attributes.get(name, getattr(self._kind, name, value)) for name, value in context.numbers.items()}
+        changed = [name for name, value in context.numbers.items() if not _is_same(now[name], value)]
         for name in changed:
             # Taken out as it is said: once is enough, and only a new trace reads the number again.
             warnings.warn(

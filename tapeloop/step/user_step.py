@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar
 
@@ -394,7 +395,9 @@ class UserStep:
         if isinstance(value, (int, float, np.number)) and name[0] != "_" and not tf.executing_eagerly():
             attributes = super().__getattribute__("__dict__")
             context = attributes["_parts"].context if "_parts" in attributes else None
-            if name in attributes and context is not None:
+            # One of the class counts too; a property computes what it returns anew each time.
+            is_kept = name in attributes or not isinstance(inspect.getattr_static(type(self), name), property)
+            if context is not None and is_kept:
                 context.numbers[name] = value
         return value
 

@@ -3,6 +3,9 @@
 import pytest
 
 from tests.support.cached import watched_cache
+from tests.support.folding import folded_and_not
+
+folding = folded_and_not(slow="plain")
 
 
 @pytest.fixture

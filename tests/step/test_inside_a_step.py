@@ -68,6 +68,14 @@ def test_a_number_that_changes_after_the_trace_is_warned_of_once():
     trainer.fit(BATCHES, verbose=0)
 
 
+def test_so_is_a_number_of_the_class():
+    trainer = trainer_of(Weighted)
+    trainer.evaluate(X, Y, verbose=0)
+    trainer.beta = 0.25
+    with pytest.warns(UserWarning, match=r"`self.beta` was 1.0 when the eval step was traced, and is 0.25 now"):
+        trainer.evaluate(X, Y, verbose=0)
+
+
 def test_a_variable_may_change_and_so_may_a_number_that_no_step_reads():
     trainer = trainer_of(Weighted)
     trainer.beta, trainer.other = tf.Variable(0.5, trainable=False), 1

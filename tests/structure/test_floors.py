@@ -17,6 +17,7 @@ FLOORS = (
     ("model",),
     ("plots", "policies", "optimization"),
     ("step",),
+    ("folding",),
     ("loop",),
     ("callbacks", "checkpoint", "feature_cache", "dry_run", "inspection"),
     ("fitting",),

@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 
 from tapeloop.data.batch import spec_of
+from tapeloop.folding.option import Folding
 from tapeloop.loop.compiled_step import CompiledStep
 from tapeloop.loop.step_counts import counts_before
 from tapeloop.step.accumulation import Microbatches
@@ -64,7 +65,7 @@ def eval_step(trainer):
 def step_of(body, compilation):
     """A compiled step that runs `body` on a batch."""
     parts = dataclasses.replace(models.trainer_of()._parts, bodies={"predict": body}, compilation=compilation)
-    step = CompiledStep(Planner("predict", models.trainer_of().selection, parts), Microbatches(1))
+    step = CompiledStep(Planner("predict", models.trainer_of().selection, parts), Microbatches(1), Folding(False))
     return lambda batch: step.predict(batch, counts_before(0, 0, 0))
 
 

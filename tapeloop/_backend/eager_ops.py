@@ -1,0 +1,32 @@
+"""Ops of a graph run by themselves, outside of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+from tensorflow.python.eager import context, execute
+
+
+def can_run_alone(op: tf.Operation) -> bool:
+    """Tell whether `run_op` runs an op: one that calls no function of its graph."""
+    return not any(attr.HasField("func") or attr.list.func for attr in op.node_def.attr.values())
+
+
+def run_op(op: tf.Operation, values: Sequence[Any]) -> list[Any]:
+    """Run an op of a graph eagerly, on values for what it takes, and return what it gives.
+
+    `tf.raw_ops` has the same ops, but renames the arguments and attributes of some, such as those of `Squeeze`.
+    """
+    if op.type == "Const":
+        return [tf.constant(tf.make_ndarray(op.get_attr("value")))]
+    attributes: list[Any] = []
+    for name in op.node_def.attr:
+        if not name.startswith("_"):  # notes of the graph, none of the op's own
+            attributes += [name, tf.nest.map_structure(_as_number, op.get_attr(name))]
+    return list(execute.execute(op.type.encode(), len(op.outputs), list(values), tuple(attributes), context.context()))
+
+
+def _as_number(value: Any) -> Any:
+    return value.as_datatype_enum if isinstance(value, tf.DType) else value

@@ -1,0 +1,160 @@
+"""Convolutions and products on which frozen factors and terms for each channel follow, as BatchNormalization does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import tensorflow as tf
+
+from tapeloop.folding.frozen_values import FrozenValues
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """A type of op that multiplies what it takes by a kernel.
+
+    Attributes:
+        kernel: Which of its inputs is the kernel.
+        given: Which is what it multiplies.
+        layout: The value of its attribute for the layout that has the channels last; None if it has no such attribute.
+    """
+
+    kernel: int
+    given: int
+    layout: bytes | None
+
+
+KINDS: Mapping[str, _Kind] = {
+    "Conv2D": _Kind(1, 0, b"NHWC"),
+    "Conv3D": _Kind(1, 0, b"NDHWC"),
+    "DepthwiseConv2dNative": _Kind(1, 0, b"NHWC"),
+    "Conv2DBackpropInput": _Kind(1, 2, b"NHWC"),
+    "MatMul": _Kind(1, 0, None),
+}
+TERMS = frozenset({"Mul", "Add", "AddV2", "Sub", "BiasAdd"})
+# In half precision a folded kernel would be rounded otherwise than the product that it stands for.
+_PRECISE = (tf.float32, tf.float64)
+
+
+@dataclass(frozen=True)
+class Term:
+    """One step of a chain: a factor or a term for each channel.
+
+    Attributes:
+        op: The op.
+        value: The frozen vector that it takes.
+        is_second: Whether the vector is the second of what it takes.
+    """
+
+    op: tf.Operation
+    value: tf.Tensor
+    is_second: bool
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A convolution or product, and the factors and terms that alone follow on it.
+
+    Attributes:
+        op: The convolution or product.
+        kernel: Its kernel.
+        terms: What follows.
+    """
+
+    op: tf.Operation
+    kernel: tf.Tensor
+    terms: Sequence[Term]
+
+    @property
+    def values(self) -> list[tf.Tensor]:
+        """The frozen tensors that it takes: the kernel and the vectors."""
+        return [self.kernel, *(term.value for term in self.terms)]
+
+    @property
+    def channels(self) -> int:
+        """The number of channels that it gives."""
+        return int(self.op.outputs[0].shape[-1])
+
+    def folded(self, kernel: tf.Tensor, *vectors: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Return the kernel and the bias that give the same as the whole chain, of the values that it takes."""
+        scale, bias = tf.ones([self.channels], kernel.dtype), tf.zeros([self.channels], kernel.dtype)
+        for term, vector in zip(self.terms, vectors):
+            vector = tf.broadcast_to(tf.reshape(vector, [-1]), [self.channels])
+            if term.op.type == "Mul":
+                scale, bias = scale * vector, bias * vector
+            elif term.op.type != "Sub":
+                bias = bias + vector
+            elif term.is_second:
+                bias = bias - vector
+            else:
+                scale, bias = -scale, vector - bias
+        return kernel * tf.reshape(scale, self._scale_shape()), bias
+
+    def _scale_shape(self) -> list[int]:
+        """Return the shape in which a factor for each channel multiplies the kernel."""
+        # Depthwise, a channel is an input and one of its multiples; transposed, outputs come before inputs.
+        if self.op.type == "DepthwiseConv2dNative":
+            return [int(length) for length in self.kernel.shape[2:]]
+        return [self.channels, 1] if self.op.type == "Conv2DBackpropInput" else [self.channels]
+
+
+def chains(
+    ops: Sequence[tf.Operation], values: FrozenValues, consumers: Callable[[tf.Tensor], list[tf.Operation]]
+) -> Iterator[Chain]:
+    """Yield the chains that are worth folding: with a factor, or with several terms.
+
+    Args:
+        ops: The ops of a step.
+        values: What of it is frozen.
+        consumers: Returns the ops that take the values of a tensor, and not its shape alone; None stands for the end.
+    """
+    for op in ops:
+        if _is_start(op, values):
+            terms = list(_terms(op, values, consumers))
+            if len(terms) > 1 or (terms and terms[0].op.type == "Mul"):
+                yield Chain(op, op.inputs[KINDS[op.type].kernel], terms)
+
+
+def _is_start(op: tf.Operation, values: FrozenValues) -> bool:
+    kind = KINDS.get(op.type)
+    if kind is None or op.outputs[0].dtype not in _PRECISE or op.outputs[0].shape.rank is None:
+        return False
+    kernel, given = op.inputs[kind.kernel], op.inputs[kind.given]
+    layout = kind.layout is None or op.get_attr("data_format") == kind.layout
+    # The product of a kernel that lies the other way would need its factors in the other dimension.
+    lies = op.type != "MatMul" or not op.get_attr("transpose_b")
+    is_known = op.outputs[0].shape[-1] is not None and kernel.shape.is_fully_defined()
+    return layout and lies and is_known and kernel.name in values.of_weights and given.name not in values.names
+
+
+def _terms(
+    op: tf.Operation, values: FrozenValues, consumers: Callable[[tf.Tensor], list[tf.Operation]]
+) -> Iterator[Term]:
+    """Yield the factors and terms that follow on an op, each the only one to take what comes before it."""
+    tensor = op.outputs[0]
+    while True:
+        following = consumers(tensor)
+        if (
+            len(following) != 1
+            or following[0] is None
+            or following[0].type not in ("Mul", "Add", "AddV2", "Sub", "BiasAdd")
+        ):
+            return
+        after = following[0]
+        is_second = after.inputs[0].name == tensor.name
+        vector = after.inputs[1 if is_second else 0]
+        keeps = after.outputs[0].shape.rank == tensor.shape.rank and after.outputs[0].shape[-1] == tensor.shape[-1]
+        if vector.name not in values.names or not keeps or not _is_by_channel(vector, int(tensor.shape[-1])):
+            return
+        if after.type == "BiasAdd" and after.get_attr("data_format") != b"NHWC":
+            return
+        yield Term(after, vector, is_second)
+        tensor = after.outputs[0]
+
+
+def _is_by_channel(vector: tf.Tensor, channels: int) -> bool:
+    """Tell whether a tensor has one number for each channel, or one for all."""
+    shape = vector.shape
+    count = shape.num_elements() if shape.is_fully_defined() else None
+    return count in (1, channels) and shape[-1:].num_elements() == count

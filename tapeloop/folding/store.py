@@ -1,0 +1,83 @@
+"""Folded values: variables with what is computed of frozen weights, anew when these may have moved."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import tensorflow as tf
+
+
+@dataclass(eq=False)
+class FoldedValue:
+    """A value that is computed of frozen weights.
+
+    Attributes:
+        variable: What holds it.
+        sources: What it is computed of, which must live as long as the value: its key has their `id`s.
+    """
+
+    variable: tf.Variable
+    sources: tuple[Any, ...]
+
+
+@dataclass
+class FoldedValues:
+    """The folded values of a trainer. Steps that compute the same of the same weights share them.
+
+    Attributes:
+        moment: A number that grows whenever code other than that of steps ran, which may have set weights.
+    """
+
+    moment: int = 0
+    _values: weakref.WeakValueDictionary[Hashable, FoldedValue] = field(default_factory=weakref.WeakValueDictionary)
+
+    def made(
+        self, keys: Sequence[Hashable], sources: Sequence[tuple[Any, ...]], compute: Callable[[], Sequence[tf.Tensor]]
+    ) -> list[FoldedValue]:
+        """Return the values with some keys, up to date.
+
+        Args:
+            keys: What tells the values apart.
+            sources: What each is computed of.
+            compute: Computes all of them.
+        """
+        made = []
+        for key, behind, computed in zip(keys, sources, compute()):
+            value = self._values.get(key)
+            if value is None:
+                variable = tf.Variable(computed, trainable=False, name="folded")
+                value = self._values[key] = FoldedValue(variable, behind)
+            else:
+                value.variable.assign(computed)
+            made.append(value)
+        return made
+
+
+class FoldedPart:
+    """The folded values of one step, kept up to date with the weights."""
+
+    def __init__(
+        self, store: FoldedValues, values: Sequence[FoldedValue], compute: Callable[[], Sequence[tf.Tensor]]
+    ) -> None:
+        """Keep the values, which are up to date now.
+
+        Args:
+            store: The folded values of the trainer.
+            values: Those of the step.
+            compute: Computes them.
+        """
+        self._store = store
+        self._values = values
+        self._compute = compute
+        self._moment = store.moment
+
+    def refresh(self) -> None:
+        """Compute the values anew if weights may have moved since they were computed."""
+        # To tell first whether any has moved would read each weight once, which is most of what this does.
+        if self._moment != self._store.moment:
+            self._moment = self._store.moment
+            for value, computed in zip(self._values, self._compute()):
+                value.variable.assign(computed)
