@@ -99,7 +99,7 @@ class Chain:
         return [self.channels, 1] if self.op.type == "Conv2DBackpropInput" else [self.channels]
 
 
-def chains(
+def find_chains(
     ops: Sequence[tf.Operation], values: FrozenValues, consumers: Callable[[tf.Tensor], list[tf.Operation]]
 ) -> Iterator[Chain]:
     """Yield the chains that are worth folding: with a factor, or with several terms.

@@ -34,6 +34,10 @@ class FoldedValues:
     moment: int = 0
     _values: weakref.WeakValueDictionary[Hashable, FoldedValue] = field(default_factory=weakref.WeakValueDictionary)
 
+    def known(self) -> list[FoldedValue]:
+        """Return the values that some step uses."""
+        return list(self._values.values())
+
     def made(
         self, keys: Sequence[Hashable], sources: Sequence[tuple[Any, ...]], compute: Callable[[], Sequence[tf.Tensor]]
     ) -> list[FoldedValue]:

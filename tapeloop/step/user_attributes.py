@@ -67,7 +67,10 @@ class UserAttributes:
 
     def warn_stale(self, context: StepContext) -> None:
         """Warn of numbers among the attributes that have changed since a step was traced with them."""
-        now = {name: self._attributes.get(name, getattr(self._kind, name, value)) for name, value in context.numbers.items()}
+        now = {
+            name: self._attributes.get(name, getattr(self._kind, name, value))
+            for name, value in context.numbers.items()
+        }
         changed = [name for name, value in context.numbers.items() if not _is_same(now[name], value)]
         for name in changed:
             # Taken out as it is said: once is enough, and only a new trace reads the number again.
