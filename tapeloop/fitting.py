@@ -17,8 +17,8 @@ from tapeloop.callbacks.keras_callbacks import KerasCallbacks
 from tapeloop.checkpoint.checkpoints import Checkpoints
 from tapeloop.checkpoint.contents import RunContents
 from tapeloop.checkpoint.session import CheckpointSession, opened
-from tapeloop.data.arguments import is_array, joined, packed, with_validation_split
-from tapeloop.data.batch import as_tensors, examples_of, open_spec_of
+from tapeloop.data.arguments import check_validation_data, is_array, joined, packed, with_validation_split
+from tapeloop.data.batch import as_tensors, check_examples, examples_of, open_spec_of, tensors_in
 from tapeloop.data.loader import DataLoader, DataSpec
 from tapeloop.data.sampler import Sampler
 from tapeloop.dry_run import DryRun
@@ -176,15 +176,13 @@ class Fits:
         self.state.averages.check_may_train()
         given = joined(x, y, sample_weight)
         data, validation_data = with_validation_split(given, validation_data, validation_split)
+        sizes = {"validation_steps": validation_steps, "validation_batch_size": validation_batch_size}
+        validation_spec = _validation_spec(validation_data, sizes, batch_size)
         listener = self._keras_callbacks(callbacks)
         validation = Validation(validation_freq, "ema" if listener.swaps_averages else validate_with)
         if validation.values == "ema":
             self.state.averages.check_exists()
         spec = DataSpec("x", data, batch_size, ("steps_per_epoch", steps_per_epoch), class_weight, shuffle)
-        validation_spec = None
-        if validation_data is not None:
-            steps = ("validation_steps", validation_steps)
-            validation_spec = DataSpec("validation_data", validation_data, validation_batch_size or batch_size, steps)
         cache = FeatureCache(self._features, feature_cache, feature_cache_views)
         display = ProgressDisplay(verbose)
         if dry_run:
@@ -275,6 +273,8 @@ class Fits:
         self.state.averages.check_may_train()
         # As `fit` does of arrays: in Keras' float type, so that both share a trace.
         batch = as_tensors(packed(x, y, sample_weight), "the batch")
+        if y is not None or sample_weight is not None:  # any batch of a step of the user's may be otherwise
+            check_examples(tensors_in(batch), "the batch")
         if self.state.microbatches.count > 1:
             self.state.microbatches.require_examples(tf.get_static_value(examples_of(batch)))
         self._loop.steps.build(self.model, lambda: iter([open_spec_of(batch)]))
@@ -410,3 +410,13 @@ class Fits:
         first = span.start if resumption is None else resumption.first_epoch
         given = spec, validation_spec, range(first, span.stop), resumption
         return CachedData(cache, *given) if cache.is_on else FitData(*given)
+
+
+def _validation_spec(data: Any, sizes: Mapping[str, int | None], batch_size: int | None) -> DataSpec | None:
+    """Return the data to validate on, if there is any; its batches are as large as those of training unless said."""
+    check_validation_data(data, sizes)
+    if data is None:
+        return None
+    own_size = sizes["validation_batch_size"]
+    steps = "validation_steps", sizes["validation_steps"]
+    return DataSpec("validation_data", data, batch_size if own_size is None else own_size, steps)

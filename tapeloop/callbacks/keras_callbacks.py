@@ -17,6 +17,7 @@ from tapeloop.errors import PolicyError
 from tapeloop.loop.epochs import EpochLoop
 from tapeloop.loop.listener import FitListener, ReadLogs
 from tapeloop.model.tree import Model
+from tapeloop.optimization.optimizers import LearningRates
 from tapeloop.step.objective import Objective
 
 # Keras' callbacks that save the optimizer of a compiled model, which a trainer's model has not.
@@ -152,7 +153,17 @@ class KerasCallbacks(FitListener):
 
     def before_epoch(self, number: int) -> None:
         """Have an epoch begin."""
+        state, saved, self._saved = self._loop.state, self._saved, None
+        goes_on = saved is not None and state.resumption is not None and state.resumption.progress is not None
+        rates = LearningRates(state.optimizers, self._loop.phases.current())
+        before = dict(rates) if goes_on else {}
         self._call("on_epoch_begin", number, {})
+        if saved is not None and goes_on:
+            # The epoch began before the run was saved: what has moved once more goes back to where it was.
+            restore(self._callbacks, *saved)
+            for group in before:
+                if rates[group] != before[group]:
+                    rates[group] = before[group]
         if self._callbacks:
             self._loop.phases.read_again()
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
+import numpy as np
 
 from tapeloop.loop.epochs import EpochLoop
 from tapeloop.model.selection import Selection
@@ -15,6 +17,31 @@ from tapeloop.step.objective import Objective
 
 # What callbacks set on a model, and no trainer writes to the user's.
 OWN_NAMES = "history", "_initial_epoch"
+
+
+class Rate(float):
+    """A learning rate, which callbacks read and set as the variable that Keras has there."""
+
+    assign: Callable[[Any], None]
+
+    @classmethod
+    def of(cls, value: float, assign: Callable[[Any], None]) -> Rate:
+        """Return a rate that is set by `assign`."""
+        rate = cls(value)
+        rate.assign = assign
+        return rate
+
+    def numpy(self) -> np.float32:
+        """Return the rate as NumPy has it."""
+        return np.float32(self)
+
+
+class Count(int):
+    """A number of steps, which callbacks read as the variable that Keras has there."""
+
+    def numpy(self) -> np.int64:
+        """Return the number as NumPy has it."""
+        return np.int64(self)
 
 
 class OptimizerView:
@@ -41,18 +68,18 @@ class OptimizerView:
     __class__ = property(lambda self: keras.optimizers.Optimizer)
 
     @property
-    def learning_rate(self) -> Any:
+    def learning_rate(self) -> Rate:
         """The learning rate of the group, as a number."""
-        return self._rates()[self._one_group()]
+        return Rate.of(self._rates()[self._one_group()], functools.partial(setattr, self, "learning_rate"))
 
     @learning_rate.setter
     def learning_rate(self, value: Any) -> None:
         self._rates()[self._one_group()] = float(keras.ops.convert_to_numpy(value))
 
     @property
-    def iterations(self) -> int:
+    def iterations(self) -> Count:
         """The number of steps trained."""
-        return self._loop.state.step
+        return Count(self._loop.state.step)
 
     def __getattr__(self, name: str) -> Any:
         # Keras' callbacks go through the optimizers one by one where there is such a list.
@@ -104,6 +131,16 @@ class ModelView:
         return self._objective.metrics
 
     @property
+    def loss(self) -> Any:
+        """The loss, as the trainer was made with it."""
+        return self._objective.given_loss
+
+    def get_metrics_result(self) -> dict[str, Any]:
+        """Return what the epoch that is under way has logged, or else what the last one has."""
+        is_under_way = self._loop.state.under_way is not None
+        return dict(self._loop.logs_so_far() if is_under_way else self._loop.state.logs)
+
+    @property
     def stop_training(self) -> bool:
         """Whether the fit shall end."""
         return self._loop.stop_training
@@ -120,6 +157,8 @@ class ModelView:
         )
 
     def __getattr__(self, name: str) -> Any:
+        if name == "history":  # until a `keras.callbacks.History` sets itself there
+            return self._loop.state.history
         model = self._model
         if isinstance(model, Mapping) and not hasattr(model, name):
             raise AttributeError(

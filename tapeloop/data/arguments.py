@@ -79,6 +79,27 @@ def is_arrays(value: Any) -> bool:
     return is_array(value) or isinstance(value, (tuple, list, Mapping))
 
 
+def check_validation_data(data: Any, options: Mapping[str, Any]) -> None:
+    """Check what a fit validates on, before it is read.
+
+    Args:
+        data: The data, or None.
+        options: How it is read, by the names of the arguments; None where one was not given.
+
+    Raises:
+        DataError: It is a list of arrays.
+        ValueError: There is none, and it was said how it is read.
+    """
+    if isinstance(data, list) and data and all(map(is_array, data)):
+        raise DataError(
+            f"`validation_data` is a list of {len(data)} arrays, and a list is one of batches. For inputs and targets "
+            "write a tuple, `(x, y)`; for batches of inputs alone write each as a tuple, `[(first,), (second,)]`."
+        )
+    given = [name for name, value in options.items() if value is not None]
+    if data is None and given:
+        raise ValueError(f"`{given[0]}` was given, and neither `validation_data` nor `validation_split`: add one.")
+
+
 def with_validation_split(data: Any, validation_data: Any, validation_split: float | None) -> tuple[Any, Any]:
     """Return the data to train on and the data to validate on, of which either may be given.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -104,6 +104,29 @@ def examples_of(batch: Any) -> Any:
         if value.shape.rank:
             return tf.shape(value)[0] if value.shape[0] is None else value.shape[0]
     raise DataError(f"A batch must hold a tensor with the batch as its first dimension. Received: {shapes(batch)}.")
+
+
+def check_examples(arrays: Sequence[Any], name: str) -> None:
+    """Check that arrays have the same number of examples, and at least one.
+
+    Args:
+        arrays: The arrays.
+        name: What they are called in errors.
+
+    Raises:
+        DataError: They have not.
+    """
+    lengths = {array.shape[0] if len(array.shape) else None for array in arrays}
+    if len(lengths) != 1 or None in lengths:
+        raise DataError(
+            f"The arrays of {name} must have the same number of examples, as their first dimension. "
+            f"Received: {shapes(arrays[:6])}{' and more' * (len(arrays) > 6)}. Lists are taken for several "
+            "arrays: make one of them with `np.asarray`."
+        )
+    if lengths == {0}:
+        raise DataError(
+            f"{name[:1].upper()}{name[1:]} is empty: its arrays have no examples. Received: {shapes(arrays)}."
+        )
 
 
 def after(batch: Any) -> contextlib.AbstractContextManager[None]:

@@ -33,13 +33,17 @@ def class_weights_of(weights: Mapping[int, float]) -> ClassWeights:
         ValueError: `weights` is empty.
     """
     if not isinstance(weights, Mapping) or not all(
-        isinstance(label, numbers.Integral) and isinstance(weight, numbers.Real) for label, weight in weights.items()
+        isinstance(label, numbers.Real) and label == int(label) and isinstance(weight, numbers.Real)
+        for label, weight in weights.items()
     ):
-        raise TypeError(f"`class_weight` must be a mapping from classes to weights. Received: {weights!r}.")
+        raise TypeError(
+            "`class_weight` must be a mapping from classes, which are whole numbers, to weights. "
+            f"Received: {weights!r}."
+        )
     if not weights:
         raise ValueError("`class_weight` is empty. Name a class with its weight, or leave it out.")
-    classes, values = zip(*weights.items())
-    return ClassWeights(tf.constant(classes, tf.int64), tf.constant(values, keras.config.floatx()))
+    classes, values = map(int, weights), weights.values()
+    return ClassWeights(tf.constant(list(classes), tf.int64), tf.constant(list(values), keras.config.floatx()))
 
 
 def with_class_weights(batch: Any, class_weights: ClassWeights | None) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeAlias
@@ -12,7 +13,7 @@ import tensorflow as tf
 from tapeloop._validation import whole_number
 from tapeloop.data.arguments import is_array
 from tapeloop.data.array_source import ArraySource, DatasetSource, FileSlices, SparseSource, lies_in_file
-from tapeloop.data.batch import as_tensors, open_spec_of, shapes, tensors_in
+from tapeloop.data.batch import as_tensors, check_examples, open_spec_of, tensors_in
 from tapeloop.data.class_weight import ClassWeights, class_weights_of
 from tapeloop.data.cursor import BatchCursor, IteratorReader
 from tapeloop.data.iterable_source import IterableSource
@@ -20,6 +21,7 @@ from tapeloop.data.pydataset import PyDatasetBatches
 from tapeloop.data.sampler import Sampler
 from tapeloop.errors import DataError
 
+_LOG = logging.getLogger("tapeloop")
 BATCH_SIZE = 32  # by default, as in Keras
 Source: TypeAlias = ArraySource | SparseSource | DatasetSource | IterableSource
 
@@ -46,6 +48,7 @@ class DataLoader:
         steps_per_epoch: After how many batches an epoch ends; None if it ends with the data.
         name: What the data is called in errors.
         smallest_batch: How many examples the smallest batch has, or None if that is not known.
+        is_once: Whether an epoch ends with the data if that has fewer batches, as an evaluation does.
         batches_per_epoch: How many batches an epoch has, or None if that is not known before its end.
     """
 
@@ -53,9 +56,14 @@ class DataLoader:
     steps_per_epoch: int | None
     name: str
     smallest_batch: int | None = None
+    is_once: bool = False
 
     def __post_init__(self) -> None:
         self.batches_per_epoch = self.source.size if self.steps_per_epoch is None else self.steps_per_epoch
+        self.is_once = self.is_once and self.steps_per_epoch is not None and self._iterator is None
+        if self.is_once and self.source.size is not None and self.source.size < (self.steps_per_epoch or 0):
+            self._warn_end(self.source.size)
+            self.steps_per_epoch, self.batches_per_epoch = None, self.source.size
         self._cursors: Iterator[BatchCursor] | None = None
         self._cursor: BatchCursor | None = None
         self._batches_read = 0
@@ -112,6 +120,11 @@ class DataLoader:
             self._batches_read += cursor.position - before
             if remaining is not None:
                 remaining -= cursor.position - before
+                if self.is_once and remaining and cursor.exhausted:
+                    self._go_on_in_pass()
+                    if self._cursor is None:
+                        self._warn_end((self.steps_per_epoch or 0) - remaining)
+                        return
             # An iterable whose batches change their shape goes on in another cursor.
             elif cursor.exhausted:
                 self._go_on_in_pass()
@@ -228,6 +241,9 @@ class DataLoader:
         source = self.source
         return source if isinstance(source, IterableSource) and source.is_one_shot else None
 
+    def _warn_end(self, batches: int) -> None:
+        _LOG.warning("`%s` ends after %d batches, and %d were asked for.", self.name, batches, self.steps_per_epoch)
+
     def _raise_end(self) -> NoReturn:
         self.close()
         if self._batches_read:
@@ -315,16 +331,19 @@ class DataSpec:
         if steps is None and (endless or (is_pydataset and data.num_batches is None)):
             end = "a dataset with an end, as by `take` or `num_batches`"
             raise DataError(f"`{name}` never ends. Pass `{self.steps[0]}`, or {end}.")
+        # An epoch of training goes on from the start of the data; examples that are evaluated count once.
+        is_once = self.steps[0] in ("steps", "validation_steps")
         if is_dataset:
-            return DataLoader(DatasetSource(data, None, weights), steps, name)
+            return DataLoader(DatasetSource(data, None, weights), steps, name, is_once=is_once)
         if is_pydataset:
-            return DataLoader(IterableSource(PyDatasetBatches(data, sampler), name, weights), steps, name)
+            source: Source = IterableSource(PyDatasetBatches(data, sampler), name, weights)
+            return DataLoader(source, steps, name, is_once=is_once)
         if self.is_arrays:
             arrays = self._array_source(batch_size, sampler)
             source = IterableSource(arrays, name, weights) if isinstance(arrays, FileSlices) else arrays
-            return DataLoader(source, steps, name, arrays.smallest_batch)
+            return DataLoader(source, steps, name, arrays.smallest_batch, is_once)
         if isinstance(data, Iterable):
-            return DataLoader(IterableSource(data, name, weights), steps, name)
+            return DataLoader(IterableSource(data, name, weights), steps, name, is_once=is_once)
         raise DataError(
             f"`{name}` must be a `tf.data.Dataset`, arrays `(x, y)`, a `keras.utils.PyDataset` or an iterable of "
             f"batches. Received: {data!r} of type {type(data).__name__}."
@@ -343,15 +362,7 @@ class DataSpec:
 
         arrays = tf.nest.map_structure(convert, self.data)
         present = tensors_in(arrays)
-        lengths = {array.shape[0] if len(array.shape) else None for array in present}
-        if len(lengths) != 1 or None in lengths:
-            raise DataError(
-                f"The arrays of `{name}` must have the same number of examples, as their first dimension. "
-                f"Received: {shapes(present[:6])}{' and more' * (len(present) > 6)}. Lists are taken for several "
-                "arrays: make one of them with `np.asarray`."
-            )
-        if lengths == {0}:
-            raise DataError(f"`{name}` is empty: its arrays have no examples. Received: {shapes(present)}.")
+        check_examples(present, f"`{name}`")
         in_file, sparse = any(map(lies_in_file, present)), any(isinstance(a, tf.SparseTensor) for a in present)
         if in_file and sparse:
             raise DataError(f"`{name}` has arrays in files and sparse ones, which cannot be sliced: make them dense.")

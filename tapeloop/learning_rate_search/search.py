@@ -250,7 +250,9 @@ def _result(tried: np.ndarray, losses: list[float], end: str, group: str | None)
     suggestion, reason = None, ""
     if len(rates[inner]) < 3:
         at = tried[min(len(losses), len(tried) - 1)]
-        reason = f"the loss {end} at a rate of {at:.2e}, after {len(losses)} steps: begin at a lower rate"
+        # The first loss is computed before anything moves.
+        remedy = "begin at a lower rate" if losses else "no rate is to blame, look at the data and the weights"
+        reason = f"the loss {end} at a rate of {at:.2e}, after {len(losses)} steps: {remedy}"
     else:
         slopes = np.gradient(smoothed[inner], np.log(rates[inner]))
         steepest = int(slopes.argmin())

@@ -94,6 +94,10 @@ class EpochLoop:
             for listener in listeners:
                 listener.before_fit()
             for number in range(state.epoch, epochs.stop):
+                # First of all: what is done here, such as to a `trainable` flag, is for this epoch.
+                self.is_starting = True
+                for listener in () if self.stop_training else listeners:
+                    listener.before_epoch(number - epochs.start)
                 if self.stop_training:
                     break
                 logs = self._run_epoch(data, display, f"epoch {number + 1 - epochs.start}/{len(epochs)}", history)
@@ -121,10 +125,6 @@ class EpochLoop:
     def _run_epoch(self, data: FitData, display: ProgressDisplay, title: str, history: History) -> dict[str, Any]:
         """Train for one epoch, or for the rest of one, validate, and return the logs of both."""
         state, number = self.state, self.state.epoch - self.span.start
-        # First of all: what is done here, such as to a `trainable` flag, is for this epoch.
-        self.is_starting = True
-        for listener in self._listeners:
-            listener.before_epoch(number)
         resumption, state.resumption = state.resumption, None
         progress = None if resumption is None else resumption.progress
         with deferred_interrupt():
@@ -248,7 +248,10 @@ class EpochLoop:
         try:
             for batch in loader:
                 step.refresh()
-                outputs = step.predict(batch, self._before())
+                try:
+                    outputs = step.predict(batch, self._before())
+                except Exception as error:
+                    raise refusal(error) or error
                 examples += int(examples_of(batch))
                 yield outputs
                 display.advance(1, functools.partial(_without_logs, examples))

@@ -32,6 +32,8 @@ class Validation:
     def __post_init__(self) -> None:
         for number in self.freq if isinstance(self.freq, Collection) else (self.freq,):
             whole_number("validation_freq", number, 1)
+        if isinstance(self.freq, Collection) and not self.freq:
+            raise ValueError("`validation_freq` is empty: name an epoch, the first of which is 1, or leave it out.")
         if self.values not in VALUES:
             raise ValueError(f"`validate_with` must be 'own' or 'ema'. Received: {self.values!r}.")
 

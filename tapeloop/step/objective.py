@@ -36,6 +36,7 @@ class Objective:
         _check_names("loss", loss, keras.losses, ())
         for option, asked in (("metrics", metrics), ("weighted_metrics", weighted_metrics)):
             _check_names(option, asked, keras.metrics, ("accuracy", "acc", "crossentropy", "ce"))
+        self.given_loss = loss
         self.has_loss = loss is not None
         self.was_updated = False
         # Keras' own `compute_loss` and `compute_metrics` on an empty model do what `fit` does (names, weights, several
