@@ -274,7 +274,7 @@ class Fits:
         # As `fit` does of arrays: in Keras' float type, so that both share a trace.
         batch = as_tensors(packed(x, y, sample_weight), "the batch")
         if y is not None or sample_weight is not None:  # any batch of a step of the user's may be otherwise
-            check_examples(tensors_in(batch), "the batch")
+            check_examples([tensor for tensor in tensors_in(batch) if tensor.shape.rank], "the batch")
         if self.state.microbatches.count > 1:
             self.state.microbatches.require_examples(tf.get_static_value(examples_of(batch)))
         self._loop.steps.build(self.model, lambda: iter([open_spec_of(batch)]))

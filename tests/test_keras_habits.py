@@ -153,3 +153,40 @@ def test_of_several_models_it_is_said_what_to_override_for_what_was_called():
     ):
         with pytest.raises(TypeError, match=said):
             call()
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"validation_data": [X, Y]}, r"`validation_data` is a list of 2 arrays.*write a tuple, `\(x, y\)`"),
+        ({"validation_data": (X, Y), "validation_batch_size": 0}, "`batch_size` must be a whole number"),
+        ({"validation_data": (X, Y), "validation_freq": []}, "`validation_freq` is empty"),
+        ({"validation_steps": 2}, "`validation_steps` was given, and neither `validation_data`"),
+        ({"validation_batch_size": 2}, "`validation_batch_size` was given, and neither `validation_data`"),
+        ({"class_weight": {0.5: 1.0}}, "from classes, which are whole numbers, to weights"),
+    ],
+)
+def test_what_would_do_nothing_or_cannot_be_read_is_refused(trainer, options, text):
+    with pytest.raises((tl.DataError, ValueError, TypeError), match=text):
+        trainer.fit(X, Y, verbose=0, **options)
+
+
+def test_classes_may_be_whole_numbers_in_float():
+    one, other = [
+        tl.Trainer(mlp("head"), loss="sparse_categorical_crossentropy").fit(
+            X, np.arange(len(X)) % 2, class_weight=weights, verbose=0, shuffle=False
+        )
+        for weights in ({0: 2.0}, {0.0: 2.0})
+    ]
+    assert one.history["loss"] == pytest.approx(other.history["loss"])
+
+
+@pytest.mark.parametrize("where", ["x", "y", "sample_weight", "predict"])
+def test_texts_where_numbers_belong_are_told(where):
+    texts = np.full(X.shape, "a")
+    data = {"x": X, "y": Y, "sample_weight": np.ones(len(X))} | {
+        where: {"y": np.full(Y.shape, "a"), "sample_weight": texts[:, 0]}.get(where, texts)
+    }
+    trainer = tl.Trainer(mlp("head"), loss="mse")
+    with pytest.raises(tl.DataError, match=r"are texts, and the model or the loss computes with numbers"):
+        trainer.predict(texts) if where == "predict" else trainer.fit(**data, verbose=0)

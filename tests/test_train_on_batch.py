@@ -99,3 +99,14 @@ def test_batches_that_differ_in_the_kind_of_a_tensor_are_traced_apart():
     losses = [trainer.train_on_batch(X, weight)["loss"] for weight in (np.float32(2.0), np.full(8, 2.0, "float32"))]
     assert trainer.trace_count == 2
     assert 0 < losses[1] < losses[0]
+
+
+def test_a_batch_of_other_lengths_or_of_none_is_refused_before_anything_moves():
+    trainer = trainer_of()
+    with pytest.raises(tl.DataError, match=r"The arrays of the batch must have the same number of examples.*\(5, "):
+        trainer.train_on_batch(X, Y[:5])
+    with pytest.raises(tl.DataError, match="The arrays of the batch must"):
+        trainer.train_on_batch(X, Y, np.ones(5, "float32"))
+    with pytest.raises(tl.DataError, match="The batch is empty: its arrays have no examples"):
+        trainer.train_on_batch(X[:0], Y[:0])
+    assert trainer.step == 0

@@ -250,8 +250,10 @@ class EpochLoop:
                 step.refresh()
                 try:
                     outputs = step.predict(batch, self._before())
-                except Exception as error:
-                    raise refusal(error) or error
+                except tf.errors.OpError as error:
+                    if (refused := refusal(error)) is None:
+                        raise
+                    raise refused from error
                 examples += int(examples_of(batch))
                 yield outputs
                 display.advance(1, functools.partial(_without_logs, examples))

@@ -1,5 +1,7 @@
 """Runs that are out of the common, and go on all the same."""
 
+import signal
+
 import keras
 import numpy as np
 import pytest
@@ -143,3 +145,38 @@ def test_a_log_that_is_not_a_number_is_never_the_best(tmp_path):
     run.fit(2, checkpoints)
     assert checkpoints.best is None
     assert Tree.of(run.trainer().model).variables  # the run went on to its end
+
+
+class Ends(keras.callbacks.Callback):
+    """Ends the program by Ctrl-C after so many of its batches."""
+
+    def __init__(self, after):
+        super().__init__()
+        self.after, self.seen, self.begun = after, 0, 0
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.begun += 1
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.seen += 1
+        if self.seen == self.after:
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("after", [5, 6])  # in the middle of the second epoch, and at its end
+def test_the_hook_of_an_epoch_that_goes_on_counts_once(after, tmp_path):
+    def program(directory, after=None):
+        keras.utils.set_random_seed(1)
+        model = keras.Sequential([keras.Input((4,)), layers.Dense(2, name="head")])
+        trainer = tl.Trainer(model, loss="mse", optimizer=keras.optimizers.SGD(0.1), seed=0)
+        halves = keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate / 2)
+        ends = Ends(after)
+        x, y = np.ones((12, 4), "float32"), np.ones((12, 2), "float32")
+        options = {"batch_size": 4, "callbacks": [halves, ends], "checkpoint": directory, "verbose": 0}
+        history = trainer.fit(x, y, epochs=3, **options).history
+        return history, ends.begun
+
+    expected = program(tmp_path / "one")
+    with pytest.raises(KeyboardInterrupt):
+        program(tmp_path / "other", after)
+    assert program(tmp_path / "other") == expected

@@ -90,3 +90,26 @@ def test_a_batch_of_unknown_shape_is_said():
     data = tf.data.Dataset.from_generator(lambda: [(X, Y)], output_types=(tf.float32, tf.int64))
     with pytest.raises(tl.DataError, match="of unknown shape, float32"):
         trainer_on(data)
+
+
+HALF = len(X) // 2
+ONCE = {
+    "arrays": (X, Y),
+    "a list": [(X[:HALF], Y[:HALF]), (X[HALF:], Y[HALF:])],
+    "a dataset": tf.data.Dataset.from_tensor_slices((X, Y)).batch(HALF),
+    "a dataset of unknown size": tf.data.Dataset.from_tensor_slices((X, Y)).batch(HALF).filter(lambda x, y: True),
+}
+
+
+@pytest.mark.parametrize("data", ONCE.values(), ids=ONCE.keys())
+def test_an_evaluation_ends_with_the_data_and_counts_no_example_twice(data, caplog):
+    trainer = trainer_of(network())
+    size = {"batch_size": HALF} if isinstance(data, tuple) else {}
+    whole = trainer.evaluate(data, **size, verbose=0)
+    assert trainer.evaluate(data, steps=5, **size, verbose=0) == pytest.approx(whole)
+    assert "`x` ends after 2 batches, and 5 were asked for." in caplog.messages
+    assert len(trainer.predict(data, steps=5, **size)) == len(X)
+    logs = trainer.fit(X, Y, validation_data=data, validation_steps=5, validation_batch_size=HALF, verbose=0).history
+    again = trainer.evaluate(data, **size, verbose=0)
+    assert logs["val_loss"] == pytest.approx([again["loss"]])
+    assert "`validation_data` ends after 2 batches, and 5 were asked for." in caplog.messages
