@@ -351,7 +351,7 @@ class Fits:
 
     def _loader(self, data: Any, batch_size: int | None, steps: int | None) -> DataLoader:
         """Return a loader of one epoch of data, in the order in which it lies."""
-        loader = DataSpec("x", data, batch_size, ("steps", steps)).loader()
+        loader = DataSpec("x", data, batch_size, ("steps", steps), is_once=True).loader()
         loader.require_epochs(1)
         return loader
 
@@ -419,4 +419,4 @@ def _validation_spec(data: Any, sizes: Mapping[str, int | None], batch_size: int
         return None
     own_size = sizes["validation_batch_size"]
     steps = "validation_steps", sizes["validation_steps"]
-    return DataSpec("validation_data", data, batch_size if own_size is None else own_size, steps)
+    return DataSpec("validation_data", data, batch_size if own_size is None else own_size, steps, is_once=True)

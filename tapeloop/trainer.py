@@ -34,6 +34,7 @@ from tapeloop.optimization.updates import Updates, UpdateStatistics
 from tapeloop.policies.base import VariablePolicy
 from tapeloop.policies.static import TrainAll
 from tapeloop.step.accumulation import Microbatches
+from tapeloop.step.frozen_dtype import FrozenDtype
 from tapeloop.step.objective import Objective
 from tapeloop.step.plan import Compilation, StepParts
 from tapeloop.step.remat import Remat
@@ -86,6 +87,7 @@ class Trainer(Fits, SavesRuns, ShowsItself, UserStep):
         run_eagerly: bool = False,
         steps_per_call: int | Literal["auto"] = "auto",
         fold_frozen: bool | Literal["auto"] = "auto",
+        frozen_dtype: Literal["bfloat16"] | None = None,
         log_updates: bool = False,
         ignore_model_step: bool = False,
         seed: int | None = None,
@@ -121,6 +123,8 @@ class Trainer(Fits, SavesRuns, ShowsItself, UserStep):
             fold_frozen: Whether what the frozen part computes of its weights alone is computed once and not in each
                 step, and BatchNormalization goes into the convolution before it; `"auto"`: where a step runs 50 times
                 or more in a row. Losses then differ by rounding, about 1e-6; weights that are set by hand are noticed.
+            frozen_dtype: `"bfloat16"`: the layers of submodels that are frozen as a whole compute in it, from copies of
+                their weights, and give float32; what trains computes as ever. It pays on a device that has it.
             log_updates: Whether `group/gradient_norm`, before clipping, and `group/update_ratio`, the norm of the
                 update over that of the weights, are logged for each group.
             ignore_model_step: Whether the trainer may ignore a `train_step`, `test_step`, `compute_loss` or
@@ -155,6 +159,7 @@ class Trainer(Fits, SavesRuns, ShowsItself, UserStep):
             # Python's `if` and `for` over tensors are the user's to write; converting our own code costs a second.
             compilation=Compilation(bool(overridden), jit_compile, run_eagerly, steps_per_call),
             remat=Remat(remat),
+            frozen_dtype=FrozenDtype(frozen_dtype),
             is_plain=self._is_plain,
             nonfinite=nonfinite,
         )

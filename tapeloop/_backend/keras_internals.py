@@ -7,7 +7,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Iterator
+import itertools
+import operator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
@@ -24,6 +26,21 @@ def sublayers(layer: keras.Layer) -> list[keras.Layer]:
     `keras.Model.layers` is public; a plain `keras.Layer` that holds others has no public counterpart.
     """
     return list(layer._flatten_layers(include_self=False, recursive=False))
+
+
+_TRACKED = "_layers", "_trainable_variables", "_non_trainable_variables", "_seed_generators"
+
+
+def structure(layers: Sequence[keras.Layer], variables: Sequence[keras.Variable]) -> Any:
+    """Return what changes when a layer gets another sublayer, variable or attribute, or a `trainable` flag is set.
+
+    The public `Layer.weights` goes through all sublayers each time, which takes far longer in a large model.
+    """
+    flag, attributes = operator.attrgetter("_trainable"), operator.attrgetter("__dict__")
+    flags = [*map(flag, layers), *map(flag, variables)]
+    # One list for each kind and none for each layer, or Python would collect garbage in each call.
+    tracked = [list(map(id, itertools.chain.from_iterable(map(operator.attrgetter(n), layers)))) for n in _TRACKED]
+    return flags, list(map(len, map(attributes, layers))), tracked
 
 
 def inherited_training(layer: keras.Layer) -> bool | None:

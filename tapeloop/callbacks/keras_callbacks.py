@@ -164,8 +164,6 @@ class KerasCallbacks(FitListener):
             for group in before:
                 if rates[group] != before[group]:
                     rates[group] = before[group]
-        if self._callbacks:
-            self._loop.phases.read_again()
 
     def before_steps(self, number: int) -> None:
         """Have a batch begin, if a callback looks at each."""
@@ -223,7 +221,7 @@ class KerasCallbacks(FitListener):
         for callback in self._callbacks:
             getattr(callback, name)(*args)
             if keras_internals.is_overridden(callback, name):
-                self._loop.steps.folding.weights_may_have_moved()
+                self._loop.steps.parts.interventions.note()
 
 
 def _flat(given: Any) -> Sequence[Any]:

@@ -272,6 +272,7 @@ class DataSpec:
         class_weight: The weights of examples by the class of their target.
         shuffle: Whether arrays, and the batches of a `PyDataset`, come in another order each epoch.
         seed: The seed of the orders.
+        is_once: Whether no example counts twice: an epoch ends with the data, though more batches were asked for.
     """
 
     name: str
@@ -281,6 +282,7 @@ class DataSpec:
     class_weight: Mapping[int, float] | None = None
     shuffle: bool = False
     seed: int | None = 0
+    is_once: bool = False
 
     @property
     def examples_per_batch(self) -> int:
@@ -331,19 +333,17 @@ class DataSpec:
         if steps is None and (endless or (is_pydataset and data.num_batches is None)):
             end = "a dataset with an end, as by `take` or `num_batches`"
             raise DataError(f"`{name}` never ends. Pass `{self.steps[0]}`, or {end}.")
-        # An epoch of training goes on from the start of the data; examples that are evaluated count once.
-        is_once = self.steps[0] in ("steps", "validation_steps")
         if is_dataset:
-            return DataLoader(DatasetSource(data, None, weights), steps, name, is_once=is_once)
+            return DataLoader(DatasetSource(data, None, weights), steps, name, is_once=self.is_once)
         if is_pydataset:
             source: Source = IterableSource(PyDatasetBatches(data, sampler), name, weights)
-            return DataLoader(source, steps, name, is_once=is_once)
+            return DataLoader(source, steps, name, is_once=self.is_once)
         if self.is_arrays:
             arrays = self._array_source(batch_size, sampler)
             source = IterableSource(arrays, name, weights) if isinstance(arrays, FileSlices) else arrays
-            return DataLoader(source, steps, name, arrays.smallest_batch, is_once)
+            return DataLoader(source, steps, name, arrays.smallest_batch, self.is_once)
         if isinstance(data, Iterable):
-            return DataLoader(IterableSource(data, name, weights), steps, name, is_once=is_once)
+            return DataLoader(IterableSource(data, name, weights), steps, name, is_once=self.is_once)
         raise DataError(
             f"`{name}` must be a `tf.data.Dataset`, arrays `(x, y)`, a `keras.utils.PyDataset` or an iterable of "
             f"batches. Received: {data!r} of type {type(data).__name__}."

@@ -13,15 +13,16 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tapeloop._backend.fingerprint import fingerprint
 from tapeloop._validation import whole_number
 from tapeloop.data.array_source import SparseSource
 from tapeloop.data.batch import Features
 from tapeloop.data.loader import DataLoader, DataSpec
 from tapeloop.data.sampler import Sampler
 from tapeloop.errors import CacheError
-from tapeloop.feature_cache import fingerprint
+from tapeloop.feature_cache import digests
+from tapeloop.feature_cache.digests import CacheKey
 from tapeloop.feature_cache.fill import are_even, check_same, check_sample, computed, seen_in
-from tapeloop.feature_cache.fingerprint import CacheKey
 from tapeloop.feature_cache.frontier import Cut, Obstacle
 from tapeloop.feature_cache.splitting import split
 from tapeloop.feature_cache.storage import CachedFeatures, Files, Memory, Writer
@@ -34,7 +35,7 @@ from tapeloop.step.accumulation import Microbatches
 _LOG = logging.getLogger("tapeloop")
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Ready:
     """The features that a step runs on.
 
@@ -42,18 +43,24 @@ class _Ready:
         step: The step.
         kept: The features; None if the step has no frontier.
         cut: Where it is cut.
-        checksums: The checksums of the frozen weights before the cut when the features were found.
+        weights: The fingerprint of the frozen weights before the cut when the features were found.
+        interventions: How often other code than that of steps had run when the weights were last looked at.
     """
 
     step: CompiledStep
     kept: CachedFeatures | None = None
     cut: Cut | None = None
-    checksums: tuple[int, ...] = ()
+    weights: bytes = b""
+    interventions: int = 0
 
     def is_for(self, step: CompiledStep) -> bool:
         """Tell whether the features are a step's, and still what the weights make of the data."""
         # The step cannot move a frozen weight, but a policy or the user may set it by hand within a fit.
-        return step is self.step and (self.cut is None or self.cut.checksums() == self.checksums)
+        now = step.planner.parts.interventions.count
+        if step is not self.step or self.cut is None or now == self.interventions:
+            return step is self.step
+        self.interventions = now
+        return fingerprint(self.cut.weights) == self.weights
 
 
 class FeatureCache:
@@ -85,6 +92,7 @@ class FeatureCache:
             )
         self._is_on = where is not None
         self._store = memory if where in (None, "memory") else Files(where)
+        self._digests = memory.digests
         self._ready: dict[str, _Ready] = {}
         self._train_step: CompiledStep | None = None
 
@@ -182,7 +190,9 @@ class FeatureCache:
             self._check_room(cut, given, int(tf.nest.flatten(given.data)[0].shape[0]), views)
         # The first pass tells whether there are features of this data; the second computes them.
         seen, sizes = ([], []) if given.is_arrays else seen_in(batches)
-        key = _key(cut, given, seen, sizes, views)
+        weights, digest = self._digests.of_weights(cut)
+        data = self._digests.of_data(given.name, given.data) if given.is_arrays else _of_seen(seen, sizes)
+        key = _key(cut, given, data, digest, views)
         # A name for each data set, so that folds of a cross-validation do not take each other's place.
         name = f"{given.name}-{key.computation[:12]}-{key.data[:12]}"
         kept = self._store.find(name)
@@ -190,12 +200,12 @@ class FeatureCache:
             in_order = kept.shuffled or list(kept.examples) == seen
             differences = key.differences(kept.key) or ([] if in_order else ["the order of the data"])
             if not differences:
-                return _Ready(step, kept, cut, cut.checksums())
+                return _Ready(step, kept, cut, weights, step.planner.parts.interventions.count)
             said = f"The feature cache of `{given.name}` is out of date ({', '.join(differences)} changed)"
             _LOG.warning("%s: it is computed anew.", said)
         with self._store.writing(name) as writer:
             kept = self._compute(cut, given, batches, seen, key, writer)
-        return _Ready(step, kept, cut, cut.checksums())
+        return _Ready(step, kept, cut, weights, step.planner.parts.interventions.count)
 
     def _compute(
         self, cut: Cut, given: DataSpec, batches: DataLoader, seen: list[str], key: CacheKey, writer: Writer
@@ -217,7 +227,7 @@ class FeatureCache:
                 writer.add(rows)
                 sizes.append(examples)
                 if not given.is_arrays:
-                    again += fingerprint.of_examples(batch)
+                    again += digests.of_examples(batch)
                     self._check_room(cut, given, sum(sizes), key.views)
             batches.rewind()
             check_same(given, seen, again, sizes)
@@ -287,19 +297,24 @@ def _nothing(step: CompiledStep, given: DataSpec, obstacles: list[Obstacle]) -> 
     return f"Of the {step.kind} step on `{given.name}` nothing can be cached: {said}.{more}"
 
 
-def _key(cut: Cut, given: DataSpec, seen: list[str], sizes: list[int], views: int) -> CacheKey:
-    labels = {feed.name: f"input {number}" for number, feed in enumerate(cut.whole.inputs)}
-    labels |= {name: f"weight {number}" for number, name in enumerate(cut.before.captures)}
-    # Seeds move while features are drawn, and belong to no features in particular.
-    captured = [name for name in cut.before.captures if name not in cut.random]
+def _of_seen(seen: Sequence[str], sizes: Sequence[int]) -> str:
+    """Return the digest of data, given those of its examples."""
+    # Sorted, since data that shuffles itself comes in another order in each fit.
+    return digests.of_texts([*sorted(seen), str(sizes)])
+
+
+def _key(cut: Cut, given: DataSpec, data: str, weights: str, views: int) -> CacheKey:
+    """Return what features depend on.
+
+    Args:
+        cut: Where the step is cut.
+        given: The data.
+        data: Its digest.
+        weights: The digest of the weights before the cut.
+        views: How many passes over the data are kept.
+    """
     precise = tf.config.experimental.tensor_float_32_execution_enabled()
     device = "GPU" if tf.config.list_logical_devices("GPU") else "CPU"
-    return CacheKey(
-        # Sorted, since data that shuffles itself comes in another order in each fit.
-        fingerprint.of_arrays(given.data) if given.is_arrays else fingerprint.of_texts([*sorted(seen), str(sizes)]),
-        fingerprint.of_texts([cut.before.canonical_text(labels)]),
-        fingerprint.of_arrays([cut.whole.variables.get(name, cut.whole.captures[name]) for name in captured]),
-        f"tensorflow {tf.__version__}, keras {keras.__version__}, {device}, TF32 {precise}",
-        repr(given.class_weight and sorted(given.class_weight.items())),
-        views,
-    )
+    versions = f"tensorflow {tf.__version__}, keras {keras.__version__}, {device}, TF32 {precise}"
+    classes = repr(given.class_weight and sorted(given.class_weight.items()))
+    return CacheKey(data, cut.computation, weights, versions, classes, views)

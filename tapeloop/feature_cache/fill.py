@@ -15,7 +15,7 @@ from tapeloop.data.batch import as_tensors, examples_of, tensors_in
 from tapeloop.data.class_weight import with_class_weights
 from tapeloop.data.loader import DataLoader, DataSpec
 from tapeloop.errors import CacheError
-from tapeloop.feature_cache import fingerprint
+from tapeloop.feature_cache import digests
 from tapeloop.feature_cache.frontier import Cut
 from tapeloop.feature_cache.storage import CachedFeatures
 
@@ -80,7 +80,7 @@ def check_sample(given: DataSpec, kept: CachedFeatures) -> None:
     count, starts, weights = len(kept.sizes), np.cumsum([0, *kept.sizes]), given.class_weights
     for number in np.random.default_rng().choice(count, max(1, count // 100), replace=False).tolist():
         batch = as_tensors(data[number], f"`{given.name}`")
-        found = fingerprint.of_examples(with_class_weights(batch, weights))
+        found = digests.of_examples(with_class_weights(batch, weights))
         there = list(kept.examples[starts[number] : starts[number + 1]])
         # Data that shuffles itself may give any of its examples, but each only as often as it has it.
         if found != there and not (kept.shuffled and Counter(found) <= Counter(kept.examples)):
@@ -97,7 +97,7 @@ def seen_in(batches: DataLoader) -> tuple[list[str], list[int]]:
     """Go through data once, and return the digests of its examples and the sizes of its batches."""
     examples, sizes = list[str](), list[int]()
     for batch in batches:
-        examples += fingerprint.of_examples(batch)
+        examples += digests.of_examples(batch)
         sizes.append(int(examples_of(batch)))
     batches.rewind()
     return examples, sizes

@@ -11,9 +11,9 @@ from typing import Any
 import tensorflow as tf
 
 from tapeloop._backend.traced_graph import Subgraph, TracedGraph
-from tapeloop._digest import checksum
 from tapeloop.data.batch import Features, examples_of, tensors_in
 from tapeloop.feature_cache.batch_independence import IndependenceProbe
+from tapeloop.feature_cache.digests import of_texts
 from tapeloop.feature_cache.frozen_ops import FrozenAnalysis
 from tapeloop.feature_cache.min_cut import smallest_cut
 from tapeloop.model.selection import Selection
@@ -87,10 +87,23 @@ class Cut:
 
         return tf.function(several, autograph=False)
 
-    def checksums(self) -> tuple[int, ...]:
-        """Return a number for each frozen variable before the cut that changes with its value."""
-        names = [name for name in self.before.captures if name in self.whole.variables and name not in self.random]
-        return tuple(checksum(self.whole.variables[name].numpy()) for name in names)
+    @functools.cached_property
+    def captured(self) -> list[Any]:
+        """What is captured before the cut, but for seeds, which move while features are drawn."""
+        names = [name for name in self.before.captures if name not in self.random]
+        return [self.whole.variables.get(name, self.whole.captures[name]) for name in names]
+
+    @property
+    def weights(self) -> list[tf.Variable]:
+        """The frozen variables before the cut."""
+        return [one for one in self.captured if isinstance(one, tf.Variable)]
+
+    @functools.cached_property
+    def computation(self) -> str:
+        """The digest of what is computed before the cut."""
+        labels = {feed.name: f"input {number}" for number, feed in enumerate(self.whole.inputs)}
+        labels |= {name: f"weight {number}" for number, name in enumerate(self.before.captures)}
+        return of_texts([self.before.canonical_text(labels)])
 
     def rest_for(self, features: Any) -> Any:
         """Return the rest of the step as a function of features of this signature, to be called in a traced one."""

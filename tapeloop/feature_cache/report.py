@@ -17,7 +17,7 @@ from tapeloop.errors import listed
 from tapeloop.feature_cache.frontier import Cut
 from tapeloop.feature_cache.splitting import split
 from tapeloop.loop.compiled_step import CompiledStep
-from tapeloop.step.snapshot import Snapshot
+from tapeloop.step.atomic import Snapshot
 
 ROUNDS = 5
 

@@ -20,8 +20,9 @@ from typing import Any, BinaryIO
 import numpy as np
 import tensorflow as tf
 
-from tapeloop.feature_cache import fingerprint
-from tapeloop.feature_cache.fingerprint import CacheKey
+from tapeloop.feature_cache import digests
+from tapeloop.feature_cache.digests import CacheKey
+from tapeloop.feature_cache.known_digests import KnownDigests
 
 SHARE = 0.5  # of the free memory, which features may take
 ABANDONED_AFTER_S = 24 * 3600  # after which a partial file that nothing was written to is nobody's
@@ -82,9 +83,14 @@ class Writer:
 
 
 class Memory:
-    """Features in memory: the latest of each data set. Names are `DATA-COMPUTATION-CONTENT`."""
+    """Features in memory: the latest of each data set. Names are `DATA-COMPUTATION-CONTENT`.
+
+    Attributes:
+        digests: What is known of data and weights, also if features are kept in files.
+    """
 
     def __init__(self) -> None:
+        self.digests = KnownDigests()
         self._kept: dict[str, CachedFeatures] = {}
 
     def find(self, name: str) -> CachedFeatures | None:
@@ -174,7 +180,7 @@ def seal(file: BinaryIO, description: dict[str, Any]) -> None:
     file.write(content + len(content).to_bytes(_LENGTH_BYTES, "little"))
     file.flush()
     # Over the features too: a flipped bit in them would go into training unseen.
-    file.write(fingerprint.of_arrays(np.memmap(file.name, np.uint8, "r")).encode())
+    file.write(digests.of_arrays(np.memmap(file.name, np.uint8, "r")).encode())
     file.flush()
     # On the disk before the file gets its name, or a crash could leave a name for half a file.
     os.fsync(file.fileno())
@@ -188,7 +194,7 @@ def _read(path: pathlib.Path) -> CachedFeatures:
     """
     content = np.memmap(path, np.uint8, "r")
     body, digest = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:].tobytes()
-    if fingerprint.of_arrays(body).encode() != digest:
+    if digests.of_arrays(body).encode() != digest:
         raise ValueError("it is not as it was written")
     # What follows trusts the file: the digest is that of all before it.
     length = int.from_bytes(body[-_LENGTH_BYTES:].tobytes(), "little")

@@ -55,7 +55,9 @@ def fold(planner: Planner, plan: StepPlan, store: FoldedValues) -> Folded | None
 
     spec, _ = whole.function.structured_input_signature
     run_folded = tf.function(run, autograph=False).get_concrete_function(*spec)
-    return Folded(dataclasses.replace(plan, compute=run_folded), FoldedPart(store, values, folding.values))
+    return Folded(
+        dataclasses.replace(plan, compute=run_folded), FoldedPart(values, folding.values, parts.interventions)
+    )
 
 
 def _still(planner: Planner, plan: StepPlan, whole: TracedGraph) -> set[str]:

@@ -36,7 +36,3 @@ class Folding:
     def folds(self, kind: str) -> bool:
         """Tell whether a step of a kind is worth folding."""
         return bool(self.mode) and (self.mode is True or self.to_come.get(kind, 0) >= WORTH_IT)
-
-    def weights_may_have_moved(self) -> None:
-        """Note that code other than that of steps ran, which may have set weights."""
-        self.store.moment += 1

@@ -9,6 +9,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from tapeloop.step.plan import Interventions
+
 
 @dataclass(eq=False)
 class FoldedValue:
@@ -25,13 +27,8 @@ class FoldedValue:
 
 @dataclass
 class FoldedValues:
-    """The folded values of a trainer. Steps that compute the same of the same weights share them.
+    """The folded values of a trainer. Steps that compute the same of the same weights share them."""
 
-    Attributes:
-        moment: A number that grows whenever code other than that of steps ran, which may have set weights.
-    """
-
-    moment: int = 0
     _values: weakref.WeakValueDictionary[Hashable, FoldedValue] = field(default_factory=weakref.WeakValueDictionary)
 
     def known(self) -> list[FoldedValue]:
@@ -64,24 +61,24 @@ class FoldedPart:
     """The folded values of one step, kept up to date with the weights."""
 
     def __init__(
-        self, store: FoldedValues, values: Sequence[FoldedValue], compute: Callable[[], Sequence[tf.Tensor]]
+        self, values: Sequence[FoldedValue], compute: Callable[[], Sequence[tf.Tensor]], interventions: Interventions
     ) -> None:
         """Keep the values, which are up to date now.
 
         Args:
-            store: The folded values of the trainer.
-            values: Those of the step.
+            values: The values.
             compute: Computes them.
+            interventions: Tells when weights may have moved.
         """
-        self._store = store
         self._values = values
         self._compute = compute
-        self._moment = store.moment
+        self._interventions = interventions
+        self._seen = interventions.count
 
     def refresh(self) -> None:
         """Compute the values anew if weights may have moved since they were computed."""
         # To tell first whether any has moved would read each weight once, which is most of what this does.
-        if self._moment != self._store.moment:
-            self._moment = self._store.moment
+        if self._seen != self._interventions.count:
+            self._seen = self._interventions.count
             for value, computed in zip(self._values, self._compute()):
                 value.variable.assign(computed)

@@ -85,7 +85,7 @@ class EpochLoop:
         """
         history, state = self.state.history.since(epochs.start), self.state
         self.steps.start_fit()
-        self.steps.folding.weights_may_have_moved()
+        self.steps.parts.interventions.note()
         self.data, self.span, self._listeners, state.under_way = data, epochs, listeners, None
         self._validation = validation or Validation()
         self.is_resuming, self.stop_training, logs = state.resumption is not None, False, dict[str, Any]()
@@ -160,11 +160,11 @@ class EpochLoop:
         loader = data.validation(evaluation)
         averages = self._validation.values == "ema"
         if averages or not self.steps.parts.is_plain():  # a step of the user's may move what no step of ours would
-            self.steps.folding.weights_may_have_moved()
+            self.steps.parts.interventions.note()
         with self.state.averages.swap(self.state.step) if averages else contextlib.nullcontext():
             logs = self.evaluate(evaluation, loader, display, "  validation", self._listeners)
         if averages:
-            self.steps.folding.weights_may_have_moved()
+            self.steps.parts.interventions.note()
         loader.rewind()  # so that each epoch is validated on the same batches
         return {f"val_{name}": value for name, value in logs.items()}
 
@@ -195,7 +195,7 @@ class EpochLoop:
         read_logs = functools.partial(self.steps.logs, "eval", [step.planner.metrics])
         if self.data is None:
             self._expect("eval", loader)
-            self.steps.folding.weights_may_have_moved()
+            self.steps.parts.interventions.note()
         self._start(step)
         for listener in listeners:
             listener.before_evaluation(loader)
@@ -227,7 +227,7 @@ class EpochLoop:
         if self._is_reset is not step:
             self.steps.reset(step.kind, step.selection.tree)
         self._is_reset = None
-        self.steps.folding.weights_may_have_moved()
+        self.steps.parts.interventions.note()
         step.planner.warn_stale()
         with self._running(), deferred_interrupt():
             counts, logs, failure = step.run_on_batch(batch, self._before())
@@ -241,7 +241,7 @@ class EpochLoop:
         """Yield the outputs for each batch of one epoch."""
         step = self.steps.get("predict", self.phases.held())
         self._expect("predict", loader)
-        self.steps.folding.weights_may_have_moved()
+        self.steps.parts.interventions.note()
         step.planner.warn_stale()
         examples = 0
         display.start("prediction", loader.batches_per_epoch)

@@ -9,11 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import keras
-
 from tapeloop.loop.compiled_step import CompiledStep
 from tapeloop.loop.state import TrainerState
 from tapeloop.loop.step_cache import StepCache
+from tapeloop.model.reader import TreeReader
 from tapeloop.model.selection import Selection
 from tapeloop.model.tree import Model, Tree, VariableInfo
 from tapeloop.optimization.diagnosis import warn_zero_terms
@@ -53,13 +52,14 @@ class PhaseTracker:
         self._model = model
         self._steps = steps
         self._state = state
-        self._resolved: dict[VariablePolicy, Selection] = {}
+        self._reader = TreeReader(model)
+        # The selections of policies that are values, for the tree that was read last.
+        self._resolved: dict[tuple[VariablePolicy, bool], Selection] = {}
+        self._resolved_for: tuple[Tree, int] | None = None  # the tree, and what else ran by then
         self._prepared: Selection | None = None
-        self._fresh: Tree | None = None  # as `resolve_to_come` has just read it; reading a large model takes a while
         self._asked: tuple[VariablePolicy, int, int] | None = None  # the policy, and the step and epoch of the answer
         self._answer: list[VariablePolicy] = []
         self._active: ActivePhase | None = None
-        self._glance: tuple[Any, Selection] | None = None  # what `known` found last, and for what
         self._recorded: Recorded | None = None  # by the checkpoint that was loaded last
         self._saved: tuple[str, Mapping[str, Any]] | None = None  # the policy of that, and its state, until it is set
 
@@ -71,14 +71,33 @@ class PhaseTracker:
 
     def now(self) -> Selection:
         """Return what the policy selects of the model as it is now."""
-        return resolve(self._chain()[-1], Tree.of(self._model))
+        return self._resolve(self._chain()[-1])
 
     def held(self, *, trains: bool = False) -> Selection:
         """Return what trained last, of the model as it is now; unless `trains`, it may leave nothing to train."""
         # To evaluate is to ask nothing: a policy that keeps state would move on.
         held = self._state.policy
         policy = held[1] if held is not None and held[0] is self.policy else self._chain()[-1]
-        return resolve(policy, Tree.of(self._model), trains)
+        return self._resolve(policy, trains=trains)
+
+    def _resolve(self, policy: VariablePolicy, *, trains: bool = True) -> Selection:
+        """Return what a policy selects of the model as it is now: the same object, if nothing has changed.
+
+        Args:
+            policy: The policy.
+            trains: Whether it must leave something to train.
+        """
+        tree, interventions = self._reader.read(), self._steps.parts.interventions.count
+        # A filter of the user's may look at anything that code of the user's has set.
+        if self._resolved_for is None or self._resolved_for[0] is not tree or self._resolved_for[1] != interventions:
+            self._resolved.clear()
+            self._resolved_for = tree, interventions
+        selection = self._resolved.get((policy, trains)) if is_value(policy) else None
+        if selection is None:
+            selection = resolve(policy, tree, trains)
+            if is_value(policy):
+                self._resolved[policy, trains] = selection
+        return selection
 
     def current(self) -> Selection:
         """Return what trains, or trained last, as it was resolved then."""
@@ -99,11 +118,7 @@ class PhaseTracker:
         policy = self._settled()
         if policy is None:
             return None
-        # A debugger may look after every line, and reading a large model takes a while.
-        seen = (policy, _variables_seen(self._model)) if is_value(policy) else None
-        if seen is None or seen[1] is None or self._glance is None or self._glance[0] != seen:
-            self._glance = seen, resolve(policy, Tree.of(self._model))
-        return self._glance[1]
+        return self._resolve(policy)
 
     def _settled(self) -> VariablePolicy | None:
         """Return the policy that holds now, if that is known without asking one that is not a value."""
@@ -140,20 +155,15 @@ class PhaseTracker:
         Raises:
             PolicyError: A policy cannot be resolved for the model, or there is no optimizer for a group.
         """
-        self._fresh = Tree.of(self._model)
         # A typo in the phase of epoch 7 is found in epoch 0.
-        to_come = selections_to_come(self.policy, self._fresh)
+        to_come = selections_to_come(self.policy, self._reader.read())
         self._state.optimizers.require_groups(to_come, changing=True)
 
     def groups_to_come(self) -> set[str] | None:
         """Return the names of the groups that may train, or None if a policy does not say what it will answer."""
-        tree, is_static = self._fresh or Tree.of(self._model), type(self.policy).at is VariablePolicy.at
+        tree, is_static = self._reader.read(), type(self.policy).at is VariablePolicy.at
         to_come = [resolve(self.policy, tree)] if is_static else selections_to_come(self.policy, tree)
         return {group for selection in to_come for group in selection.groups} or None
-
-    def read_again(self) -> None:
-        """Have the model be read anew: its flags may have changed since the fit began."""
-        self._fresh = None
 
     def due(self, logs: Mapping[str, Any] | None = None, *, starting: bool = False) -> ActivePhase:
         """Return what trains next, and make everything that it needs.
@@ -169,17 +179,14 @@ class PhaseTracker:
         if self._saved is not None:
             _LOG.warning("The policy is %s, and was %s in the checkpoint.", described(self.policy), self._saved[0])
             self._saved = None
-        # Users lift and set `trainable` flags between epochs.
-        if starting:
-            self._resolved.clear()
-        return self._activate(self._chain(logs))
+        return self._activate(self._chain(logs), starting=starting)
 
     def again(self) -> ActivePhase:
         """Return what trained when the run was saved that is loaded, without asking the policy anew."""
         self._take_up()
         if self._recorded is None or self._saved is not None:
             return self.due(starting=True)
-        return self._activate([self._recorded])
+        return self._activate([self._recorded], starting=True)
 
     def start_over(self, recorded: Recorded | None, policy: str, policy_state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint.
@@ -213,26 +220,24 @@ class PhaseTracker:
         """Return the variables that do not move while what trained last trains."""
         return () if self._active is None else self._active.step.selection.still
 
-    def _activate(self, policies: Sequence[VariablePolicy]) -> ActivePhase:
+    def _activate(self, policies: Sequence[VariablePolicy], *, starting: bool) -> ActivePhase:
         """Return what trains under the last of the policies that lie within one another, made ready for training."""
         holding = policies[-1]
         self._state.policy = self.policy, holding
-        selection = self._resolved.get(holding) if is_value(holding) else None
+        # Users lift and set `trainable` flags between epochs.
+        selection = None if starting or not is_value(holding) else self._resolved.get((holding, True))
         if selection is None:
-            selection = resolve(holding, self._fresh or Tree.of(self._model))
-            if is_value(holding):
-                self._resolved[holding] = selection
+            selection = self._resolve(holding)
         if selection is not self._prepared:
             changing = type(self.policy).at is not VariablePolicy.at
             self._steps.parts.updates.prepare(selection, self._state.step, changing=changing)
             warn_zero_terms(selection)
             self._prepared = selection
-        self._fresh = None
         # Asked no more often than needed: at the largest common divisor of all that the policies say.
         every_steps = math.gcd(*(each.every for each in policies if each.every is not None))
         step, before = self._steps.get("train", selection), self._active
         if before is not None and step is not before.step:
-            self._steps.folding.weights_may_have_moved()  # by the steps of the phase before
+            self._steps.parts.interventions.note()  # by the steps of the phase before
         self._active = ActivePhase(step, holding, every_steps or None)
         return self._active
 
@@ -247,12 +252,5 @@ class PhaseTracker:
             self._answer = chain(self.policy, state.progress(logs))
             self._asked = asked
             if not all(type(policy).__module__.startswith("tapeloop.") for policy in self._answer):
-                self._steps.folding.weights_may_have_moved()  # a policy of the user's may do so
+                self._steps.parts.interventions.note()  # a policy of the user's may do so
         return self._answer
-
-
-def _variables_seen(model: Model) -> tuple[tuple[int, ...], ...] | None:
-    """Return what tells whether a Keras model has other variables or flags than before; None of another model."""
-    if not isinstance(model, keras.Layer):
-        return None
-    return tuple(map(id, model.variables)), tuple(map(id, model.trainable_variables))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import tensorflow as tf
@@ -15,9 +15,28 @@ from tapeloop.optimization.finite_check import StepOutcome
 from tapeloop.step.context import Computed, Training
 from tapeloop.step.freezing import immutable_variables
 from tapeloop.step.plan import Planner, StepPlan
-from tapeloop.step.snapshot import Snapshot
 
 Step = Callable[[Any], StepOutcome | None]
+
+
+class Snapshot:
+    """The values of variables at one moment. A value that is not asked for again costs nothing in a traced step."""
+
+    def __init__(self, variables: Iterable[tf.Variable]) -> None:
+        # A read that nothing asks for again is pruned from the graph; one that is costs a copy when its variable is
+        # written.
+        self._values = {variable.ref(): variable.read_value() for variable in variables}
+
+    def add(self, variable: tf.Variable) -> None:
+        """Take in the value of one more variable, unless it is there."""
+        if variable.ref() not in self._values:
+            self._values[variable.ref()] = variable.read_value()
+
+    def roll_back(self) -> tf.Tensor:
+        """Give the variables their values of then."""
+        for variable, value in self._values.items():
+            variable.deref().assign(value)
+        return tf.constant(True)
 
 
 def build(planner: Planner, plan: StepPlan) -> Step:

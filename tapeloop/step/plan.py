@@ -16,6 +16,7 @@ import tensorflow as tf
 
 from tapeloop._backend import keras_internals
 from tapeloop._backend.assertions import can_stop
+from tapeloop._backend.autograph import converted
 from tapeloop._backend.patching import inlined_functions
 from tapeloop.data.batch import examples_of
 from tapeloop.model.selection import Selection
@@ -25,6 +26,7 @@ from tapeloop.optimization.finite_check import Ending, FiniteCheck
 from tapeloop.optimization.updates import Updates
 from tapeloop.step.context import Building, StepContext, Training, new_counts
 from tapeloop.step.freezing import frozen
+from tapeloop.step.frozen_dtype import FrozenDtype
 from tapeloop.step.log_means import RunningMeans
 from tapeloop.step.metrics import StepMetrics, layer_metrics, renamed
 from tapeloop.step.objective import Objective
@@ -65,6 +67,20 @@ class Compilation:
 
 
 @dataclass
+class Interventions:
+    """Counts how often code other than that of steps ran, which may have set weights.
+
+    What was computed of weights that no step moves is right for as long as the number stays the same.
+    """
+
+    count: int = 0
+
+    def note(self) -> None:
+        """Count once more."""
+        self.count += 1
+
+
+@dataclass
 class StepParts:
     """What all steps of a trainer share.
 
@@ -75,9 +91,11 @@ class StepParts:
         attributes: What the user keeps among the trainer's own attributes.
         compilation: How steps are compiled.
         remat: What is computed twice to save memory.
+        frozen_dtype: In which dtype the frozen part computes.
         is_plain: Tells whether a training step is tapeloop's own from end to end, so that its one update comes last.
         nonfinite: What an Inf or a NaN does: `"raise"`, `"skip"` or `"ignore"`.
         policy: What trains; the loop resolves it for each phase.
+        interventions: Counts when code other than that of steps ran.
         counts: Where the loop in the graph keeps how far the run has come; see `new_counts`.
         means: The running means of what the steps of each kind return.
         context: The step that is being traced, or run eagerly, while one is.
@@ -90,9 +108,11 @@ class StepParts:
     attributes: UserAttributes
     compilation: Compilation
     remat: Remat
+    frozen_dtype: FrozenDtype
     is_plain: Callable[[], bool]
     nonfinite: str
     policy: Any = None
+    interventions: Interventions = field(default_factory=Interventions)
     counts: tf.Variable = field(default_factory=new_counts)
     means: dict[str, RunningMeans] = field(default_factory=lambda: {"train": RunningMeans(), "eval": RunningMeans()})
     context: StepContext | None = None
@@ -112,7 +132,7 @@ class StepParts:
 
         def call(batch: Any) -> None:
             with inlined_functions(), self.acting(Building(model, self.counts)):
-                self.bodies[kind](batch)
+                converted(self.bodies[kind])(batch)
 
         # The signature is open in its first dimension: Keras' Sequential keeps the size of its first batch for good.
         tf.function(call, autograph=self.compilation.autograph).get_concrete_function(spec)
@@ -199,7 +219,8 @@ class Planner:
         """Trace or run the user's part inside this context, and what is frozen does not move."""
         # Only a gradient computes a layer again. What `frozen` wraps comes around that: both runs are in the same mode.
         remat = self.parts.remat.applied(self.selection) if self.kind == "train" else contextlib.nullcontext()
-        with remat, frozen(self.selection, context.assigned, context.used):
+        in_dtype = self.parts.frozen_dtype.applied(self.selection)
+        with remat, in_dtype, frozen(self.selection, context.assigned, context.used):
             yield
 
     def new_context(self, deferred: bool) -> StepContext:
@@ -223,7 +244,7 @@ class Planner:
         # A metric that the trainer or a layer holds is logged if the step updates it, whether or not it is returned.
         held = list(dict.fromkeys([*parts.attributes.metrics(), *layer_metrics(tree)]))
         with parts.acting(context), self.metrics.watching(held) as watch:
-            result = parts.bodies[self.kind](batch)
+            result = converted(parts.bodies[self.kind])(batch)
         if self.kind == "predict":
             return result
         self.metrics.uses_compiled = parts.objective.was_updated

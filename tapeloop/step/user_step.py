@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeVar
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from tapeloop._backend.autograph import converted
 from tapeloop._keras_names import ASSIGNED, missing
 from tapeloop.model.tree import AnyModel, HasVariables, Tree
 from tapeloop.optimization.tape import GroupTape
@@ -25,12 +26,6 @@ OWN_STEP = ("train_step", "compute_loss", "forward", "tape", "update", "gradient
 
 # What a subclass must not replace.
 OWN_ATTRIBUTES = "model", "state", "_parts", "_loop", "_contents", "_features", "_seed"
-Verb = TypeVar("Verb", bound=Callable[..., Any])
-
-
-def unconverted(verb: Verb) -> Verb:
-    """Return a verb that AutoGraph leaves as it is; a type checker knows its arguments, as TensorFlow's does not."""
-    return tf.autograph.experimental.do_not_convert(verb)
 
 
 class UserStep:
@@ -95,7 +90,7 @@ class UserStep:
             True
         """
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
-        outputs = self.forward(x, training)
+        outputs = converted(self.forward)(x, training)
         added, objective = self.added_losses(), self._parts.objective
         if objective.has_loss:
             added.insert(0, objective.loss(y, outputs, sample_weight))
@@ -127,7 +122,7 @@ class UserStep:
             >>> logs = trainer.train_on_batch(np.ones((8, 4)), np.ones((8, 2)))
         """
         with self.tape() as tape:
-            loss, logs = _with_logs(self.compute_loss(batch, training=True))
+            loss, logs = _with_logs(converted(self.compute_loss)(batch, training=True))
         self.update(tape, loss)
         return {"loss": loss, **logs}
 
@@ -145,7 +140,7 @@ class UserStep:
             >>> list(trainer.evaluate((np.ones((8, 4)), np.ones((8, 2))), verbose=0))
             ['norm']
         """
-        loss, logs = _with_logs(self.compute_loss(batch, training=False))
+        loss, logs = _with_logs(converted(self.compute_loss)(batch, training=False))
         return {"loss": loss, **logs}
 
     # Within a step
@@ -177,7 +172,6 @@ class UserStep:
         """
         return self._context("tape").tape(groups, persistent, self._parts.policy)
 
-    @unconverted
     def update(self, tape: GroupTape, loss: tf.Tensor) -> None:
         """Update the variables that `tape` watched by the gradient of `loss`, each by its group's optimizer.
 
@@ -208,7 +202,6 @@ class UserStep:
         context = self._training("update")
         context.update(context.gradients(tape, loss), loss)
 
-    @unconverted
     def gradients(
         self, tape: GroupTape, loss: tf.Tensor, *, unconnected: Literal["error", "zero"] = "error"
     ) -> dict[str, tf.Tensor]:
@@ -246,7 +239,6 @@ class UserStep:
         pairs = self._training("gradients").gradients(tape, loss, allow_unconnected=unconnected == "zero")
         return {variable.path: gradient for gradient, variable in pairs}
 
-    @unconverted
     def apply(self, gradients: Mapping[str, tf.Tensor]) -> None:
         """Update variables by gradients: the second half of `update`.
 
@@ -272,7 +264,6 @@ class UserStep:
         context = self._training("apply")
         context.update(context.trainable(gradients))
 
-    @unconverted
     def follow(self, target: HasVariables | str, source: HasVariables | str, *, decay: Any) -> None:
         """Move one submodel towards another: `target = decay * target + (1 - decay) * source`.
 
@@ -340,7 +331,7 @@ class UserStep:
         return context
 
     def _predict_step(self, batch: Any) -> Any:
-        return self.forward(keras.utils.unpack_x_y_sample_weight(batch)[0], training=False)
+        return converted(self.forward)(keras.utils.unpack_x_y_sample_weight(batch)[0], training=False)
 
     def _is_plain(self) -> bool:
         """Tell whether a training step is tapeloop's own from end to end, so that its one update comes last."""

@@ -17,8 +17,8 @@ import pytest
 from hypothesis import strategies as st
 
 import tapeloop as tl
-from tapeloop.feature_cache import fingerprint, storage
-from tapeloop.feature_cache.fingerprint import CacheKey
+from tapeloop.feature_cache import digests, storage
+from tapeloop.feature_cache.digests import CacheKey
 from tapeloop.feature_cache.frontier import Cut
 from tests.support import recipes
 from tests.support.cached import (
@@ -288,14 +288,14 @@ def test_digests_tell_arrays_apart():
     zeros = np.zeros((2, 3), "float32")
     different = [zeros, zeros.T, zeros.astype("float64"), zeros + 1, (zeros, zeros), None]
     different += [np.array(["a", "b"]), np.array(["ab", ""])]
-    assert len({fingerprint.of_arrays(value) for value in different}) == len(different)
-    assert fingerprint.of_arrays(zeros) == fingerprint.of_arrays(zeros.copy())
+    assert len({digests.of_arrays(value) for value in different}) == len(different)
+    assert digests.of_arrays(zeros) == digests.of_arrays(zeros.copy())
     large = np.zeros((2**13, 2**10), "float32")
-    before = fingerprint.of_arrays(large)
+    before = digests.of_arrays(large)
     large[-1, -1] = 1
-    assert fingerprint.of_arrays(large) != before
-    assert len(fingerprint.of_examples((zeros, np.zeros(2)))) == 2
-    assert len(fingerprint.of_examples((zeros, np.zeros(3)))) == 1
+    assert digests.of_arrays(large) != before
+    assert len(digests.of_examples((zeros, np.zeros(2)))) == 2
+    assert len(digests.of_examples((zeros, np.zeros(3)))) == 1
 
 
 def test_free_memory_is_what_the_system_says():

@@ -131,7 +131,7 @@ def test_it_ends_at_a_step_that_is_not_finite(nonfinite, good):
         assert search.suggestion is None
         assert search.reason == (
             f"the loss was not finite at a rate of {np.geomspace(1e-4, 0.1, 30)[good]:.2e}, after {good} steps: "
-            "begin at a lower rate"
+            + ("begin at a lower rate" if good else "no rate is to blame, look at the data and the weights")
         )
 
 

@@ -181,7 +181,12 @@ def test_validation_without_end_needs_a_number_of_steps():
 @pytest.mark.parametrize(
     ("weights", "data", "error", "text"),
     [
-        ([1.0], (X, Y), TypeError, r"`class_weight` must be a mapping from classes to weights. Received: \[1.0\]"),
+        (
+            [1.0],
+            (X, Y),
+            TypeError,
+            r"`class_weight` must be a mapping from classes, which are whole numbers, to weights. Received: \[1.0\]",
+        ),
         ({"cat": 1.0}, (X, Y), TypeError, r"`class_weight` must be a mapping"),
         ({}, (X, Y), ValueError, r"`class_weight` is empty"),
         ({0: 2.0}, (X, Y, np.ones(20)), tl.DataError, "`class_weight` was given, and the data has sample weights"),

@@ -27,6 +27,7 @@ MADE_ANEW = {
     "phases._answer": "the policy's last answer",
     "phases._resolved": "selections, resolved at the start of an epoch",
     "phases._prepared": "what was prepared last",
+    "interventions.count": "how often other code ran, which no two runs compare",
 }
 
 

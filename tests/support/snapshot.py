@@ -5,7 +5,12 @@ import numpy as np
 import tensorflow as tf
 
 import tapeloop as tl
+from tapeloop.loop.phases import PhaseTracker
 from tapeloop.model.tree import Tree, VariableInfo, raw
+
+
+def told(phases):
+    return [(name, inner) for name, inner in vars(phases).items() if not name.startswith("_resolved")]
 
 
 def walk(value, path, found, stop):
@@ -28,7 +33,8 @@ def walk(value, path, found, stop):
         found[path] = {each if isinstance(each, (str, int)) else id(each) for each in value}
     elif type(value).__module__.startswith("tapeloop.") or isinstance(value, tl.Trainer):
         stop.add(id(value))
-        for name, inner in vars(value).items():
+        # What a policy selects is kept from one look to the next.
+        for name, inner in vars(value).items() if not isinstance(value, PhaseTracker) else told(value):
             walk(inner, f"{path}.{name}".lstrip("."), found, stop)
     elif isinstance(value, keras.optimizers.Optimizer):
         walk(list(value.variables), path, found, stop)
