@@ -189,7 +189,7 @@ class Fits:
             return self._dry_run(spec, validation_spec, epochs)
         with opened(checkpoint, self._contents) as session:
             fit_data, span = self._prepare(spec, validation_spec, epochs, cache, session)
-            listener.check_groups(self._loop.phases.groups_to_come())
+            listener.check_groups(self._loop.phases.groups_to_come)
             listener.set_params(epochs=epochs, steps=fit_data.loader.batches_per_epoch, verbose=verbose)
             if session is None:
                 return self._loop.fit(fit_data, span, display, [listener], validation)

@@ -272,6 +272,7 @@ class Trainer(Fits, SavesRuns, ShowsItself, UserStep):
             ('base',)
         """
         self._loop.check_idle()
+        self._parts.interventions.note()  # what trains is looked at anew
         loader = DataSpec("x", joined(x, y, sample_weight), batch_size).loader()
         self._loop.steps.build(self.model, loader.specs)
         return frontier_of(self._loop.phases.due(starting=True).step, loader)

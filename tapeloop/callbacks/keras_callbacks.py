@@ -107,15 +107,16 @@ class KerasCallbacks(FitListener):
             callback.set_params({"verbose": verbose, "epochs": epochs, "steps": steps})
             callback.set_model(view)
 
-    def check_groups(self, groups: Collection[str] | None) -> None:
+    def check_groups(self, groups_to_come: Callable[[], Collection[str] | None]) -> None:
         """Check that there will be a group for each `ForGroup`.
 
         Args:
-            groups: The groups that may train; None if nobody knows.
+            groups_to_come: Returns the groups that may train; None if nobody knows.
 
         Raises:
             PolicyError: There will be none.
         """
+        groups = groups_to_come() if any(group is not None for group in self._groups) else None
         for callback, group in zip(self._callbacks, self._groups):
             if groups is not None and group is not None and group not in groups:
                 raise PolicyError(

@@ -241,11 +241,13 @@ class CompiledStep:
             # `tf.function` would look its trace up by the same signature, but takes as long for it as for the call
             # itself.
             reader = cursor.reader.signature()
-            spec = cursor.spec()
-            folds = self._folds(spec)
-            key = f"{tf.nest.map_structure(_described, reader)} {folds}"
+            key = str(tf.nest.map_structure(_described, reader))
+            folds = f"{key} folded" in self._loops or self._folding.folds(self.kind)
+            key = f"{key} folded" if folds else key
             if key not in self._loops:
-                loop = tf.function(functools.partial(self._loop, self._step(spec, folds=folds)), autograph=False)
+                spec = cursor.spec()
+                step = self._step(spec, folds=folds and not isinstance(spec, Features))
+                loop = tf.function(functools.partial(self._loop, step), autograph=False)
                 start, counts, limit = tf.constant(0, tf.int64), self._counts.read_value(), limits(1, 0)
                 args = reader, start, counts, limit, tf.constant(math.inf, tf.float64)
                 self._loops[key] = loop.get_concrete_function(*args)

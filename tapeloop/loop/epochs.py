@@ -126,6 +126,8 @@ class EpochLoop:
         """Train for one epoch, or for the rest of one, validate, and return the logs of both."""
         state, number = self.state, self.state.epoch - self.span.start
         resumption, state.resumption = state.resumption, None
+        if data.runs_python:
+            self.steps.parts.interventions.note()
         progress = None if resumption is None else resumption.progress
         with deferred_interrupt():
             # The model may have changed since the last epoch, and the policy may go by its logs.
@@ -222,12 +224,12 @@ class EpochLoop:
         The policy is asked if it was replaced since the last batch, if an epoch has ended since, and when it says so by
         `every`.
         """
+        self.steps.parts.interventions.note()
         step = self._phase_on_batch().step
         # A step on one batch resets what it logs itself, in the graph, unless another step has logged since.
         if self._is_reset is not step:
             self.steps.reset(step.kind, step.selection.tree)
         self._is_reset = None
-        self.steps.parts.interventions.note()
         step.planner.warn_stale()
         with self._running(), deferred_interrupt():
             counts, logs, failure = step.run_on_batch(batch, self._before())

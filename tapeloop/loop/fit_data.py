@@ -8,6 +8,7 @@ from dataclasses import astuple, dataclass
 from typing import Any
 
 from tapeloop._validation import whole_number
+from tapeloop.data.iterable_source import IterableSource
 from tapeloop.data.loader import DataLoader, DataSpec
 from tapeloop.loop.compiled_step import CompiledStep
 from tapeloop.loop.phases import ActivePhase
@@ -83,6 +84,12 @@ class FitData:
         if self._validation is not None:
             # Raises if there is no batch, which would otherwise be found after the first epoch.
             self._validation.cursor()
+
+    @property
+    def runs_python(self) -> bool:
+        """Whether code of the user's makes the batches, which may also look at the model and set its flags."""
+        loaders = [self.loader] if self._validation is None else [self.loader, self._validation]
+        return any(isinstance(loader.source, IterableSource) for loader in loaders)
 
     def close(self) -> None:
         """Let go of the data, such as of generators of the user's, whose `finally` then runs."""

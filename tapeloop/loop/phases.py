@@ -16,7 +16,7 @@ from tapeloop.model.reader import TreeReader
 from tapeloop.model.selection import Selection
 from tapeloop.model.tree import Model, Tree, VariableInfo
 from tapeloop.optimization.diagnosis import warn_zero_terms
-from tapeloop.policies.base import VariablePolicy, is_value
+from tapeloop.policies.base import VariablePolicy, is_declarative, is_value
 from tapeloop.policies.recorded import Recorded, described
 from tapeloop.policies.resolve import chain, resolve, selections_to_come
 
@@ -88,10 +88,12 @@ class PhaseTracker:
             trains: Whether it must leave something to train.
         """
         tree, interventions = self._reader.read(), self._steps.parts.interventions.count
-        # A filter of the user's may look at anything that code of the user's has set.
-        if self._resolved_for is None or self._resolved_for[0] is not tree or self._resolved_for[1] != interventions:
+        if self._resolved_for is None or self._resolved_for[0] is not tree:
             self._resolved.clear()
-            self._resolved_for = tree, interventions
+        elif self._resolved_for[1] != interventions:
+            # A filter of the user's may look at anything that code of the user's has set.
+            self._resolved = {key: kept for key, kept in self._resolved.items() if is_declarative(key[0])}
+        self._resolved_for = tree, interventions
         selection = self._resolved.get((policy, trains)) if is_value(policy) else None
         if selection is None:
             selection = resolve(policy, tree, trains)
@@ -224,8 +226,9 @@ class PhaseTracker:
         """Return what trains under the last of the policies that lie within one another, made ready for training."""
         holding = policies[-1]
         self._state.policy = self.policy, holding
-        # Users lift and set `trainable` flags between epochs.
-        selection = None if starting or not is_value(holding) else self._resolved.get((holding, True))
+        # Users lift and set `trainable` flags between epochs; if nothing of theirs has run, nobody has to look.
+        looks = starting and (self._resolved_for or (None, -1))[1] != self._steps.parts.interventions.count
+        selection = None if looks or not is_value(holding) else self._resolved.get((holding, True))
         if selection is None:
             selection = self._resolve(holding)
         if selection is not self._prepared:

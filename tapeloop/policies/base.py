@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
+import keras
+import tensorflow as tf
+
 from tapeloop.model.filters import Filter
 from tapeloop.model.tree import SubmodelInfo, VariableInfo
 from tapeloop.policies.state import encoded_attributes, restore_attributes
@@ -237,3 +240,15 @@ def is_value(policy: VariablePolicy) -> bool:
         return False
     # The hash of `object` is by identity: such a policy may keep state and answer otherwise the next time.
     return type(policy).__hash__ is not object.__hash__
+
+
+def is_declarative(value: object) -> bool:
+    """Tell whether a policy goes by paths, classes and layers alone: it selects the same of a model that is the same."""
+    if value is None or isinstance(value, (str, int, float, type, keras.Layer, tf.Module)):
+        return True
+    if isinstance(value, Mapping):
+        return all(map(is_declarative, (*value, *value.values())))
+    if isinstance(value, (tuple, list, set, frozenset)):
+        return all(map(is_declarative, value))
+    # A function of the user's may look at anything, and so may a policy of a class of the user's.
+    return type(value).__module__.startswith("tapeloop.") and all(map(is_declarative, vars(value).values()))

@@ -5,6 +5,7 @@ import pytest
 
 import tapeloop as tl
 from tapeloop.model.tree import Tree
+from tapeloop.policies.base import is_declarative
 from tapeloop.policies.resolve import chain, resolve
 from tests.support import models
 from tests.support.models import blocks
@@ -245,3 +246,19 @@ def test_a_policy_without_group_says_what_to_write(tree):
 def test_wrong_arguments(make, error, text):
     with pytest.raises(error, match=text):
         make()
+
+
+def test_a_policy_is_declarative_unless_a_function_or_a_class_of_the_users_decides():
+    layer = keras.layers.Dense(1)
+    rules = (tl.Freeze("a", keras.layers.Dense), tl.TrainOnly(tl.last(2, of="dense"), layer, ~tl.named("bias")))
+    plain = [
+        *rules,
+        tl.Groups({"one": "a", "two": tl.first(1, of=keras.layers.Dense)}),
+        tl.Phases({0: rules[0], 2: rules[1]}),
+    ]
+    assert all(map(is_declarative, plain))
+
+    class Own(tl.TrainAll):
+        pass
+
+    assert not any(map(is_declarative, [tl.Freeze(lambda variable: True), Own(), tl.Phases({0: rules[0], 1: Own()})]))
