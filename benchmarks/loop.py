@@ -1,6 +1,6 @@
 """What the loop around a step costs, beside Keras' `fit` and loops written by hand.
 
-    python -m benchmarks.loop [--rounds 5] [--only mlp mobilenet resnet full adapters first]
+    python -m benchmarks.loop [--rounds 5] [--only mlp mobilenet resnet efficientnet full adapters first]
 
 Each row divides the time of a step under tapeloop by that of another loop over the same data, with the same
 optimizer, loss and metrics. The arms of a row take turns in one process, after a warm-up; the figure is the median of
@@ -99,15 +99,19 @@ def measure_mlp(rounds: int) -> None:
     compare(arms, rows, rounds, steps)
 
 
-def measure_head(application: str, rounds: int) -> None:
-    """Measure a frozen architecture under a trained head."""
-    batch, steps = 16, 50
+def measure_head(application: str, rounds: int, folded: float) -> None:
+    """Measure a frozen architecture under a trained head, as it is and folded."""
+    batch, steps = 16, 20
     data = images(batch * steps)
     arms = {
-        "tapeloop": tapeloop(classifier(application), tl.Freeze("backbone"), data, batch),
+        "plain": tapeloop(classifier(application), tl.Freeze("backbone"), data, batch, fold_frozen=False),
+        "folded": tapeloop(classifier(application), tl.Freeze("backbone"), data, batch, fold_frozen=True),
         "forward": forward(classifier(application), data, batch),
     }
-    rows = [Row(f"{application} 96x96, batch 16, head only / forward pass alone", "tapeloop", "forward", 1.05)]
+    rows = [
+        Row(f"{application} 96x96, batch 16, head only / forward pass alone", "plain", "forward", 1.05),
+        Row("the same, folded", "folded", "forward", folded),
+    ]
     compare(arms, rows, rounds, steps)
 
 
@@ -164,8 +168,9 @@ def measure_first(rounds: int) -> None:
 
 MEASURES: dict[str, Callable[[int], None]] = {
     "mlp": measure_mlp,
-    "mobilenet": lambda rounds: measure_head("MobileNetV2", rounds),
-    "resnet": lambda rounds: measure_head("ResNet50", rounds),
+    "mobilenet": lambda rounds: measure_head("MobileNetV2", rounds, 0.75),
+    "resnet": lambda rounds: measure_head("ResNet50", rounds, 0.80),
+    "efficientnet": lambda rounds: measure_head("EfficientNetV2B0", rounds, 0.80),
     "full": measure_full,
     "adapters": measure_adapters,
     "first": measure_first,

@@ -243,7 +243,7 @@ def is_value(policy: VariablePolicy) -> bool:
 
 
 def is_declarative(value: object) -> bool:
-    """Tell whether a policy goes by paths, classes and layers alone: it selects the same of a model that is the same."""
+    """Tell whether a policy goes by paths, classes and layers alone, and selects the same of an unchanged model."""
     if value is None or isinstance(value, (str, int, float, type, keras.Layer, tf.Module)):
         return True
     if isinstance(value, Mapping):

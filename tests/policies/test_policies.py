@@ -261,4 +261,6 @@ def test_a_policy_is_declarative_unless_a_function_or_a_class_of_the_users_decid
     class Own(tl.TrainAll):
         pass
 
-    assert not any(map(is_declarative, [tl.Freeze(lambda variable: True), Own(), tl.Phases({0: rules[0], 1: Own()})]))
+    assert not any(
+        map(is_declarative, [tl.Freeze(tl.matching(lambda variable: True)), Own(), tl.Phases({0: rules[0], 1: Own()})])
+    )
