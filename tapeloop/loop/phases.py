@@ -56,7 +56,7 @@ class PhaseTracker:
         # The selections of policies that are values, for the tree that was read last.
         self._resolved: dict[tuple[VariablePolicy, bool], Selection] = {}
         self._resolved_for: tuple[Tree, int] | None = None  # the tree, and what else ran by then
-        self._prepared: Selection | None = None
+        self._prepared: tuple[Selection, int] | None = None  # and what else had run by then
         self._asked: tuple[VariablePolicy, int, int] | None = None  # the policy, and the step and epoch of the answer
         self._answer: list[VariablePolicy] = []
         self._active: ActivePhase | None = None
@@ -231,11 +231,13 @@ class PhaseTracker:
         selection = None if looks or not is_value(holding) else self._resolved.get((holding, True))
         if selection is None:
             selection = self._resolve(holding)
-        if selection is not self._prepared:
+        # A user may have set the rate of the optimizer itself.
+        interventions = self._steps.parts.interventions.count
+        if self._prepared is None or self._prepared[0] is not selection or self._prepared[1] != interventions:
             changing = type(self.policy).at is not VariablePolicy.at
             self._steps.parts.updates.prepare(selection, self._state.step, changing=changing)
             warn_zero_terms(selection)
-            self._prepared = selection
+            self._prepared = selection, interventions
         # Asked no more often than needed: at the largest common divisor of all that the policies say.
         every_steps = math.gcd(*(each.every for each in policies if each.every is not None))
         step, before = self._steps.get("train", selection), self._active
