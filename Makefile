@@ -13,7 +13,7 @@ demo: $(READY)
 
 # In a process for each core, since most of it is tracing, which uses one.
 test: $(READY)
-	TAPELOOP_EXAMPLES=16 $(BIN)/python -m pytest -m "not slow" -n auto --dist worksteal
+	TAPELOOP_EXAMPLES=10 $(BIN)/python -m pytest -m "not slow" -n auto --dist worksteal
 
 # All of them, with more of the models that Hypothesis draws; first a list of what `make test` leaves out.
 test-all: $(READY)
