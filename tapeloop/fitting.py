@@ -240,6 +240,7 @@ class Fits:
         loader = self._loader(joined(x, y, sample_weight), batch_size, steps)
         self._loop.steps.build(self.model, loader.specs)
         listener.set_params(epochs=1, steps=loader.batches_per_epoch, verbose=verbose)
+        self._parts.interventions.note()  # whoever calls this may have set weights, such as a callback within a fit
         step, averages = self._loop.evaluation(), self.state.averages
         with averages.swap(self.state.step) if listener.swaps_averages else contextlib.nullcontext():
             return self._loop.evaluate(step, loader, display, "evaluation", [listener])

@@ -197,7 +197,6 @@ class EpochLoop:
         read_logs = functools.partial(self.steps.logs, "eval", [step.planner.metrics])
         if self.data is None:
             self._expect("eval", loader)
-            self.steps.parts.interventions.note()
         self._start(step)
         for listener in listeners:
             listener.before_evaluation(loader)

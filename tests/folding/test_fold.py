@@ -154,6 +154,23 @@ def test_weights_set_by_a_callback_are_noticed(hook):
         np.testing.assert_allclose(histories[0][name], histories[1][name], rtol=1e-5)
 
 
+def test_a_callback_that_sets_weights_and_evaluates_sees_them():
+    losses = []
+    for each in pair():
+
+        def evaluate(*_, trainer=each):
+            losses.append(trainer.evaluate(X, Y, verbose=0)["loss"])
+            change_by_hand(trainer)
+            losses.append(trainer.evaluate(X, Y, verbose=0)["loss"])
+            losses.append(float(LOSS(Y, trainer.predict(X))))
+
+        callback = keras.callbacks.LambdaCallback(on_epoch_end=evaluate)
+        each.fit(X, Y, batch_size=8, callbacks=[callback], verbose=0)
+    np.testing.assert_allclose(losses[:3], losses[3:], rtol=1e-5)
+    assert losses[0] != losses[1]
+    np.testing.assert_allclose(losses[1], losses[2], rtol=1e-5)
+
+
 class SetsWeights(tl.VariablePolicy):
     """Sets frozen weights whenever it is asked."""
 
