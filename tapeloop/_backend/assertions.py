@@ -24,14 +24,14 @@ def require(condition: tf.Tensor, *said: Any) -> tf.Operation:
 
 
 def refusal(error: BaseException) -> DataError | None:
-    """Return the error that `require` has prepared, if that is what came up."""
-    # TensorFlow prints each string and tensor in brackets of its own, one dimension a pair.
-    found = re.search(rf"\[{_REFUSED}\] (.*\])", str(error)) if isinstance(error, tf.errors.OpError) else None
+    """Return what is wrong with the data, if an error says that: what `require` has prepared, or texts for numbers."""
     if isinstance(error, tf.errors.UnimplementedError) and "Cast string to" in str(error):
         return DataError(
             "The inputs, the targets or the weights of the examples are texts, and the model or the loss computes "
             "with numbers. Turn them into numbers, as `keras.layers.StringLookup` or `TextVectorization` does."
         )
+    # TensorFlow prints each string and tensor in brackets of its own, one dimension a pair.
+    found = re.search(rf"\[{_REFUSED}\] (.*\])", str(error)) if isinstance(error, tf.errors.OpError) else None
     return None if found is None else DataError(" ".join(re.findall(r"\[+([^\]]*)\]+", found[1])))
 
 

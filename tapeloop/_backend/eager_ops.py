@@ -24,9 +24,13 @@ def run_op(op: tf.Operation, values: Sequence[Any]) -> list[Any]:
     attributes: list[Any] = []
     for name in op.node_def.attr:
         if not name.startswith("_"):  # notes of the graph, none of the op's own
-            attributes += [name, tf.nest.map_structure(_as_number, op.get_attr(name))]
+            attributes += [name, tf.nest.map_structure(_as_given, op.get_attr(name))]
     return list(execute.execute(op.type.encode(), len(op.outputs), list(values), tuple(attributes), context.context()))
 
 
-def _as_number(value: Any) -> Any:
-    return value.as_datatype_enum if isinstance(value, tf.DType) else value
+def _as_given(value: Any) -> Any:
+    """Return an attribute as an op that is run takes it: a dtype as its number, a shape as a list."""
+    if isinstance(value, tf.DType):
+        return value.as_datatype_enum
+    is_shape = type(value).__name__ == "TensorShapeProto"
+    return execute.make_shape(tf.TensorShape(value), "shape") if is_shape else value

@@ -149,8 +149,8 @@ class KerasCallbacks(FitListener):
         """Have a fit begin."""
         self._call("on_train_begin", {})
         self._at_start = list(map(plain_attributes, self._callbacks))
-        if self._saved is not None:
-            restore(self._callbacks, *self._saved)
+        if self._saved is not None and not restore(self._callbacks, *self._saved):
+            self._saved = None
 
     def before_epoch(self, number: int) -> None:
         """Have an epoch begin."""

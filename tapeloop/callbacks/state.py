@@ -50,8 +50,8 @@ def state_of(
 
 def restore(
     callbacks: Sequence[keras.callbacks.Callback], state: Sequence[Mapping[str, Any]], read: Callable[[str], Any]
-) -> None:
-    """Restore the state of callbacks, if they are of the classes that it was saved of.
+) -> bool:
+    """Restore the state of callbacks, if they are of the classes that it was saved of, and return whether they are.
 
     Args:
         callbacks: The callbacks, after `on_train_begin`.
@@ -65,7 +65,7 @@ def restore(
             ", ".join(mine) or "none",
             ", ".join(saved) or "none",
         )
-        return
+        return False
     for number, (callback, entry) in enumerate(zip(callbacks, state)):
         # A `CSVLogger` has read by now what there is in its file.
         if not isinstance(callback, keras.callbacks.CSVLogger):
@@ -75,6 +75,7 @@ def restore(
         best = list(itertools.takewhile(lambda value: value is not None, found))
         if best:
             callback.best_weights = best
+    return True
 
 
 def append_to_files(callbacks: Sequence[keras.callbacks.Callback], epochs: int) -> None:

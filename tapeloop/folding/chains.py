@@ -100,18 +100,18 @@ class Chain:
 
 
 def find_chains(
-    ops: Sequence[tf.Operation], values: FrozenValues, consumers: Callable[[tf.Tensor], list[tf.Operation]]
+    ops: Sequence[tf.Operation], values: FrozenValues, takers: Callable[[tf.Tensor], list[tf.Operation | None]]
 ) -> Iterator[Chain]:
     """Yield the chains that are worth folding: with a factor, or with several terms.
 
     Args:
         ops: The ops of a step.
         values: What of it is frozen.
-        consumers: Returns the ops that take the values of a tensor, and not its shape alone; None stands for the end.
+        takers: Returns the ops that take the values of a tensor, and not its shape alone; None stands for the end.
     """
     for op in ops:
         if _is_start(op, values):
-            terms = list(_terms(op, values, consumers))
+            terms = list(_terms(op, values, takers))
             if len(terms) > 1 or (terms and terms[0].op.type == "Mul"):
                 yield Chain(op, op.inputs[KINDS[op.type].kernel], terms)
 
@@ -129,19 +129,14 @@ def _is_start(op: tf.Operation, values: FrozenValues) -> bool:
 
 
 def _terms(
-    op: tf.Operation, values: FrozenValues, consumers: Callable[[tf.Tensor], list[tf.Operation]]
+    op: tf.Operation, values: FrozenValues, takers: Callable[[tf.Tensor], list[tf.Operation | None]]
 ) -> Iterator[Term]:
     """Yield the factors and terms that follow on an op, each the only one to take what comes before it."""
     tensor = op.outputs[0]
     while True:
-        following = consumers(tensor)
-        if (
-            len(following) != 1
-            or following[0] is None
-            or following[0].type not in ("Mul", "Add", "AddV2", "Sub", "BiasAdd")
-        ):
+        after, *others = takers(tensor) or [None]
+        if after is None or others or after.type not in TERMS:
             return
-        after = following[0]
         is_second = after.inputs[0].name == tensor.name
         vector = after.inputs[1 if is_second else 0]
         keeps = after.outputs[0].shape.rank == tensor.shape.rank and after.outputs[0].shape[-1] == tensor.shape[-1]

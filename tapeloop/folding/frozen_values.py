@@ -78,4 +78,4 @@ class FrozenValues:
         attributes = op.node_def.attr
         said = [(name, attributes[name].SerializeToString(deterministic=True)) for name in sorted(attributes)]
         settings = tuple(pair for pair in said if pair[0] not in _ASIDE)
-        return op.type, op.outputs.index(tensor), settings, tuple(self.key(given) for given in op.inputs)
+        return op.type, tensor.value_index, settings, tuple(self.key(given) for given in op.inputs)

@@ -111,7 +111,8 @@ class GraphFolding:
         if not tensor.shape.is_fully_defined() or tensor.dtype in (tf.resource, tf.variant, tf.string):
             return False
         sources = [self._whole.variables[name] for name in self._values.sources[tensor.name]]
-        weights = sum(source.shape.num_elements() * source.dtype.size for source in sources)
+        # A variable of any shape counts nothing.
+        weights = sum((source.shape.num_elements() or 0) * source.dtype.size for source in sources)
         return bool(tensor.shape.num_elements() * tensor.dtype.size <= weights)
 
 

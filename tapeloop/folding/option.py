@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from tapeloop.folding.store import FoldedValues
 
-# How many steps pay for folding: it took 0.5 to 1.0 s of a first step of 3 to 5 s, and saved 10 to 20 ms of a step.
-WORTH_IT = 50
+# So many steps in a row pay for folding, which took 0.5 to 1.0 s of a first step, and saved 10 to 20 ms of each.
+LEAST_STEPS = 50
 
 
 @dataclass
@@ -18,7 +18,7 @@ class Folding:
     Attributes:
         mode: Whether steps are folded; `"auto"`: those that run often enough.
         store: The folded values.
-        to_come: How many steps of each kind are known to come, more than once in a row.
+        to_come: How many steps of each kind are known to come, without code of the user's in between.
     """
 
     mode: bool | str
@@ -35,4 +35,4 @@ class Folding:
 
     def folds(self, kind: str) -> bool:
         """Tell whether a step of a kind is worth folding."""
-        return bool(self.mode) and (self.mode is True or self.to_come.get(kind, 0) >= WORTH_IT)
+        return bool(self.mode) and (self.mode is True or self.to_come.get(kind, 0) >= LEAST_STEPS)

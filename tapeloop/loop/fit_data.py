@@ -8,7 +8,7 @@ from dataclasses import astuple, dataclass
 from typing import Any
 
 from tapeloop._validation import whole_number
-from tapeloop.data.iterable_source import IterableSource
+from tapeloop.data.array_source import ArraySource, SparseSource
 from tapeloop.data.loader import DataLoader, DataSpec
 from tapeloop.loop.compiled_step import CompiledStep
 from tapeloop.loop.phases import ActivePhase
@@ -87,9 +87,10 @@ class FitData:
 
     @property
     def runs_python(self) -> bool:
-        """Whether code of the user's makes the batches, which may also look at the model and set its flags."""
+        """Whether code of the user's may make the batches, which may also set weights and flags of the model."""
         loaders = [self.loader] if self._validation is None else [self.loader, self._validation]
-        return any(isinstance(loader.source, IterableSource) for loader in loaders)
+        # A dataset of `tf.data` may call a generator, and does not say so.
+        return not all(isinstance(loader.source, (ArraySource, SparseSource)) for loader in loaders)
 
     def close(self) -> None:
         """Let go of the data, such as of generators of the user's, whose `finally` then runs."""

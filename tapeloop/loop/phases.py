@@ -53,9 +53,11 @@ class PhaseTracker:
         self._steps = steps
         self._state = state
         self._reader = TreeReader(model)
-        # The selections of policies that are values, for the tree that was read last.
+        self._tree: Tree | None = None  # as it was read last
+        self._read_at = -1  # how often code of the user's had run by then
+        # The selections of that tree, of declarative policies; and those of this epoch, of policies that are values.
         self._resolved: dict[tuple[VariablePolicy, bool], Selection] = {}
-        self._resolved_for: tuple[Tree, int] | None = None  # the tree, and what else ran by then
+        self._of_epoch: dict[VariablePolicy, Selection] = {}
         self._prepared: tuple[Selection, int] | None = None  # and what else had run by then
         self._asked: tuple[VariablePolicy, int, int] | None = None  # the policy, and the step and epoch of the answer
         self._answer: list[VariablePolicy] = []
@@ -80,26 +82,27 @@ class PhaseTracker:
         policy = held[1] if held is not None and held[0] is self.policy else self._chain()[-1]
         return self._resolve(policy, trains=trains)
 
-    def _resolve(self, policy: VariablePolicy, *, trains: bool = True) -> Selection:
+    def _resolve(self, policy: VariablePolicy, *, trains: bool = True, within_fit: bool = False) -> Selection:
         """Return what a policy selects of the model as it is now: the same object, if nothing has changed.
 
         Args:
             policy: The policy.
             trains: Whether it must leave something to train.
+            within_fit: Whether a fit is under way: nobody looks at the model then unless code of the user's has run.
         """
-        tree, interventions = self._reader.read(), self._steps.parts.interventions.count
-        if self._resolved_for is None or self._resolved_for[0] is not tree:
-            self._resolved.clear()
-        elif self._resolved_for[1] != interventions:
-            # A filter of the user's may look at anything that code of the user's has set.
-            self._resolved = {key: kept for key, kept in self._resolved.items() if is_declarative(key[0])}
-        self._resolved_for = tree, interventions
-        selection = self._resolved.get((policy, trains)) if is_value(policy) else None
-        if selection is None:
-            selection = resolve(policy, tree, trains)
-            if is_value(policy):
-                self._resolved[policy, trains] = selection
-        return selection
+        interventions = self._steps.parts.interventions.count
+        if not within_fit or self._read_at != interventions:
+            tree, self._read_at = self._reader.read(), interventions
+            if tree is not self._tree:
+                self._resolved.clear()
+            self._tree = tree
+        assert self._tree is not None
+        # A filter of the user's may look at anything, and is asked each time.
+        if not is_declarative(policy):
+            return resolve(policy, self._tree, trains)
+        if (policy, trains) not in self._resolved:
+            self._resolved[policy, trains] = resolve(policy, self._tree, trains)
+        return self._resolved[policy, trains]
 
     def current(self) -> Selection:
         """Return what trains, or trained last, as it was resolved then."""
@@ -226,11 +229,14 @@ class PhaseTracker:
         """Return what trains under the last of the policies that lie within one another, made ready for training."""
         holding = policies[-1]
         self._state.policy = self.policy, holding
-        # Users lift and set `trainable` flags between epochs; if nothing of theirs has run, nobody has to look.
-        looks = starting and (self._resolved_for or (None, -1))[1] != self._steps.parts.interventions.count
-        selection = None if looks or not is_value(holding) else self._resolved.get((holding, True))
+        # Users lift and set `trainable` flags between epochs; what they do within one counts from the next.
+        if starting:
+            self._of_epoch.clear()
+        selection = self._of_epoch.get(holding) if is_value(holding) else None
         if selection is None:
-            selection = self._resolve(holding)
+            selection = self._resolve(holding, within_fit=True)
+            if is_value(holding):
+                self._of_epoch[holding] = selection
         # A user may have set the rate of the optimizer itself.
         interventions = self._steps.parts.interventions.count
         if self._prepared is None or self._prepared[0] is not selection or self._prepared[1] != interventions:

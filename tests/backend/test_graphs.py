@@ -31,6 +31,10 @@ def ops_of(compute, *values):
         lambda x: tf.nn.conv2d(x[None, :, :, None], tf.ones([2, 2, 1, 1]), 1, "SAME"),
         lambda x: tf.strings.as_string(x),
         lambda x: tf.split(x, 3, 1)[1],
+        lambda x: tf.ensure_shape(x, [None, 3]),
+        lambda x: tf.ensure_shape(x, None),
+        lambda x: tf.einsum("ij,kj->ik", x, x),
+        lambda x: tf.gather(x, [0, 2], axis=1),
     ],
 )
 def test_an_op_of_a_graph_runs_by_itself(compute):

@@ -163,6 +163,19 @@ def test_gradients_through_what_is_frozen_stay_right():
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_parts_of_one_op_and_variables_of_any_shape_are_told_apart():
+    pair = variable(6)
+    loose = tf.Variable(tf.ones([3]), shape=tf.TensorShape(None), trainable=False)
+
+    def compute(x):
+        first, second = tf.split(pair, 2)
+        return x * first + second * tf.ensure_shape(loose, [3])
+
+    folding = folding_of(compute, X)
+    assert len(set(folding.keys())) == len(folding.keys()) == 2
+    np.testing.assert_allclose(outputs(folding, X)[0], compute(X), rtol=1e-5)
+
+
 def test_equal_computations_of_the_same_weights_have_equal_keys():
     one, other = (folding_of(lambda x: normalized(conv(x)), X) for _ in range(2))
     assert one.keys() == other.keys()

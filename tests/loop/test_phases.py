@@ -141,3 +141,25 @@ def test_a_policy_that_cannot_be_hashed_serves_too(kind):
     phases = trainer.fit([models.images(8)] * 2, epochs=2, verbose=0).phases
     assert [len(phase.selection.trained) for phase in phases] == [2, 4]
     assert trainer.trace_count == 2
+
+
+def test_a_filter_of_the_users_is_asked_anew_and_a_flag_that_is_set_within_an_epoch_counts_from_the_next():
+    frozen = {"base"}
+    model = keras.Sequential(
+        [keras.Input((4,)), keras.layers.Dense(3, name="base"), keras.layers.Dense(2, name="head")]
+    )
+    trainer = tl.Trainer(model, tl.Freeze(tl.matching(lambda v: v.path.split("/")[0] in frozen)), loss="mse")
+    assert len(trainer.selection.trained) == 2
+    frozen.add("nothing")
+    frozen.remove("base")
+    frozen.add("head")
+    assert [v.path for v in trainer.selection.trained] == ["base/kernel", "base/bias"]
+
+    lifted = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda *_: (setattr(model.get_layer("base"), "trainable", False), trainer.selection)
+    )
+    trainer.policy = tl.Cycle([tl.TrainAll(), tl.TrainOnly("head")], every=1)
+    trainer.fit([(np.ones((2, 4)), np.ones((2, 2)))] * 4, callbacks=[lifted], epochs=2, verbose=0)
+    # In the second epoch both select the head: nothing new begins.
+    assert [len(phase.selection.trained) for phase in trainer.history.phases] == [4, 2, 4, 2]
+    assert len(trainer.selection.trained) == 2

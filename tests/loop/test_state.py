@@ -25,7 +25,7 @@ MADE_ANEW = {
     "_on_batch": "what trains on single batches",
     "phases._asked": "the policy's last answer",
     "phases._answer": "the policy's last answer",
-    "phases._resolved": "selections, resolved at the start of an epoch",
+    "phases._of_epoch": "selections, resolved at the start of an epoch",
     "phases._prepared": "what was prepared last",
     "interventions.count": "how often other code ran, which no two runs compare",
 }

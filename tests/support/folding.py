@@ -14,6 +14,6 @@ def folded_and_not(slow):
 
     @pytest.fixture(autouse=True, params=[pytest.param(m, marks=[pytest.mark.slow] * (m == slow)) for m in least])
     def folding(request, monkeypatch):
-        monkeypatch.setattr("tapeloop.folding.option.WORTH_IT", least[request.param])
+        monkeypatch.setattr("tapeloop.folding.option.LEAST_STEPS", least[request.param])
 
     return folding

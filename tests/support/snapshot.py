@@ -10,7 +10,7 @@ from tapeloop.model.tree import Tree, VariableInfo, raw
 
 
 def told(phases):
-    return [(name, inner) for name, inner in vars(phases).items() if not name.startswith("_resolved")]
+    return [(name, inner) for name, inner in vars(phases).items() if name not in ("_resolved", "_tree", "_read_at")]
 
 
 def walk(value, path, found, stop):
