@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
+from tensorflow.core.framework.tensor_shape_pb2 import TensorShapeProto
 from tensorflow.python.eager import context, execute
 
 
@@ -32,5 +33,4 @@ def _as_given(value: Any) -> Any:
     """Return an attribute as an op that is run takes it: a dtype as its number, a shape as a list."""
     if isinstance(value, tf.DType):
         return value.as_datatype_enum
-    is_shape = type(value).__name__ == "TensorShapeProto"
-    return execute.make_shape(tf.TensorShape(value), "shape") if is_shape else value
+    return execute.make_shape(tf.TensorShape(value), "shape") if isinstance(value, TensorShapeProto) else value

@@ -32,7 +32,6 @@ def ops_of(compute, *values):
         lambda x: tf.strings.as_string(x),
         lambda x: tf.split(x, 3, 1)[1],
         lambda x: tf.ensure_shape(x, [None, 3]),
-        lambda x: tf.ensure_shape(x, None),
         lambda x: tf.einsum("ij,kj->ik", x, x),
         lambda x: tf.gather(x, [0, 2], axis=1),
     ],
