@@ -236,12 +236,21 @@ class Follows(Distills):
         return logs
 
 
-def test_a_teacher_that_moves_is_not():
-    both = pair(tl.TrainAll(), Follows)
+@pytest.mark.parametrize("options", [{}, {"microbatches": 2}], ids=str)  # pieces move the teacher after the step
+def test_a_teacher_that_moves_is_not(options):
+    both = pair(tl.TrainAll(), Follows, **options)
     for each in both:
         each.teacher = network()
         each.teacher.set_weights(both[0].model.get_weights())
     fitted(both, epochs=2, validation_data=(X, Y))
+
+
+@pytest.mark.parametrize("options", [{}, {"microbatches": 2}], ids=str)
+def test_a_part_of_the_model_that_trains_is_not_folded_because_the_trainer_holds_it(options):
+    both = pair(tl.TrainOnly("base/conv", "head"), **options)
+    for each in both:
+        each.part = each.model.get_layer("base")
+    fitted(both, epochs=2)
 
 
 class Perturbs(tl.Trainer):
