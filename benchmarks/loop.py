@@ -101,7 +101,7 @@ def measure_mlp(rounds: int) -> None:
 
 def measure_head(application: str, rounds: int, folded: float) -> None:
     """Measure a frozen architecture under a trained head, as it is and folded."""
-    batch, steps = 16, 20
+    batch, steps = 16, 50
     data = images(batch * steps)
     arms = {
         "plain": tapeloop(classifier(application), tl.Freeze("backbone"), data, batch, fold_frozen=False),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -71,32 +72,42 @@ class Chain:
         """The frozen tensors that it takes: the kernel and the vectors."""
         return [self.kernel, *(term.value for term in self.terms)]
 
-    @property
+    @functools.cached_property
     def channels(self) -> int:
         """The number of channels that it gives."""
         return int(self.op.outputs[0].shape[-1])
 
     def folded(self, kernel: tf.Tensor, *vectors: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Return the kernel and the bias that give the same as the whole chain, of the values that it takes."""
-        scale, bias = tf.ones([self.channels], kernel.dtype), tf.zeros([self.channels], kernel.dtype)
-        for term, vector in zip(self.terms, vectors):
-            vector = tf.broadcast_to(tf.reshape(vector, [-1]), [self.channels])
+        # Op by op on the host: what is neither there nor needed is not computed.
+        scale: tf.Tensor | None = None
+        bias: tf.Tensor | None = None
+        for term, vector in zip(self.terms, map(self._by_channel, vectors)):
             if term.op.type == "Mul":
-                scale, bias = scale * vector, bias * vector
+                scale = vector if scale is None else scale * vector
+                bias = None if bias is None else bias * vector
             elif term.op.type != "Sub":
-                bias = bias + vector
+                bias = vector if bias is None else bias + vector
             elif term.is_second:
-                bias = bias - vector
+                bias = -vector if bias is None else bias - vector
             else:
-                scale, bias = -scale, vector - bias
-        return kernel * tf.reshape(scale, self._scale_shape()), bias
+                scale = -tf.ones_like(vector) if scale is None else -scale
+                bias = vector if bias is None else vector - bias
+        bias = tf.zeros([self.channels], kernel.dtype) if bias is None else bias
+        return kernel if scale is None else kernel * self._beside_kernel(scale), bias
 
-    def _scale_shape(self) -> list[int]:
-        """Return the shape in which a factor for each channel multiplies the kernel."""
+    def _by_channel(self, vector: tf.Tensor) -> tf.Tensor:
+        """Return a vector with a number for each channel, of one that may have one for all, or more dimensions."""
+        if vector.shape == (self.channels,):
+            return vector
+        return tf.broadcast_to(tf.reshape(vector, [-1]), [self.channels])
+
+    def _beside_kernel(self, scale: tf.Tensor) -> tf.Tensor:
+        """Return a factor for each channel in the shape in which it multiplies the kernel."""
         # Depthwise, a channel is an input and one of its multiples; transposed, outputs come before inputs.
         if self.op.type == "DepthwiseConv2dNative":
-            return [int(length) for length in self.kernel.shape[2:]]
-        return [self.channels, 1] if self.op.type == "Conv2DBackpropInput" else [self.channels]
+            return tf.reshape(scale, self.kernel.shape[2:])
+        return scale[:, tf.newaxis] if self.op.type == "Conv2DBackpropInput" else scale
 
 
 def find_chains(

@@ -55,9 +55,8 @@ def fold(planner: Planner, plan: StepPlan, store: FoldedValues) -> Folded | None
 
     spec, _ = whole.function.structured_input_signature
     run_folded = tf.function(run, autograph=False).get_concrete_function(*spec)
-    return Folded(
-        dataclasses.replace(plan, compute=run_folded), FoldedPart(values, folding.values, parts.interventions)
-    )
+    part_values = FoldedPart(values, folding.weights, folding.values, parts.interventions)
+    return Folded(dataclasses.replace(plan, compute=run_folded), part_values)
 
 
 def _still(planner: Planner, plan: StepPlan, whole: TracedGraph) -> set[str]:

@@ -36,6 +36,8 @@ class GraphFolding:
         self._takers = _takers(whole, ops)
         self.chains = list(find_chains(ops, values, lambda tensor: self._takers[tensor.name]))
         self.others = self._boundary(ops)
+        taken = [tensor for chain in self.chains for tensor in chain.values]
+        self._evaluation = Evaluation(whole, [*taken, *self.others])
 
     @property
     def is_worth_it(self) -> bool:
@@ -44,9 +46,9 @@ class GraphFolding:
 
     def values(self) -> list[tf.Tensor]:
         """Compute the folded values."""
-        evaluation = Evaluation(self._whole)
-        folded = [v for chain in self.chains for v in chain.folded(*map(evaluation.value, chain.values))]
-        return folded + [evaluation.value(tensor) for tensor in self.others]
+        known = self._evaluation.values()
+        folded = [v for chain in self.chains for v in chain.folded(*(known[tensor.name] for tensor in chain.values))]
+        return folded + [known[tensor.name] for tensor in self.others]
 
     def keys(self) -> list[Hashable]:
         """Return what tells each folded value from others."""
@@ -61,6 +63,13 @@ class GraphFolding:
         behind = [chain.values for chain in self.chains for _ in range(2)] + [[tensor] for tensor in self.others]
         captures, sources = self._whole.captures, self._values.sources
         return [tuple(captures[name] for t in tensors for name in sorted(sources[t.name])) for tensors in behind]
+
+    @property
+    def weights(self) -> list[tf.Variable]:
+        """The frozen weights that the folded values are computed of."""
+        tensors = [*(tensor for chain in self.chains for tensor in chain.values), *self.others]
+        names = dict.fromkeys(name for tensor in tensors for name in sorted(self._values.sources[tensor.name]))
+        return [self._whole.variables[name] for name in names]
 
     def rest(self) -> Subgraph:
         """Return the step that takes the folded values after the tensors of a batch."""

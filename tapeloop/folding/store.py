@@ -9,6 +9,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from tapeloop._backend.fingerprint import fingerprint
 from tapeloop.step.plan import Interventions
 
 
@@ -19,10 +20,12 @@ class FoldedValue:
     Attributes:
         variable: What holds it.
         sources: What it is computed of, which must live as long as the value: its key has their `id`s.
+        weights: The fingerprint of the weights of the step that computed it last.
     """
 
     variable: tf.Variable
     sources: tuple[Any, ...]
+    weights: bytes = b""
 
 
 @dataclass
@@ -61,24 +64,37 @@ class FoldedPart:
     """The folded values of one step, kept up to date with the weights."""
 
     def __init__(
-        self, values: Sequence[FoldedValue], compute: Callable[[], Sequence[tf.Tensor]], interventions: Interventions
+        self,
+        values: Sequence[FoldedValue],
+        weights: Sequence[tf.Variable],
+        compute: Callable[[], Sequence[tf.Tensor]],
+        interventions: Interventions,
     ) -> None:
         """Keep the values, which are up to date now.
 
         Args:
             values: The values.
+            weights: The frozen weights that they are computed of.
             compute: Computes them.
             interventions: Tells when weights may have moved.
         """
         self._values = values
+        self._weights = weights
         self._compute = compute
         self._interventions = interventions
         self._seen = interventions.count
+        found = fingerprint(weights)
+        for value in values:
+            value.weights = found
 
     def refresh(self) -> None:
-        """Compute the values anew if weights may have moved since they were computed."""
-        # To tell first whether any has moved would read each weight once, which is most of what this does.
-        if self._seen != self._interventions.count:
-            self._seen = self._interventions.count
+        """Compute the values anew if the weights have moved since they were computed."""
+        if self._seen == self._interventions.count:
+            return
+        self._seen = self._interventions.count
+        found = fingerprint(self._weights)
+        # Another step that shares a value may have computed it of weights that have been put back since.
+        if any(value.weights != found for value in self._values):
             for value, computed in zip(self._values, self._compute()):
                 value.variable.assign(computed)
+                value.weights = found
