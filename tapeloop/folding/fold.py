@@ -8,6 +8,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from tapeloop._backend import onednn
 from tapeloop._backend.traced_graph import TracedGraph
 from tapeloop.data.batch import tensors_in
 from tapeloop.folding.frozen_values import FrozenValues
@@ -43,7 +44,9 @@ def fold(planner: Planner, plan: StepPlan, store: FoldedValues) -> Folded | None
     parts = planner.parts
     known = [v.tf_variable for v in planner.selection.tree.variables]
     whole = TracedGraph(plan.functions[0], [*known, *parts.attributes.all_variables()])
-    folding = GraphFolding(whole, FrozenValues(whole, _still(planner, plan, whole)))
+    # XLA has no such convolutions, and none of them notices that its kernel has moved.
+    keeps_filters = not (parts.compilation.uses_xla or store.have_moved) and onednn.is_used()
+    folding = GraphFolding(whole, FrozenValues(whole, _still(planner, plan, whole)), keeps_filters=keeps_filters)
     if not folding.is_worth_it:
         return None
     values = store.made(folding.keys(), folding.sources(), folding.values)
@@ -55,8 +58,8 @@ def fold(planner: Planner, plan: StepPlan, store: FoldedValues) -> Folded | None
 
     spec, _ = whole.function.structured_input_signature
     run_folded = tf.function(run, autograph=False).get_concrete_function(*spec)
-    part_values = FoldedPart(values, folding.weights, folding.values, parts.interventions)
-    return Folded(dataclasses.replace(plan, compute=run_folded), part_values)
+    values_there = FoldedPart(values, folding.weights, folding.values, parts.interventions, bool(folding.kept))
+    return Folded(dataclasses.replace(plan, compute=run_folded), values_there)
 
 
 def _still(planner: Planner, plan: StepPlan, whole: TracedGraph) -> set[str]:

@@ -13,6 +13,7 @@ from tapeloop._backend.traced_graph import Subgraph, TracedGraph
 from tapeloop.folding.chains import KINDS, find_chains
 from tapeloop.folding.evaluation import Evaluation
 from tapeloop.folding.frozen_values import FrozenValues
+from tapeloop.folding.kept_filters import can_keep, keep_filters
 
 NAME = "folded/{}"  # of what stands for a folded value in the graph
 
@@ -23,9 +24,17 @@ class GraphFolding:
     Attributes:
         chains: The convolutions and products that take in what follows on them.
         others: The other tensors that are computed of frozen weights, and taken by what is not.
+        kept: The convolutions that keep their kernels.
     """
 
-    def __init__(self, whole: TracedGraph, values: FrozenValues) -> None:
+    def __init__(self, whole: TracedGraph, values: FrozenValues, *, keeps_filters: bool = False) -> None:
+        """Analyze a step.
+
+        Args:
+            whole: The step.
+            values: What of it is frozen.
+            keeps_filters: Whether convolutions keep frozen kernels as they are when the step runs first.
+        """
         self._whole = whole
         self._values = values
         # Reads are among the effects, and would keep alive what nobody takes.
@@ -37,12 +46,13 @@ class GraphFolding:
         self.chains = list(find_chains(ops, values, lambda tensor: self._takers[tensor.name]))
         self.others = self._boundary(ops)
         taken = [tensor for chain in self.chains for tensor in chain.values]
+        self.kept = [op for op in ops if keeps_filters and can_keep(op, values)]
         self._evaluation = Evaluation(whole, [*taken, *self.others])
 
     @property
     def is_worth_it(self) -> bool:
         """Whether there is anything to fold."""
-        return bool(self.chains or self.others)
+        return bool(self.chains or self.others or self.kept)
 
     def values(self) -> list[tf.Tensor]:
         """Compute the folded values."""
@@ -66,8 +76,9 @@ class GraphFolding:
 
     @property
     def weights(self) -> list[tf.Variable]:
-        """The frozen weights that the folded values are computed of."""
-        tensors = [*(tensor for chain in self.chains for tensor in chain.values), *self.others]
+        """The frozen weights that the folded values are computed of, and the kernels that are kept."""
+        kernels = [op.inputs[1] for op in self.kept]
+        tensors = [*(tensor for chain in self.chains for tensor in chain.values), *self.others, *kernels]
         names = dict.fromkeys(name for tensor in tensors for name in sorted(self._values.sources[tensor.name]))
         return [self._whole.variables[name] for name in names]
 
@@ -99,6 +110,8 @@ class GraphFolding:
                 taken = [instead.get(name, name) for name in node.input]
                 del node.input[:]
                 node.input.extend(taken)
+        outputs = {output.op.name for output in self._whole.outputs}
+        keep_filters(nodes, {op.name: op for op in self._whole.ops}, [op.name for op in self.kept], outputs)
         return self._whole.edited(nodes, [*self._whole.inputs, *feeds], self._effects)
 
     def _boundary(self, ops: Sequence[tf.Operation]) -> list[tf.Tensor]:

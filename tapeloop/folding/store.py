@@ -30,8 +30,13 @@ class FoldedValue:
 
 @dataclass
 class FoldedValues:
-    """The folded values of a trainer. Steps that compute the same of the same weights share them."""
+    """The folded values of a trainer. Steps that compute the same of the same weights share them.
 
+    Attributes:
+        have_moved: Whether weights moved after a step had kept kernels of them: from then on, no step keeps any.
+    """
+
+    have_moved: bool = False
     _values: weakref.WeakValueDictionary[Hashable, FoldedValue] = field(default_factory=weakref.WeakValueDictionary)
 
     def known(self) -> list[FoldedValue]:
@@ -69,6 +74,7 @@ class FoldedPart:
         weights: Sequence[tf.Variable],
         compute: Callable[[], Sequence[tf.Tensor]],
         interventions: Interventions,
+        keeps_filters: bool,
     ) -> None:
         """Keep the values, which are up to date now.
 
@@ -77,24 +83,33 @@ class FoldedPart:
             weights: The frozen weights that they are computed of.
             compute: Computes them.
             interventions: Tells when weights may have moved.
+            keeps_filters: Whether convolutions of the step keep kernels as they are when it runs first.
         """
         self._values = values
         self._weights = weights
         self._compute = compute
         self._interventions = interventions
         self._seen = interventions.count
-        found = fingerprint(weights)
+        self._keeps_filters = keeps_filters
+        self._built_of = fingerprint(weights)
         for value in values:
-            value.weights = found
+            value.weights = self._built_of
 
-    def refresh(self) -> None:
-        """Compute the values anew if the weights have moved since they were computed."""
+    def refresh(self) -> bool:
+        """Compute the values anew if the weights have moved since they were computed.
+
+        Returns:
+            Whether the step may go on. It may not if it keeps kernels of the weights as they were.
+        """
         if self._seen == self._interventions.count:
-            return
+            return True
         self._seen = self._interventions.count
         found = fingerprint(self._weights)
+        if self._keeps_filters and found != self._built_of:
+            return False
         # Another step that shares a value may have computed it of weights that have been put back since.
         if any(value.weights != found for value in self._values):
             for value, computed in zip(self._values, self._compute()):
                 value.variable.assign(computed)
                 value.weights = found
+        return True

@@ -175,8 +175,10 @@ class CompiledStep:
 
     def refresh(self) -> None:
         """Bring folded values up to date, if weights may have moved since the last step."""
-        for values in self._folded:
-            values.refresh()
+        if not all(values.refresh() for values in self._folded):
+            # Built anew of the same trace, so that no kernel is kept that is not the weights' any more.
+            self._folding.store.have_moved = True
+            self._forget_built()
 
     def split_at(self, plan_rest: Callable[[Any], StepPlan]) -> None:
         """Run on features if a cursor gives them: `plan_rest` plans the rest of the step for their signature."""
@@ -187,6 +189,11 @@ class CompiledStep:
     def forget(self) -> None:
         """Forget all traces."""
         self._traced: dict[str, StepPlan] = {}
+        self._counted: set[str] = set()
+        self._forget_built()
+
+    def _forget_built(self) -> None:
+        """Forget what was built of the traces."""
         self._folded: list[FoldedPart] = []
         self._steps: dict[str, Callable[[Any], Any]] = {}
         self._loops: dict[str, Any] = {}
@@ -220,7 +227,8 @@ class CompiledStep:
         # A plan is traced once, and built into the loop, the single step and the step that the host calls.
         key = f"{spec} folded" if folds else f"{spec}"
         if key not in self._steps:
-            self.trace_count += f"{spec}" not in self._steps and f"{spec} folded" not in self._steps
+            self.trace_count += f"{spec}" not in self._counted
+            self._counted.add(f"{spec}")
             plan = self.plan(spec, folds=folds)
             step = atomic.build(self.planner, plan) if self.kind == "train" else self.planner.build_evaluation(plan)
             self._steps[key] = tf.function(step, autograph=False, jit_compile=True) if self._uses_xla else step

@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 
 import tapeloop as tl
+from tapeloop._backend import onednn
 
 layers = keras.layers
 RNG = np.random.default_rng(0)
@@ -113,6 +114,24 @@ def test_weights_set_by_hand_between_two_calls_are_noticed():
         change_by_hand(each)
     losses = [each.evaluate(X, Y, verbose=0)["loss"] for each in both]
     np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+@pytest.mark.skipif(not onednn.is_used(), reason="TensorFlow does not use oneDNN here")
+def test_kernels_are_kept_until_weights_move():
+    trainer = trainer_of(network())
+    store = trainer._loop.steps.folding.store
+
+    def kept():
+        return sum(part._keeps_filters for step in trainer._loop.steps._steps.values() for part in step._folded)
+
+    for _ in range(2):
+        trainer.fit((X, Y), batch_size=8, verbose=0)
+        trainer.evaluate((X, Y), verbose=0)
+        assert (kept(), store.have_moved, trainer.trace_count) == (2, False, 1)
+    change_by_hand(trainer)
+    trainer.fit((X, Y), batch_size=8, verbose=0)
+    trainer.evaluate((X, Y), verbose=0)
+    assert (kept(), store.have_moved, trainer.trace_count) == (0, True, 1)
 
 
 def test_weights_loaded_between_two_fits_are_noticed(tmp_path):

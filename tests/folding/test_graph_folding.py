@@ -15,12 +15,13 @@ def variable(*shape, dtype=tf.float32):
     return tf.Variable(tf.cast(RNG.uniform(0.5, 1.5, shape), dtype), trainable=False)
 
 
-def folding_of(compute, x, *moving):
+def folding_of(compute, x, *moving, keeps_filters=False):
     """The folding of a function of one tensor; what it captures is frozen, but for some variables."""
     function = tf.function(compute, autograph=False).get_concrete_function(tf.TensorSpec(x.shape, x.dtype))
     whole = TracedGraph(function, [])
     moves = {v.ref() for v in moving}
-    return GraphFolding(whole, FrozenValues(whole, {n for n, v in whole.variables.items() if v.ref() not in moves}))
+    still = {n for n, v in whole.variables.items() if v.ref() not in moves}
+    return GraphFolding(whole, FrozenValues(whole, still), keeps_filters=keeps_filters)
 
 
 def outputs(folding, x):
@@ -182,3 +183,47 @@ def test_equal_computations_of_the_same_weights_have_equal_keys():
     assert one.keys() != folding_of(lambda x: conv(x) * S - B, X).keys()
     assert one.sources() == other.sources()
     assert len(one.sources()) == 2
+
+
+RELU, KERNEL4 = tf.nn.relu, variable(1, 1, 4, 4)
+
+
+def residual(x):
+    """Two convolutions that are added up: only one of them can take in the sum."""
+    y = RELU(normalized(conv(x)))
+    return RELU(
+        normalized(tf.nn.conv2d(y, KERNEL4, 1, "SAME")) + tf.nn.bias_add(tf.nn.conv2d(y, KERNEL4, 1, "SAME"), B)
+    )
+
+
+@pytest.mark.parametrize(
+    ("compute", "fused"),
+    [
+        (lambda x: normalized(conv(x)), ["BiasAdd"]),
+        (lambda x: tf.nn.relu6(normalized(conv(x))), ["BiasAdd,Relu6"]),
+        (lambda x: tf.nn.elu(tf.nn.bias_add(conv(x), B)), ["BiasAdd,Elu"]),
+        (residual, ["BiasAdd", "BiasAdd,Add,Relu", "BiasAdd,Relu"]),
+        (lambda x: tf.nn.bias_add(conv(x), B) + S, ["BiasAdd"]),
+        (lambda x: (y := tf.nn.bias_add(conv(x), B)) + y, ["BiasAdd"]),
+        (lambda x: [y := normalized(conv(x)), RELU(y)], ["BiasAdd"]),
+        (lambda x: RELU(normalized(conv(x))) * tf.cast(tf.shape(conv(x) * S)[1], tf.float32), ["BiasAdd,Relu"]),
+        (lambda x: tf.nn.bias_add(tf.nn.conv2d(x, KERNEL, 2, [[0, 0], [1, 2], [0, 1], [0, 0]]), B), ["BiasAdd"]),
+        (lambda x: tf.nn.bias_add(tf.nn.conv2d(x, KERNEL, 1, "VALID", dilations=2), B), ["BiasAdd"]),
+        (lambda x: conv(x), []),
+    ],
+)
+def test_a_convolution_keeps_its_kernel(compute, fused):
+    folding = folding_of(compute, X, keeps_filters=True)
+    rest = folding.rest()
+    nodes = [node for node in rest.definition.node if node.op == "_MklNativeFusedConv2D"]
+    assert sorted(b",".join(node.attr["fused_ops"].list.s).decode() for node in nodes) == fused
+    run = tf.function(lambda *values: rest(values), autograph=False)
+    for _ in range(2):
+        for one, other in zip(run(X, *folding.values()), tf.nest.flatten(compute(X))):
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_a_convolution_in_groups_keeps_none_nor_does_one_by_what_moves():
+    grouped = lambda x: tf.nn.bias_add(tf.nn.conv2d(tf.repeat(x, 2, -1), KERNEL, 1, "SAME"), B)  # noqa: E731
+    assert not folding_of(grouped, X, keeps_filters=True).kept
+    assert not folding_of(lambda x: tf.nn.bias_add(conv(x), B), X, KERNEL, keeps_filters=True).kept
