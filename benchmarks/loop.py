@@ -1,10 +1,11 @@
 """What the loop around a step costs, beside Keras' `fit` and loops written by hand.
 
-    python -m benchmarks.loop [--rounds 5] [--only mlp mobilenet resnet efficientnet full adapters first]
+    python -m benchmarks.loop [--rounds 5] [--only mlp mobilenet resnet efficientnet full adapters first memory]
 
 Each row divides the time of a step under tapeloop by that of another loop over the same data, with the same
 optimizer, loss and metrics. The arms of a row take turns in one process, after a warm-up; the figure is the median of
-the ratios of the rounds. The time to the first step is that of a process each, from a built model on.
+the ratios of the rounds. The time to the first step is that of a process each, from a built model on, and so is peak
+memory. PyTorch takes its turns in a process of its own, and has its row where it is installed.
 See `benchmarks/arms.py` for what a loop by hand is.
 """
 
@@ -12,9 +13,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import io
 import math
+import multiprocessing
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -30,6 +34,7 @@ import tensorflow as tf
 
 import tapeloop as tl
 from benchmarks.arms import Arm, by_hand, forward, keras_fit, tapeloop
+from benchmarks.cases import Case, Group
 from benchmarks.workloads import classifier, encoder, images, mlp
 
 
@@ -112,7 +117,29 @@ def measure_head(application: str, rounds: int, folded: float) -> None:
         Row(f"{application} 96x96, batch 16, head only / forward pass alone", "plain", "forward", 1.05),
         Row("the same, folded", "folded", "forward", folded),
     ]
+    if application == "ResNet50" and importlib.util.find_spec("torch"):
+        arms["torch"] = in_pytorch(Group("resnet50", "head", batch, 96, steps=steps))
+        rows.append(Row("the same, folded / PyTorch", "folded", "torch", 1.0))
     compare(arms, rows, rounds, steps)
+
+
+def in_pytorch(group: Group) -> Arm:
+    """Return an arm in PyTorch, which runs in a process of its own."""
+    from benchmarks import peers
+
+    pipe, other = multiprocessing.Pipe()
+    case = Case(group, "torch")
+    spawn = multiprocessing.get_context("spawn")
+    spawn.Process(target=peers.serve, args=(other, case, "", False), daemon=True).start()
+    said = pipe.recv()
+    if "error" in said:
+        raise RuntimeError(said["error"])
+
+    def run(steps: int | None = None) -> float:
+        pipe.send(("round", group.steps if steps is None else steps))
+        return float(pipe.recv()["loss"])
+
+    return run
 
 
 def measure_full(rounds: int) -> None:
@@ -140,6 +167,34 @@ def measure_adapters(rounds: int) -> None:
     compare(arms, [Row("encoder, adapters in a frozen body / by hand", "tapeloop", "hand", 1.02)], rounds, steps)
 
 
+def peak(application: str, folds: bool) -> float:
+    """Return the MB by which training a head raises the peak of this process's memory."""
+    data, model = images(16 * 50), classifier(application)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    run = tapeloop(model, tl.Freeze("backbone"), data, 16, fold_frozen=folds, verbose=0)
+    for _ in range(2):
+        run()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def measure_memory(rounds: int) -> None:
+    """Measure by how much folding raises the peak, beside what the frozen weights take."""
+    print(f"{'MB of memory, head only':<48}{'plain':>9}{'folded':>9}{'more':>9}{'weights':>9}")
+    for application in ("MobileNetV2", "ResNet50", "EfficientNetV2B0"):
+        plain, folded = (
+            statistics.median(in_process("--peak-of", application, str(folds)) for _ in range(rounds))
+            for folds in ("", "folded")
+        )
+        frozen = classifier(application).get_layer("backbone").count_params() * 4 / 2**20
+        print(f"{application:<48}{plain:>9.0f}{folded:>9.0f}{folded - plain:>9.0f}{frozen:>9.0f}", flush=True)
+
+
+def in_process(*arguments: str) -> float:
+    """Return the number that this module prints in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.loop", *arguments]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
 def first_step(arm: str) -> float:
     """Return the seconds from a built model to the end of its first step."""
     data, model = images(16), classifier("MobileNetV2")
@@ -159,10 +214,7 @@ def measure_first(rounds: int) -> None:
     times: dict[str, list[float]] = {"tapeloop": [], "keras": []}
     for _ in range(rounds):
         for arm, seconds in times.items():
-            command = [sys.executable, "-m", "benchmarks.loop", "--first-step-of", arm]
-            seconds.append(
-                float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
-            )
+            seconds.append(in_process("--first-step-of", arm))
     report(times, [Row("MobileNetV2, head only, first step / Keras `fit`, frozen by flag", "tapeloop", "keras", 0.8)])
 
 
@@ -174,6 +226,7 @@ MEASURES: dict[str, Callable[[int], None]] = {
     "full": measure_full,
     "adapters": measure_adapters,
     "first": measure_first,
+    "memory": measure_memory,
 }
 
 
@@ -183,7 +236,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="*", choices=list(MEASURES), default=list(MEASURES))
     parser.add_argument("--first-step-of", choices=("tapeloop", "keras"), help=argparse.SUPPRESS)
+    parser.add_argument("--peak-of", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.peak_of:
+        print(peak(args.peak_of[0], bool(args.peak_of[1])))
+        return
     if args.first_step_of:
         print(first_step(args.first_step_of))
         return

@@ -97,6 +97,7 @@ class ArraySource(_Arrays):
         super().__post_init__()
         dense = [tensor for tensor in tensors_in(self.arrays) if isinstance(tensor, tf.Tensor)]
         too_large = sum(tensor.dtype.size * tensor.shape.num_elements() for tensor in dense) > ON_DEVICE_BYTES
+        self._key = ""
         # Without a GPU there is one memory, and nothing to decide.
         self._device = "CPU:0" if too_large and tf.config.list_logical_devices("GPU") else None
         if self._device is not None:
@@ -105,13 +106,16 @@ class ArraySource(_Arrays):
 
     def cursors(self) -> Iterator[BatchCursor]:
         """Yield the cursor of the next epoch, which has all of its batches."""
-        order, batch_size = tf.constant(self.sampler.next_order(self.examples), tf.int64), None
+        order, batch_size = self.sampler.next_order(self.examples), None
         # A row for each batch has a static shape, as XLA needs it; a smaller last batch does not fit in such rows.
         if self.examples % self.batch_size:
             batch_size = tf.constant(self.batch_size, tf.int64)
         else:
-            order = tf.reshape(order, [-1, self.batch_size])
-        cursor = BatchCursor(ArrayReader(self.arrays, order, batch_size, self._device, self.class_weights), self.size)
+            order = order.reshape(-1, self.batch_size)
+        order = tf.constant(order, tf.int64)
+        reader = ArrayReader(self.arrays, order, batch_size, self._device, self.class_weights)
+        cursor = BatchCursor(reader, self.size, key=self._key)
+        self._key = cursor.key  # to describe the arrays takes a quarter of what an epoch of few small steps takes
         cursor.advance(self._pop_read())
         yield cursor
 

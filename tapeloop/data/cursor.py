@@ -78,6 +78,7 @@ class BatchCursor:
         size: How many batches the reader has, or None if that is not known.
         first_number: The number of its first batch in the data, counted from 0.
         user_error: Returns the exception by which the user's own code ended the reader, if it did.
+        key: The key of its reader, if that is known; see `reader_key`.
         position: How many batches were read.
         remaining: How many batches may be read before the loader is asked again; None if that is not known.
         exhausted: Whether there are no more batches.
@@ -87,10 +88,12 @@ class BatchCursor:
     size: int | None
     first_number: int = 0
     user_error: Callable[[], BaseException | None] = lambda: None
+    key: str = ""
     position: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         self.remaining, self.exhausted = self.size, self.size == 0
+        self.key = self.key or reader_key(self.reader)
 
     @property
     def number(self) -> int:
@@ -133,6 +136,18 @@ class BatchCursor:
         # Traced and not run: to read the batch would take it away from an iterator.
         read = tf.function(lambda reader: reader.read(tf.constant(0, tf.int64)), autograph=False)
         return spec_of(read.get_concrete_function(self.reader).structured_outputs)
+
+
+def reader_key(reader: Reader) -> str:
+    """Return what a compiled loop is kept by: readers of one key run in one trace."""
+    return str(tf.nest.map_structure(_described, reader.signature()))
+
+
+def _described(value: Any) -> Any:
+    """Return what a reader's part is to a trace: the signature of a tensor or iterator, anything else itself."""
+    if value is None or isinstance(value, (bool, int, str, tf.TypeSpec)):
+        return value
+    return tf.type_spec_from_value(value)
 
 
 def layout_of(batch: Any) -> Any:

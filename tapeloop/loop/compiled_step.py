@@ -248,16 +248,14 @@ class CompiledStep:
         if self._latest is None or self._latest[0]() is not cursor:
             # `tf.function` would look its trace up by the same signature, but takes as long for it as for the call
             # itself.
-            reader = cursor.reader.signature()
-            key = str(tf.nest.map_structure(_described, reader))
-            folds = f"{key} folded" in self._loops or self._folding.folds(self.kind)
-            key = f"{key} folded" if folds else key
+            folds = f"{cursor.key} folded" in self._loops or self._folding.folds(self.kind)
+            key = f"{cursor.key} folded" if folds else cursor.key
             if key not in self._loops:
                 spec = cursor.spec()
                 step = self._step(spec, folds=folds and not isinstance(spec, Features))
                 loop = tf.function(functools.partial(self._loop, step), autograph=False)
                 start, counts, limit = tf.constant(0, tf.int64), self._counts.read_value(), limits(1, 0)
-                args = reader, start, counts, limit, tf.constant(math.inf, tf.float64)
+                args = cursor.reader.signature(), start, counts, limit, tf.constant(math.inf, tf.float64)
                 self._loops[key] = loop.get_concrete_function(*args)
             self._latest = weakref.ref(cursor), self._loops[key]
         return self._latest[1]
@@ -382,13 +380,6 @@ class CompiledStep:
             stacklevel=2,
         )
         self._uses_xla = False
-
-
-def _described(value: Any) -> Any:
-    """Return what a reader's part is to a trace: the signature of a tensor or iterator, anything else itself."""
-    if value is None or isinstance(value, (bool, int, str, tf.TypeSpec)):
-        return value
-    return tf.type_spec_from_value(value)
 
 
 def _with_stop(counts: StepCounts, failure: BaseException | None) -> tuple[StepCounts, BaseException | None]:

@@ -14,7 +14,7 @@ from tapeloop.loop.compiled_step import CompiledStep
 from tapeloop.model.selection import Selection
 from tapeloop.model.tree import Model, Tree, raw
 from tapeloop.step.accumulation import Microbatches
-from tapeloop.step.metrics import StepMetrics, layer_metrics, renamed
+from tapeloop.step.metrics import StepMetrics, layer_metrics, renamed, reset
 from tapeloop.step.plan import Planner, StepParts
 
 MOST_STEPS = 64  # compiled steps kept, of those used last: a random policy has no end of selections
@@ -97,7 +97,7 @@ class StepCache:
         # A metric that a step returns may be kept nowhere else.
         returned = [m for (k, _), s in self._steps.items() if k == kind for m in s.planner.metrics.by_name.values()]
         for metric in dict.fromkeys([*self.parts.attributes.metrics(), *self._layer_metrics(tree), *returned]):
-            metric.reset_state()
+            reset(metric)
 
     def _layer_metrics(self, tree: Tree) -> list[keras.metrics.Metric]:
         """Return the metrics that layers hold; of a model of 1,000 layers it takes 3 ms to find that none does."""

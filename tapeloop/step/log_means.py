@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 
@@ -62,5 +63,5 @@ class RunningMeans:
 
     def reset(self) -> None:
         """Start the means anew."""
-        for sums in self._sums.values():
-            sums.assign(tf.zeros_like(sums))
+        for names, sums in self._sums.items():
+            sums.assign(np.zeros(len(names) + 1), read_value=False)

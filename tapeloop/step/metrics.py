@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import numbers
+import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -132,6 +133,31 @@ def renamed(logs: Mapping[str, Any], taken: Collection[str]) -> dict[str, Any]:
     for name, value in logs.items():
         found[_free(name, {*taken, *found})] = value
     return found
+
+
+# What Keras' own metrics are reset to, by variable.
+_STARTS: weakref.WeakKeyDictionary[keras.metrics.Metric, list[tuple[tf.Variable, tf.Tensor]]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def is_keras_own(metric: keras.metrics.Metric) -> bool:
+    """Tell whether a metric is reset by Keras' own code."""
+    return type(metric).reset_state.__module__.startswith("keras.") and "reset_state" not in vars(metric)
+
+
+def reset(metric: keras.metrics.Metric) -> None:
+    """Reset a metric, one of Keras' own by its variables, which takes a third of the time of an epoch's start."""
+    if not is_keras_own(metric) or not tf.executing_eagerly():
+        metric.reset_state()
+        return
+    variables, start = [raw(variable) for variable in metric.variables], _STARTS.get(metric, [])
+    if list(map(id, variables)) == [id(variable) for variable, _ in start]:
+        for variable, value in start:
+            variable.assign(value, read_value=False)
+        return
+    metric.reset_state()
+    _STARTS[metric] = [(variable, tf.identity(variable)) for variable in variables]
 
 
 def layer_metrics(tree: Tree) -> list[keras.metrics.Metric]:

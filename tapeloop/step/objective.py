@@ -16,6 +16,7 @@ from tapeloop.data.batch import shapes, spec_of
 from tapeloop.errors import DataError, TapeloopError
 from tapeloop.model.selection import Selection
 from tapeloop.model.tree import VariableInfo, raw
+from tapeloop.step.metrics import is_keras_own, reset
 
 
 class Objective:
@@ -97,7 +98,11 @@ class Objective:
 
     def reset(self) -> None:
         """Start the metrics anew."""
-        self._stand_in.reset_metrics()
+        for metric in self._stand_in.metrics:
+            # One of Keras' own stands for all that the trainer was made with.
+            inner = getattr(metric, "metrics", ()) if is_keras_own(metric) else ()
+            for each in inner or [metric]:
+                reset(each)
 
     def check_averages(self) -> None:
         """Check that the losses are means over examples, as averaging over pieces of a batch takes them to be.

@@ -28,7 +28,7 @@ from tapeloop.step.context import Building, StepContext, Training, new_counts
 from tapeloop.step.freezing import frozen
 from tapeloop.step.frozen_dtype import FrozenDtype
 from tapeloop.step.log_means import RunningMeans
-from tapeloop.step.metrics import StepMetrics, layer_metrics, renamed
+from tapeloop.step.metrics import StepMetrics, layer_metrics, renamed, reset
 from tapeloop.step.objective import Objective
 from tapeloop.step.remat import Remat
 from tapeloop.step.user_attributes import UserAttributes
@@ -300,7 +300,7 @@ class Planner:
             objective.reset()
         logs |= logged.results() | self.parts.updates.statistics.pop_results(self.selection)
         for metric in logged.by_name.values():
-            metric.reset_state()
+            reset(metric)
         return logs
 
     def warn_stale(self) -> None:
