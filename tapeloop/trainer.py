@@ -28,6 +28,7 @@ from tapeloop.model.suitability import check_one_device, check_own_step
 from tapeloop.model.tree import AnyModel, Tree
 from tapeloop.optimization.clipping import Clipping
 from tapeloop.optimization.ema import MovingAverages
+from tapeloop.optimization.finite_check import runs_on_gpu
 from tapeloop.optimization.loss_scale import LossScale
 from tapeloop.optimization.optimizers import LearningRates, Optimizers
 from tapeloop.optimization.updates import Updates, UpdateStatistics
@@ -143,8 +144,7 @@ class Trainer(Fits, SavesRuns, ShowsItself, UserStep):
             check_own_step(model, overridden, type(self).__name__)
         Pace(steps_per_call)  # raises if the number is wrong
         self._seed = None if seed is None else whole_number("seed", seed, 0)
-        names = getattr(model, "output_names", None)
-        objective = Objective(loss, loss_weights, metrics, weighted_metrics, names)
+        objective = Objective(loss, loss_weights, metrics, weighted_metrics, getattr(model, "output_names", None))
         handler = NonFiniteHandler(nonfinite, max_skipped)
         self.state = TrainerState(Optimizers(optimizer), MovingAverages(ema), LossScale(), Microbatches(microbatches))
         # Found now and not in the first step: it is a matter of the options alone.
@@ -162,12 +162,13 @@ class Trainer(Fits, SavesRuns, ShowsItself, UserStep):
             frozen_dtype=FrozenDtype(frozen_dtype),
             is_plain=self._is_plain,
             nonfinite=nonfinite,
+            max_consecutive=handler.max_consecutive,
+            masks=runs_on_gpu(),
         )
         # From here on the methods of a step find what they act on.
         super().__init__(model, parts)
         steps = StepCache(parts, self.state.microbatches, Folding(fold_frozen))
-        phases = PhaseTracker(model, steps, self.state)
-        self._loop = EpochLoop(steps, phases, self.state, handler)
+        self._loop = EpochLoop(steps, PhaseTracker(model, steps, self.state), self.state, handler)
         self._contents = RunContents(model, self._loop, parts.attributes)
         # Kept from one fit to the next, which finds the features of the first.
         self._features = Memory()

@@ -33,7 +33,7 @@ _inlining = threading.RLock()
 def noting_assignments(variables: Iterable[tf.Variable], note: Note) -> contextlib.AbstractContextManager[None]:
     """Call `note` before any of the variables is assigned to inside this context; if it says True, nothing happens."""
     return all_patched(
-        (variable, name, _noting(variable, getattr(variable, name), note))
+        (variable, name, _noting(variable, name, note))
         for variable in variables
         for name in assigning_names(variable.__class__)
     )
@@ -55,6 +55,44 @@ def noting_all_assignments(note: Note) -> contextlib.AbstractContextManager[None
         return shadow
 
     return all_patched((kind, name, noting(getattr(kind, name))) for kind, name in assigning_methods())
+
+
+# What the methods that assign a whole value make of the old one and their argument.
+_WHOLE = {"assign": lambda before, value: value, "assign_add": tf.add, "assign_sub": tf.subtract}
+
+
+@contextlib.contextmanager
+def masked_assignments(happens: tf.Tensor) -> Iterator[None]:
+    """Have what is assigned to any variable inside this context take effect only if a tensor is True: when traced.
+
+    If it is False, the variable is assigned the value that it has.
+    """
+    # On the classes, as an optimizer may keep its variables anywhere. Threads that trace take turns.
+    thread = threading.get_ident()
+    puts = {kind: getattr(kind, "assign") for kind, _ in assigning_methods()}  # noqa: B009 (not a name of every `type`)
+
+    def masking(kind: Any, name: str) -> Callable[..., Any]:
+        assign, put, whole = getattr(kind, name), puts[kind], _WHOLE.get(name)
+
+        @functools.wraps(assign)
+        def shadow(self: tf.Variable, *args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != thread:
+                return assign(self, *args, **kwargs)
+            before = self.read_value()
+            if whole is not None and args:
+                # No copy of the old value outlives this: it is given up as soon as the new one is chosen.
+                value = whole(before, tf.convert_to_tensor(args[0], self.dtype))
+            else:
+                assign(self, *args, **kwargs)
+                value = self.read_value()
+            # The op of TensorFlow 1 takes one condition for all elements, and writes into what it takes; that of
+            # `tf.where` broadcasts it, which on the CPU took 5 times as long as an addition.
+            return put(self, tf.compat.v1.where(happens, value, before))
+
+        return shadow
+
+    with _inlining, all_patched([(kind, name, masking(kind, name)) for kind, name in assigning_methods()]):
+        yield
 
 
 @contextlib.contextmanager
@@ -123,8 +161,13 @@ def assigning_names(kind: Hashable) -> tuple[str, ...]:
     return tuple(name for name in dir(kind) if name.startswith(ASSIGNING))
 
 
-def _noting(variable: tf.Variable, assign: Callable[..., Any], note: Note) -> Callable[..., Any]:
+def _noting(variable: tf.Variable, name: str, note: Note) -> Callable[..., Any]:
+    own = vars(variable).get(name)  # of another such context
+
     def shadow(*args: Any, **kwargs: Any) -> Any:
-        return variable if note(variable) else assign(*args, **kwargs)
+        if note(variable):
+            return variable
+        # The class is asked now, since its methods may have been replaced meanwhile.
+        return getattr(type(variable), name)(variable, *args, **kwargs) if own is None else own(*args, **kwargs)
 
     return shadow

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import tensorflow as tf
 
-from tapeloop._backend.tracing import effects, is_stateful
+from tapeloop._backend.tracing import effects, is_stateful, may_act
 from tapeloop._search import search
 
 # Stateful ops that only read a variable. An op type that is stateful and not listed here counts as writing.
@@ -20,6 +21,13 @@ VIEWS = frozenset({"Identity", "Reshape", "Squeeze", "ExpandDims", "StopGradient
 ELEMENTWISE = frozenset(
     {"Add", "AddV2", "BiasAdd", "Elu", "EluGrad", "Maximum", "Minimum", "Mul", "Neg", "RealDiv", "Relu", "Relu6"}
     | {"Relu6Grad", "ReluGrad", "Rsqrt", "Sigmoid", "SigmoidGrad", "Softmax", "Square", "Sub", "Tanh", "TanhGrad"}
+)
+# Ops on resources or stateful ones that leave nothing behind but the values of variables, and where a generator of
+# random numbers stands that belongs to the op.
+_ON_VARIABLES = re.compile(
+    r"Resource\w+|Assign\w*VariableOp|ReadVariableOp|VariableShape|VarHandleOp|VarIsInitializedOp|LookupTable(Find|Size)V2"
+    r"|Random\w+|Multinomial|ParameterizedTruncatedNormal|Rng\w+|Stateful\w*(Uniform|Normal|Binomial)\w*|CudnnRNN\w*"
+    r"|Assert|While|If|Case|StatefulPartitionedCall"
 )
 
 
@@ -206,6 +214,14 @@ class Subgraph:
         functions = {inner.signature.name: inner for inner in self.definition.library.function}
         outside = {name.removesuffix(":0"): label for name, label in labels.items()}
         return repr(_canonical(self.definition.node, [target.name for target in self.targets], functions, outside))
+
+
+def moves_more_than_variables(function: Any) -> str | None:
+    """Return the type of an op of a traced function that may leave behind more than the values of variables, if any."""
+    graph = function.graph.as_graph_def()
+    types = {node.op for inner in graph.library.function for node in inner.node_def} | {node.op for node in graph.node}
+    called = {inner.signature.name for inner in graph.library.function}
+    return next((op for op in sorted(types - called) if not _ON_VARIABLES.fullmatch(op) and may_act(op)), None)
 
 
 def peak_bytes(function: Any) -> int:

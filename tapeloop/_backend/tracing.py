@@ -27,10 +27,23 @@ def is_stateful(op: str) -> bool:
     Raises:
         ValueError: TensorFlow knows no such type.
     """
+    return bool(_definition(op).is_stateful)
+
+
+def may_act(op: str) -> bool:
+    """Tell whether ops of a type are stateful or take a resource: not all that change one are called stateful.
+
+    Raises:
+        ValueError: TensorFlow knows no such type.
+    """
+    return is_stateful(op) or any(taken.type == tf.resource.as_datatype_enum for taken in _definition(op).input_arg)
+
+
+def _definition(op: str) -> Any:
     definition = op_def_registry.get(op)
     if definition is None:
         raise ValueError(f"TensorFlow knows no op of the type `{op}`, so nobody can tell what it does.")
-    return bool(definition.is_stateful)
+    return definition
 
 
 @contextlib.contextmanager

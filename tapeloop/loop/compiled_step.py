@@ -19,7 +19,7 @@ from tapeloop.data.cursor import BatchCursor, IteratorReader, Reader, layout_of
 from tapeloop.folding.fold import fold
 from tapeloop.folding.option import Folding
 from tapeloop.folding.store import FoldedPart
-from tapeloop.loop.step_counts import StepCounts, counted, limits
+from tapeloop.loop.step_counts import StepCounts, counted, counts_before, limits
 from tapeloop.loop.steps_per_call import Pace
 from tapeloop.step import atomic
 from tapeloop.step.accumulation import Microbatches, accumulate, compute_in_pieces
@@ -62,27 +62,25 @@ class CompiledStep:
         self._is_tried = False
         self.forget()
 
-    def run_steps(
-        self, cursor: BatchCursor, most: int, before: tf.Tensor, max_consecutive: int
-    ) -> tuple[StepCounts, BaseException | None]:
+    def run_steps(self, cursor: BatchCursor, most: int, before: tf.Tensor) -> tuple[StepCounts, BaseException | None]:
         """Run steps on the next batches of a cursor, until the host has something to do.
 
         Args:
             cursor: Where batches come from.
             most: The highest number of steps.
             before: How far the run has come; see `counts_before`.
-            max_consecutive: The number of consecutive bad steps that are tolerated.
 
         Returns:
             How the steps ended, and the exception that ended the loop, if there was one: that of the last step, which
             then does not count, or of the data.
         """
-        start, limit = tf.constant(cursor.position, tf.int64), limits(1 if self._is_on_trial else most, max_consecutive)
+        start, most = tf.constant(cursor.position, tf.int64), 1 if self._is_on_trial else most
+        limit = limits(most, self.planner.parts.max_consecutive)
         seconds = tf.constant(self.pace.seconds, tf.float64)
         self._counts.assign(before)
         failure: BaseException | None = None
         try:
-            args = cursor.reader, start, self._counts.read_value(), limit, seconds
+            args = cursor.reader, start, before, limit, seconds
             if self._is_driven:
                 self._loop(functools.partial(self._run_from_host, cursor.spec), *args)
             else:
@@ -217,6 +215,11 @@ class CompiledStep:
         """Whether the host runs step by step."""
         return self._is_on_trial or self.planner.parts.compilation.run_eagerly
 
+    @property
+    def _counts_itself(self) -> bool:
+        """Whether a step counts how steps end where it runs: it is masked, and the host does not ask."""
+        return self.planner.masks
+
     def _folds(self, spec: Any) -> bool:
         """Tell whether the step for batches of a signature is folded: once it is, it stays so."""
         is_data = not isinstance(spec, Features)
@@ -254,7 +257,7 @@ class CompiledStep:
                 spec = cursor.spec()
                 step = self._step(spec, folds=folds and not isinstance(spec, Features))
                 loop = tf.function(functools.partial(self._loop, step), autograph=False)
-                start, counts, limit = tf.constant(0, tf.int64), self._counts.read_value(), limits(1, 0)
+                start, counts, limit = tf.constant(0, tf.int64), counts_before(0, 0, 0), limits(1, 0)
                 args = cursor.reader.signature(), start, counts, limit, tf.constant(math.inf, tf.float64)
                 self._loops[key] = loop.get_concrete_function(*args)
             self._latest = weakref.ref(cursor), self._loops[key]
@@ -285,8 +288,9 @@ class CompiledStep:
     ) -> None:
         """Run steps until the counts pass the limit or, after at least one step, the time is over.
 
-        The counts are noted before each step, in case it fails. The time is looked at where the steps run: data may
-        turn slow in the middle of a call that was planned when it was fast.
+        The counts are noted before each step, in case it fails; of masked steps the host counts the batches alone. The
+        time is looked at where the steps run: data may turn slow in the middle of a call that was planned when it was
+        fast.
         """
         # Counts and times are on the CPU, also if the step runs on a GPU: the loop's condition must not wait for a
         # device.
@@ -301,21 +305,25 @@ class CompiledStep:
         def run_step(counts: tf.Tensor, now: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
             del now
             with tf.device("CPU:0"):
-                noted, number = self._counts.assign(counts), start + counts[0]
-            with tf.control_dependencies([noted]), tf.name_scope(DRAWING):
+                noted, number = [] if self._counts_itself else [self._counts.assign(counts)], start + counts[0]
+            with tf.control_dependencies(noted), tf.name_scope(DRAWING):
                 batch = reader.read(number)
             # At the end of an iterator, what depends on nothing in the batch (a counter, a seed) would run once too
             # often. A control edge from the batch itself is not enough: TensorFlow drops it, since the step takes the
             # batch anyway.
             with after(batch) if isinstance(reader, IteratorReader) else contextlib.nullcontext():
                 outcome = step(batch)
+            if self._counts_itself:
+                self._counts.assign(counted(self._counts.read_value(), outcome))
+                outcome = None
             with tf.device("CPU:0"):
                 counts = counted(counts, outcome)
                 with tf.control_dependencies([counts]):
                     return counts, tf.timestamp()
 
         counts, _ = tf.while_loop(goes_on, run_step, (counts, began))
-        self._counts.assign(counts)
+        if not self._counts_itself:
+            self._counts.assign(counts)
 
     def _alone(self, step: Callable[[Any], Any], batch: Any, counts: tf.Tensor) -> tuple[tf.Tensor, dict[str, Any]]:
         """Run one step, and return the counts after it and what it logged."""

@@ -372,7 +372,7 @@ class EpochLoop:
         with deferred_interrupt():
             step.refresh()
             began = time.perf_counter()
-            counts, failure = step.run_steps(cursor, most, self._before(), self.handler.max_consecutive)
+            counts, failure = step.run_steps(cursor, most, self._before())
             step.pace.adapt(counts.batches, time.perf_counter() - began)
             if step.kind == "train":
                 assert self.state.under_way is not None

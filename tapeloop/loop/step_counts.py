@@ -66,6 +66,6 @@ def counted(counts: tf.Tensor, outcome: StepOutcome | None) -> tf.Tensor:
         return applied
     after = tf.where(outcome.finite, applied, counts + tf.constant([1, 0, 1, 1, 0, 0], tf.int64))
     # An overflow is the loss scale's business: it neither counts as a bad step nor ends a row of them.
-    if outcome.overflowed is None:
-        return after
-    return tf.where(outcome.overflowed, row_again + tf.constant([1, 0, 0, 0, 0, 0], tf.int64), after)
+    if outcome.overflowed is not None:
+        after = tf.where(outcome.overflowed, row_again + tf.constant([1, 0, 0, 0, 0, 0], tf.int64), after)
+    return after if outcome.goes_on is None else tf.where(outcome.goes_on, after, counts)

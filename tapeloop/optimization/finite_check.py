@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -9,6 +10,7 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from tapeloop._backend.assertions import stop_unless
+from tapeloop._backend.patching import masked_assignments
 from tapeloop.errors import NonFiniteError, listed
 from tapeloop.model.selection import Selection
 from tapeloop.model.tree import VariableInfo
@@ -69,57 +71,147 @@ class StepOutcome(NamedTuple):
     Attributes:
         finite: Whether all in it was finite, so that its updates happened.
         overflowed: Whether it was not finite because its loss was scaled too far; None if no loss is scaled.
+        goes_on: Whether no step before it has ended the run; None if the host sees to that. See `Masking`.
     """
 
     finite: tf.Tensor
     overflowed: tf.Tensor | None
+    goes_on: tf.Tensor | None = None
 
 
 @dataclass(frozen=True)
-class Ending:
-    """What happens to a step that is not finite. The build of a step picks one, from the plan.
+class Guard:
+    """What happens to a step that is not finite: here nothing, since nobody looks.
 
     Attributes:
         check: The checksums; None if nobody looks at them, and every step happens.
         loss_scale: The scale of the loss, which takes part in how a step ends.
-        fails: Whether a bad step fails before its one update, and the run ends with it: nothing has moved, nothing is
-            rolled back. Otherwise it makes no update, and what it moved before is put back. To fail is cheaper: on two
-            CPU cores it took the smallest MLP from 1.03 to 0.91 of the time of a loop by hand (`docs/notes.md`).
     """
 
     check: FiniteCheck | None
     loss_scale: LossScale
-    fails: bool = False
 
-    def guard(self, total: tf.Tensor | None, update: Callable[[], tf.Tensor]) -> None:
+    def update(self, total: tf.Tensor | None, make: Callable[[], tf.Tensor]) -> None:
         """Make an update, unless the checksums of it and of those before it are not finite."""
-        if self.check is None:
-            update()
-        elif self.fails:
-            # An `Assert` before the update takes some thirty switches and merges off a small step. The host recognises
-            # it by its message (`has_stopped`), and makes a `NonFiniteError` of it.
-            with tf.control_dependencies([self.check.kept.assign(total)]):
-                stopped = stop_unless(all_finite(total))
-            with tf.control_dependencies([stopped]):
-                update()
-        else:
-            tf.cond(all_finite(total), update, lambda: tf.constant(False))
+        make()
 
     def is_counted(self, total: tf.Tensor | None) -> tf.Tensor | None:
         """Return whether a step of these checksums counts in the logs; None if it does in any case."""
-        return None if self.check is None or self.fails else all_finite(total)
+        return None
 
-    def roll_back_if_bad(
-        self, total: tf.Tensor | None, roll_back: Callable[[], tf.Tensor] | None
-    ) -> StepOutcome | None:
+    def end(self, total: tf.Tensor | None, roll_back: Callable[[], tf.Tensor] | None) -> StepOutcome | None:
         """Roll back a step that was not finite, if there is anything to, and return how it ended."""
-        if self.check is None or self.fails:
-            return None
+        return None
+
+    def keeping_count(self) -> contextlib.AbstractContextManager[None]:
+        """Have what keeps the checksums be assigned to inside this context only if the step counts."""
+        return contextlib.nullcontext()
+
+
+@dataclass(frozen=True)
+class Failing(Guard):
+    """A bad step fails before its one update, and the run ends with it: nothing has moved, nothing is rolled back.
+
+    It takes some thirty switches and merges off a small step: on two CPU cores it took the smallest MLP from 1.03 to
+    0.91 of the time of a loop by hand (`docs/notes.md`).
+    """
+
+    def update(self, total: tf.Tensor | None, make: Callable[[], tf.Tensor]) -> None:
+        """Fail in place of the update; the host recognises that by its message (`has_stopped`)."""
+        assert self.check is not None
+        with tf.control_dependencies([self.check.kept.assign(total)]):
+            stopped = stop_unless(all_finite(total))
+        with tf.control_dependencies([stopped]):
+            make()
+
+
+@dataclass(frozen=True)
+class Branching(Guard):
+    """A bad step makes no update, and is rolled back, in branches: whoever runs it waits to see which are taken."""
+
+    def update(self, total: tf.Tensor | None, make: Callable[[], tf.Tensor]) -> None:
+        """Make an update in a branch."""
+        tf.cond(all_finite(total), make, lambda: tf.constant(False))
+
+    def is_counted(self, total: tf.Tensor | None) -> tf.Tensor | None:
+        """Return whether the step was finite."""
+        return all_finite(total)
+
+    def end(self, total: tf.Tensor | None, roll_back: Callable[[], tf.Tensor] | None) -> StepOutcome | None:
+        """Roll back in a branch."""
+        assert self.check is not None
         finite = all_finite(total)
         self.check.kept.assign(total)
         if roll_back is not None:
             tf.cond(finite, lambda: tf.constant(False), roll_back)
         return StepOutcome(finite, self.loss_scale.update(total, finite))
+
+
+@dataclass(frozen=True)
+class Masking(Guard):
+    """Everything is computed and assigned in any case; what a bad step assigns is what was there before.
+
+    So there is nothing for the host to decide within a call of the loop. After the step that ends the run, the rest of
+    the call's steps leave everything as it is too; the host hears of it when the call ends.
+
+    Attributes:
+        counts: How far the run has come, in a variable where the steps run; see `new_counts`.
+        max_consecutive: The number of consecutive bad steps after which the run goes on.
+    """
+
+    counts: tf.Variable
+    max_consecutive: int
+
+    def update(self, total: tf.Tensor | None, make: Callable[[], tf.Tensor]) -> None:
+        """Make an update, or assign to all that it moves the value that it has."""
+        with masked_assignments(self.is_counted(total)):
+            make()
+
+    def is_counted(self, total: tf.Tensor | None) -> tf.Tensor:
+        """Return whether the step was finite, and none before it has ended the run."""
+        return all_finite(total) & self._goes_on()
+
+    def end(self, total: tf.Tensor | None, roll_back: Callable[[], tf.Tensor] | None) -> StepOutcome | None:
+        """Roll back, or assign to all that a rollback would move the value that it has."""
+        assert self.check is not None
+        finite, goes_on = all_finite(total), self._goes_on()
+        if roll_back is not None:
+            with masked_assignments(~(finite & goes_on)):
+                roll_back()
+        with masked_assignments(goes_on):
+            self.check.kept.assign(total)
+            overflowed = self.loss_scale.update(total, finite)
+        return StepOutcome(finite, overflowed, goes_on)
+
+    def keeping_count(self) -> contextlib.AbstractContextManager[None]:
+        """Keep the checksums of the step that has ended the run."""
+        return masked_assignments(self._goes_on())
+
+    def _goes_on(self) -> tf.Tensor:
+        return self.counts.read_value()[3] <= self.max_consecutive
+
+
+def guard_for(
+    check: FiniteCheck | None, loss_scale: LossScale, masking: tuple[tf.Variable, int] | None, *, fails: bool = False
+) -> Guard:
+    """Pick what happens to a step that is not finite.
+
+    Args:
+        check: The checksums; None if nobody looks at them.
+        loss_scale: The scale of the loss.
+        masking: If the step is masked, the counts and the number of bad steps that a mask goes by.
+        fails: Whether it has one update, which comes last, and nothing else to undo.
+    """
+    if check is None:
+        return Guard(check, loss_scale)
+    if masking is not None:
+        return Masking(check, loss_scale, *masking)
+    return Failing(check, loss_scale) if fails else Branching(check, loss_scale)
+
+
+def runs_on_gpu() -> bool:
+    """Tell whether steps run on a GPU, which the host keeps busy only while it need not wait for what it computes."""
+    return bool(tf.config.list_logical_devices("GPU"))
 
 
 def all_finite(checksums: tf.Tensor | None) -> tf.Tensor:

@@ -43,7 +43,7 @@ class LossScale:
             self.start_over()
         elif self.value is None:
             self.value = tf.Variable(FIRST_SCALE, trainable=False, name="loss_scale")
-            self.variables = [self.value, tf.Variable(0, trainable=False, name="finite_steps")]
+            self.variables = [self.value, tf.Variable(0, trainable=False, dtype=tf.int64, name="finite_steps")]
 
     def start_over(self) -> None:
         """Begin with the first scale."""

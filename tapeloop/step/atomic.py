@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -46,12 +45,13 @@ def build(planner: Planner, plan: StepPlan) -> Step:
     restored = variables_to_restore(planner, plan, context)
     # Whether a bad step fails before its update, or is rolled back, is decided here, once the plan has told what moves.
     fails = context.deferred and not restored and planner.may_fail()
-    context.ending = dataclasses.replace(context.ending, fails=fails)
+    context.guard = planner.guard(fails=fails)
 
     def step(batch: Any) -> StepOutcome | None:
         before = Snapshot(restored)
         if planner.check is not None and context.has_control_flow:
-            planner.check.kept.assign(tf.zeros_like(planner.check.kept))
+            with context.guard.keeping_count():
+                planner.check.kept.assign(tf.zeros_like(planner.check.kept))
         computed = plan.compute(batch)
         return _finish(planner, context, computed, batch, before if restored else None)
 
@@ -97,11 +97,11 @@ def _finish(
     planner: Planner, context: Training, computed: Computed, batch: Any, before: Snapshot | None
 ) -> StepOutcome | None:
     """Make the updates that wait, take in the logs, and roll back a step that was not finite."""
-    ending = context.ending
+    guard = context.guard
     total = context.make_deferred(computed) if context.deferred else computed.checksums
     # The logs stand beside the updates and not behind them, so that the graph need not wait for one to do the other.
-    planner.parts.means["train"].update(computed.mean["logs"], examples_of(batch), ending.is_counted(total))
-    return ending.roll_back_if_bad(total, None if before is None else before.roll_back)
+    planner.parts.means["train"].update(computed.mean["logs"], examples_of(batch), guard.is_counted(total))
+    return guard.end(total, None if before is None else before.roll_back)
 
 
 def variables_to_restore(planner: Planner, plan: StepPlan, context: Training) -> list[tf.Variable]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ import tensorflow as tf
 from tapeloop.errors import PolicyError
 from tapeloop.model.selection import Selection
 from tapeloop.model.tree import Model, Tree, VariableInfo
-from tapeloop.optimization.finite_check import Ending
+from tapeloop.optimization.finite_check import Guard
 from tapeloop.optimization.optimizers import Gradients
 from tapeloop.optimization.tape import GroupTape
 from tapeloop.optimization.target_networks import Pair, move
@@ -20,14 +21,17 @@ from tapeloop.optimization.updates import Updates
 from tapeloop.step.objective import added_losses
 
 
-def new_counts() -> tf.Variable:
+def new_counts(masked: bool) -> tf.Variable:
     """Return a variable in which the loop in the graph keeps how far a run has come.
 
     `[batches, applied, skipped, consecutive_skipped, step, epoch]`: a `StepCounts`, then the step and the epoch before
     the call of the loop.
+
+    Args:
+        masked: Whether steps are masked, and count themselves.
     """
-    # On the CPU, also if steps run on a GPU: the loop looks at the counts before each step, the host after each call.
-    with tf.device("CPU:0"):
+    # Masked steps count where they run. Otherwise the loop looks at the counts before each step, from the host.
+    with contextlib.nullcontext() if masked else tf.device("CPU:0"):
         return tf.Variable(tf.zeros(6, tf.int64), trainable=False, name="counts")
 
 
@@ -167,17 +171,17 @@ class Training(StepContext):
     Attributes:
         deferred: Whether updates are deferred: micro-batches average them first, and a step with one update at its end
             can fail before it.
-        ending: What happens to updates if something is not finite; the build decides whether a bad step fails.
+        guard: What happens to updates if something is not finite; the build decides whether a bad step fails.
         updates: The updates so far.
         follows: The deferred `follow`s so far.
     """
 
     def __init__(
-        self, selection: Selection, counts: tf.Variable, ending: Ending, updates: Updates, deferred: bool
+        self, selection: Selection, counts: tf.Variable, guard: Guard, updates: Updates, deferred: bool
     ) -> None:
         super().__init__("train", selection, counts)
         self.deferred = deferred
-        self.ending = ending
+        self.guard = guard
         self.updates: list[PendingUpdate] = []
         self.follows: list[PendingFollow] = []
         self._updates = updates
@@ -287,18 +291,19 @@ class Training(StepContext):
         self, update: PendingUpdate, gradients: Gradients, loss: tf.Tensor | None, checksums: list[tf.Tensor]
     ) -> None:
         """Make an update, unless something in it, or in an update before it, is not finite."""
-        check = self.ending.check
+        check = self.guard.check
         if check is not None:
             found = check.checksums(loss, gradients)
             # A tensor of a branch cannot leave it, but a variable can be added to inside it.
             if update.in_control_flow:
-                check.kept.assign_add(found)
+                with self.guard.keeping_count():
+                    check.kept.assign_add(found)
             else:
                 checksums.append(found)
-        self.ending.guard(self._total(checksums), lambda: self._updates.make(self.selection, gradients))
+        self.guard.update(self._total(checksums), lambda: self._updates.make(self.selection, gradients))
 
     def _total(self, checksums: list[tf.Tensor]) -> tf.Tensor | None:
-        check = self.ending.check
+        check = self.guard.check
         return None if check is None else check.total(checksums, self.has_control_flow)
 
     def _move_followers(self, number: int, computed: Computed) -> None:

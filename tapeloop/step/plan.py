@@ -7,6 +7,7 @@ the list of what it is rolled back in after it.
 from __future__ import annotations
 
 import contextlib
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,11 +19,12 @@ from tapeloop._backend import keras_internals
 from tapeloop._backend.assertions import can_stop
 from tapeloop._backend.autograph import converted
 from tapeloop._backend.patching import inlined_functions
+from tapeloop._backend.traced_graph import moves_more_than_variables
 from tapeloop.data.batch import examples_of
 from tapeloop.model.selection import Selection
 from tapeloop.model.tree import Model
 from tapeloop.optimization import untracked_variables
-from tapeloop.optimization.finite_check import Ending, FiniteCheck
+from tapeloop.optimization.finite_check import FiniteCheck, Guard, guard_for
 from tapeloop.optimization.updates import Updates
 from tapeloop.step.context import Building, StepContext, Training, new_counts
 from tapeloop.step.freezing import frozen
@@ -32,6 +34,8 @@ from tapeloop.step.metrics import StepMetrics, layer_metrics, renamed, reset
 from tapeloop.step.objective import Objective
 from tapeloop.step.remat import Remat
 from tapeloop.step.user_attributes import UserAttributes
+
+_LOG = logging.getLogger("tapeloop")
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,8 @@ class StepParts:
         frozen_dtype: In which dtype the frozen part computes.
         is_plain: Tells whether a training step is tapeloop's own from end to end, so that its one update comes last.
         nonfinite: What an Inf or a NaN does: `"raise"`, `"skip"` or `"ignore"`.
+        max_consecutive: The number of bad steps in a row after which training goes on.
+        masks: Whether bad steps are masked if they can be; see `Masking`.
         policy: What trains; the loop resolves it for each phase.
         interventions: Counts when code other than that of steps ran.
         counts: Where the loop in the graph keeps how far the run has come; see `new_counts`.
@@ -111,12 +117,17 @@ class StepParts:
     frozen_dtype: FrozenDtype
     is_plain: Callable[[], bool]
     nonfinite: str
+    max_consecutive: int
+    masks: bool
     policy: Any = None
     interventions: Interventions = field(default_factory=Interventions)
-    counts: tf.Variable = field(default_factory=new_counts)
+    counts: tf.Variable = field(init=False)
     means: dict[str, RunningMeans] = field(default_factory=lambda: {"train": RunningMeans(), "eval": RunningMeans()})
     context: StepContext | None = None
     has_warned: bool = False
+
+    def __post_init__(self) -> None:
+        self.counts = new_counts(self.masks)
 
     @contextlib.contextmanager
     def acting(self, context: StepContext) -> Iterator[None]:
@@ -168,6 +179,7 @@ class Planner:
         metrics: What the user's part logs.
         check: The checksums of training steps; None if nobody looks at them.
         touched: The variables that the user's part was seen to read or assign to.
+        masks: Whether bad steps are masked.
     """
 
     def __init__(self, kind: str, selection: Selection, parts: StepParts) -> None:
@@ -177,6 +189,9 @@ class Planner:
         self.metrics = StepMetrics()
         looks = kind == "train" and (parts.nonfinite != "ignore" or parts.updates.loss_scale.value is not None)
         self.check = FiniteCheck(selection) if looks else None
+        self.masks = self.check is not None and parts.masks and not parts.compilation.run_eagerly
+        if self.masks and not parts.updates.optimizers.are_keras:
+            self._give_up_mask("an optimizer that is not Keras' own may move more than variables")
         self.touched: set[Any] = set()  # references: TensorFlow's variables have no hash
         self._context: StepContext | None = None
 
@@ -187,7 +202,12 @@ class Planner:
         """
         parts = self.parts
         # To defer is safe only if nothing follows on the update, which the trainer's own step alone guarantees.
-        ends = self.check is not None and parts.nonfinite == "raise" and parts.updates.loss_scale.value is None
+        ends = (
+            self.check is not None
+            and not self.masks
+            and parts.nonfinite == "raise"
+            and parts.updates.loss_scale.value is None
+        )
         return ends and parts.is_plain() and not parts.compilation.uses_xla and (
             parts.updates.optimizers.are_keras and can_stop()
         )  # fmt: skip
@@ -208,6 +228,10 @@ class Planner:
         with self.frozen(context):
             traced = tf.function(compute, autograph=self.parts.compilation.autograph)
             function = traced.get_concrete_function(spec)
+        left = moves_more_than_variables(function) if self.masks else None
+        if left is not None:
+            self._give_up_mask(f"nobody can mask what the op `{left}` leaves behind")
+            return self.plan(spec, deferred=deferred)
         self.touched |= {variable.ref() for variable in function.variables}
         self._warn_untracked(function, context.used)
         self.warn_if_nothing_updates(context)
@@ -227,10 +251,19 @@ class Planner:
         """Return a context for a step that is about to be traced, or run eagerly."""
         if self.kind == "train":
             counts, updates = self.parts.counts, self.parts.updates
-            self._context = Training(self.selection, counts, Ending(self.check, updates.loss_scale), updates, deferred)
+            self._context = Training(self.selection, counts, self.guard(), updates, deferred)
         else:
             self._context = StepContext(self.kind, self.selection, self.parts.counts)
         return self._context
+
+    def guard(self, *, fails: bool = False) -> Guard:
+        """Return what happens to a step that is not finite; see `guard_for`."""
+        masking = (self.parts.counts, self.parts.max_consecutive) if self.masks else None
+        return guard_for(self.check, self.parts.updates.loss_scale, masking, fails=fails)
+
+    def _give_up_mask(self, reason: str) -> None:
+        self.masks = False
+        _LOG.info("Steps that are not finite are branched around, for which the host waits in each step: %s.", reason)
 
     def compute(self, context: StepContext, batch: Any) -> Any:
         """Run the user's part on a batch, and return what it computes: for `"predict"`, what it returns."""
