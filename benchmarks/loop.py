@@ -117,10 +117,11 @@ def measure_head(application: str, rounds: int, folded: float) -> None:
         Row(f"{application} 96x96, batch 16, head only / forward pass alone", "plain", "forward", 1.05),
         Row("the same, folded", "folded", "forward", folded),
     ]
-    if application == "ResNet50" and importlib.util.find_spec("torch"):
-        arms["torch"] = in_pytorch(Group("resnet50", "head", batch, 96, steps=steps))
-        rows.append(Row("the same, folded / PyTorch", "folded", "torch", 1.0))
     compare(arms, rows, rounds, steps)
+    if application == "ResNet50" and importlib.util.find_spec("torch"):
+        torch = in_pytorch(Group("resnet50", "head", batch, 96, steps=steps))
+        row = Row("the same, folded / PyTorch", "folded", "torch", 1.0)
+        compare({"folded": arms["folded"], "torch": torch}, [row], rounds, steps)
 
 
 def in_pytorch(group: Group) -> Arm:

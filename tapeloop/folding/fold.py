@@ -31,7 +31,7 @@ class Folded:
     values: FoldedPart
 
 
-def fold(planner: Planner, plan: StepPlan, store: FoldedValues) -> Folded | None:
+def fold(planner: Planner, plan: StepPlan, store: FoldedValues, *, keeps_filters: bool) -> Folded | None:
     """Return a plan that computes the same with folded values, and these; None if there is nothing to fold.
 
     Gradients through what is frozen still take its weights as they stand.
@@ -40,12 +40,13 @@ def fold(planner: Planner, plan: StepPlan, store: FoldedValues) -> Folded | None
         planner: What made the plan.
         plan: The plan of a step, or of a micro-batch.
         store: Holds the folded values.
+        keeps_filters: Whether convolutions may keep their kernels, which takes memory for each trace.
     """
     parts = planner.parts
     known = [v.tf_variable for v in planner.selection.tree.variables]
     whole = TracedGraph(plan.functions[0], [*known, *parts.attributes.all_variables()])
     # XLA has no such convolutions, and none of them notices that its kernel has moved.
-    keeps_filters = not (parts.compilation.uses_xla or store.have_moved) and onednn.is_used()
+    keeps_filters = keeps_filters and not (parts.compilation.uses_xla or store.have_moved) and onednn.is_used()
     folding = GraphFolding(whole, FrozenValues(whole, _still(planner, plan, whole)), keeps_filters=keeps_filters)
     if not folding.is_worth_it:
         return None

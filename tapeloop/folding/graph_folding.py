@@ -13,7 +13,7 @@ from tapeloop._backend.traced_graph import Subgraph, TracedGraph
 from tapeloop.folding.chains import KINDS, find_chains
 from tapeloop.folding.evaluation import Evaluation
 from tapeloop.folding.frozen_values import FrozenValues
-from tapeloop.folding.kept_filters import can_keep, keep_filters
+from tapeloop.folding.kept_filters import can_keep, keep_filters, plain_sums
 
 NAME = "folded/{}"  # of what stands for a folded value in the graph
 
@@ -111,7 +111,8 @@ class GraphFolding:
                 del node.input[:]
                 node.input.extend(taken)
         outputs = {output.op.name for output in self._whole.outputs}
-        keep_filters(nodes, {op.name: op for op in self._whole.ops}, [op.name for op in self.kept], outputs)
+        sums = plain_sums(self._whole.ops, self._values) if self.kept else set()
+        keep_filters(nodes, sums, [op.name for op in self.kept], outputs)
         return self._whole.edited(nodes, [*self._whole.inputs, *feeds], self._effects)
 
     def _boundary(self, ops: Sequence[tf.Operation]) -> list[tf.Tensor]:

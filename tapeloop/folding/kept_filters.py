@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import tensorflow as tf
 
 from tapeloop._backend.onednn import ACTIVATIONS, keep_filter
 from tapeloop.folding.frozen_values import FrozenValues
+
+# Ops whose output has the batch of their first input.
+_WITHIN_EXAMPLES = frozenset(
+    {"AvgPool", "BiasAdd", "Cast", "Conv2D", "DepthwiseConv2dNative", "Identity", "MaxPool", "Sigmoid", "Tanh"}
+    | ACTIVATIONS
+)
+_PAIRWISE = frozenset({"Add", "AddV2", "Maximum", "Mul", "RealDiv", "SquaredDifference", "Sub"})
 
 
 def can_keep(op: tf.Operation, values: FrozenValues) -> bool:
@@ -22,27 +29,50 @@ def can_keep(op: tf.Operation, values: FrozenValues) -> bool:
     return sees_all and kernel.name in values.of_weights and given.name not in values.names
 
 
-def keep_filters(
-    nodes: dict[str, Any], ops: Mapping[str, tf.Operation], names: Iterable[str], outputs: Collection[str]
-) -> None:
-    """Rewrite convolutions, each with the bias and the activation that alone follow on it.
+def keep_filters(nodes: dict[str, Any], sums: Collection[str], names: Iterable[str], outputs: Collection[str]) -> None:
+    """Rewrite convolutions, each with the bias, the sum and the activation that alone follow on it.
 
     Args:
         nodes: The nodes of a step by name.
-        ops: The ops that these were, for the shapes.
+        sums: The additions that broadcast nothing; see `plain_sums`.
         names: The convolutions.
         outputs: The nodes whose values the step returns.
     """
-    rewriting = _Rewriting(nodes, ops, outputs)
+    rewriting = _Rewriting(nodes, sums, outputs)
     for name in names:
         rewriting.rewrite(nodes[name])
     rewriting.rename()
 
 
+def plain_sums(ops: Iterable[tf.Operation], values: FrozenValues) -> set[str]:
+    """Return the names of the additions of two tensors of one shape: of known sizes, but perhaps for the batch.
+
+    Args:
+        ops: The ops of a step, each after those whose outputs it takes.
+        values: What of it is frozen, and has no batch.
+    """
+    batch_of: dict[str, str] = {}  # by tensor, the tensor whose batch it has
+    found = set()
+    for op in ops:
+        taken = [tensor for tensor in op.inputs if tensor.name not in values.names]
+        batches = {batch_of.get(tensor.name, tensor.name) for tensor in taken}
+        # A kernel that trains is no tensor with a batch.
+        of_first = op.type in _WITHIN_EXAMPLES and batch_of.get(op.inputs[0].name, op.inputs[0].name)
+        keeps = {of_first} if of_first else batches if op.type in _PAIRWISE else set()
+        if len(keeps) == 1:
+            batch_of |= dict.fromkeys([output.name for output in op.outputs], *keeps)
+        if op.type == "AddV2" and len(taken) == 2:
+            one, other = (tensor.shape for tensor in taken)
+            is_known = one.rank is not None and one.rank > 0 and one[1:].is_fully_defined() and one[1:] == other[1:]
+            if is_known and (one[0] == other[0] if one[0] is not None else len(batches) == 1):
+                found.add(op.name)
+    return found
+
+
 class _Rewriting:
-    def __init__(self, nodes: dict[str, Any], ops: Mapping[str, tf.Operation], outputs: Collection[str]) -> None:
+    def __init__(self, nodes: dict[str, Any], sums: Collection[str], outputs: Collection[str]) -> None:
         self._nodes = nodes
-        self._ops = ops
+        self._sums = sums
         self._outputs = outputs
         self._renamed: dict[str, str] = {}
         self._takers: dict[str, list[Any]] = defaultdict(list)
@@ -57,7 +87,7 @@ class _Rewriting:
         if bias is None:
             return
         added = self._follower(bias, {"AddV2"})
-        added = added if added is not None and self._has_equal_shapes(added) else None
+        added = added if added is not None and added.name in self._sums else None
         active = self._follower(bias if added is None else added, ACTIVATIONS)
         parts = [part for part in (node, bias, added, active) if part is not None]
         taken = [*node.input[:2], bias.input[1]]
@@ -91,7 +121,3 @@ class _Rewriting:
         takers = self._takers[node.name]
         alone = len(takers) == 1 and node.name not in self._outputs and takers[0].op in kinds
         return takers[0] if alone and takers[0].name in self._nodes else None
-
-    def _has_equal_shapes(self, node: Any) -> bool:
-        one, other = (taken.shape for taken in self._ops[node.name].inputs)
-        return bool(one.is_fully_defined() and one == other)

@@ -66,7 +66,11 @@ class FoldedValues:
 
 
 class FoldedPart:
-    """The folded values of one step, kept up to date with the weights."""
+    """The folded values of one step, kept up to date with the weights.
+
+    Attributes:
+        keeps_filters: Whether convolutions keep kernels as they are when the step runs first.
+    """
 
     def __init__(
         self,
@@ -85,12 +89,12 @@ class FoldedPart:
             interventions: Tells when weights may have moved.
             keeps_filters: Whether convolutions of the step keep kernels as they are when it runs first.
         """
+        self.keeps_filters = keeps_filters
         self._values = values
         self._weights = weights
         self._compute = compute
         self._interventions = interventions
         self._seen = interventions.count
-        self._keeps_filters = keeps_filters
         self._built_of = fingerprint(weights)
         for value in values:
             value.weights = self._built_of
@@ -105,7 +109,7 @@ class FoldedPart:
             return True
         self._seen = self._interventions.count
         found = fingerprint(self._weights)
-        if self._keeps_filters and found != self._built_of:
+        if self.keeps_filters and found != self._built_of:
             return False
         # Another step that shares a value may have computed it of weights that have been put back since.
         if any(value.weights != found for value in self._values):

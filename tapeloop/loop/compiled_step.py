@@ -26,6 +26,7 @@ from tapeloop.step.accumulation import Microbatches, accumulate, compute_in_piec
 from tapeloop.step.plan import Planner, StepPlan
 
 _LOG = logging.getLogger("tapeloop")
+MOST_WITH_FILTERS = 2  # traces of a step whose frozen convolutions keep kernels of their own
 COMPILE_ERRORS = (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError, tf.errors.InternalError)
 
 
@@ -165,7 +166,11 @@ class CompiledStep:
         if key not in self._traced:
             self._traced[key] = self.planner.plan(spec, deferred=deferred)
         plan = self._traced[key]
-        folded = fold(self.planner, plan, self._folding.store) if folds else None
+        if not folds:
+            return plan
+        # Images of many sizes are as many traces.
+        keeps_filters = sum(part.keeps_filters for part in self._folded) < MOST_WITH_FILTERS
+        folded = fold(self.planner, plan, self._folding.store, keeps_filters=keeps_filters)
         if folded is None:
             return plan
         self._folded.append(folded.values)

@@ -122,7 +122,7 @@ def test_kernels_are_kept_until_weights_move():
     store = trainer._loop.steps.folding.store
 
     def kept():
-        return sum(part._keeps_filters for step in trainer._loop.steps._steps.values() for part in step._folded)
+        return sum(part.keeps_filters for step in trainer._loop.steps._steps.values() for part in step._folded)
 
     for _ in range(2):
         trainer.fit((X, Y), batch_size=8, verbose=0)

@@ -223,6 +223,29 @@ def test_a_convolution_keeps_its_kernel(compute, fused):
             np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("other", "fused"),
+    [
+        (lambda x: tf.nn.relu6(x) * 2.0, "BiasAdd,Add"),
+        (lambda x: tf.nn.max_pool2d(x, 3, 1, "SAME"), "BiasAdd,Add"),
+        (lambda x: x[:1], "BiasAdd"),
+        (lambda x: tf.boolean_mask(x, [True, False]), "BiasAdd"),
+        (lambda x: x[:, :1], "BiasAdd"),
+        (lambda x: tf.reduce_max(x), "BiasAdd"),
+    ],
+)
+def test_a_sum_is_taken_in_if_it_broadcasts_nothing(other, fused):
+    x = tf.TensorSpec([None, 5, 5, 4], tf.float32)
+    kernel = variable(3, 3, 4, 4)
+    compute = lambda x: tf.nn.bias_add(tf.nn.conv2d(x, kernel, 1, "SAME"), B) + other(x)  # noqa: E731
+    rest = folding_of(compute, x, keeps_filters=True).rest()
+    (node,) = (node for node in rest.definition.node if node.op == "_MklNativeFusedConv2D")
+    assert b",".join(node.attr["fused_ops"].list.s).decode() == fused
+    given = tf.constant(RNG.normal(size=(2, 5, 5, 4)), tf.float32)
+    (one,) = tf.function(lambda x: rest([x]), autograph=False)(given)
+    np.testing.assert_allclose(one, compute(given), rtol=1e-5, atol=1e-5)
+
+
 def test_a_convolution_in_groups_keeps_none_nor_does_one_by_what_moves():
     grouped = lambda x: tf.nn.bias_add(tf.nn.conv2d(tf.repeat(x, 2, -1), KERNEL, 1, "SAME"), B)  # noqa: E731
     assert not folding_of(grouped, X, keeps_filters=True).kept
