@@ -56,8 +56,8 @@ def tapeloop(model: Any, policy: tl.VariablePolicy, data: Any, batch: int, **opt
     return run
 
 
-def keras_fit(model: keras.Model, data: Any, batch: int, **options: Any) -> Arm:
-    """Return one epoch of Keras' `fit` as it comes."""
+def keras_fit(model: keras.Model, data: Any, batch: int | None, **options: Any) -> Arm:
+    """Return one epoch of Keras' `fit` as it comes, on arrays, or on a tuple of a dataset of batches (`batch=None`)."""
     shuffle, verbose, loss = options.pop("shuffle", True), options.pop("verbose", "auto"), options.pop("loss", None)
     metrics = options.pop("metrics", ["accuracy"])
     model.compile(Adam(1e-4), loss or cross_entropy(), metrics=metrics, **options)
