@@ -106,7 +106,7 @@ class _Trial:
     patience: float = 1
 
 
-def _is_alike(expected: np.ndarray, found: np.ndarray, patience: float) -> bool:
+def _is_alike(expected: np.ndarray, found: np.ndarray, patience: float = 1) -> bool:
     tolerance = TOLERANCE.get(tf.as_dtype(expected.dtype))
     if tolerance is None:  # integers and booleans
         return np.array_equal(expected, found)

@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 import tapeloop as tl
-from tapeloop.feature_cache.batch_independence import _is_alike
+from tapeloop.feature_cache.batch_independence import RESIZED, _is_alike
 from tapeloop.feature_cache.frontier import Cut
 from tests.support.classifiers import N, Wrapped, classifier, cut_of, images
 
@@ -71,3 +71,9 @@ def test_python_code_is_not_frozen(stateful):
 )
 def test_how_much_is_alike_is_told_by_columns(expected, found, alike):
     assert _is_alike(np.array(expected, "float32"), np.array(found, "float32")) is alike
+
+
+def test_in_a_batch_of_another_size_rounding_may_be_larger():
+    one, other = np.array([[1.0], [2.0]], "float32"), np.array([[1.0], [2.001]], "float32")
+    assert _is_alike(one, other, RESIZED)
+    assert not _is_alike(one, other)
