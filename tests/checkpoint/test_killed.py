@@ -26,7 +26,8 @@ def test_a_run_that_is_killed_at_random_moments_ends_bit_for_bit(kills):
     assert results["differences"] == []
 
 
-@pytest.mark.parametrize("kills", [FEW, pytest.param(MANY, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [FEW, MANY])
 def test_a_run_that_a_scheduler_ends_repeats_no_step(kills):
     results = killed("SIGTERM", kills, kills)
     # Before the fit has begun, the signal ends the process as it does any other.

@@ -13,6 +13,7 @@ STOPS = dict.fromkeys(runs.RUNS, (2, (3, 5))) | dict.fromkeys(
 # Other spellings of what the rest try: `make test-all` runs them.
 SLOW = {"unhashable", "portions", "dataset portions", "iterated", "pydataset"}
 SLOW |= {"adversarial", "cycle", "float16", "groups", "microbatches", "random"}
+SLOW |= {"counting", "dataset", "drawn"}
 
 
 @pytest.mark.parametrize("kind", params(STOPS, SLOW))

@@ -4,11 +4,13 @@ import keras
 import pytest
 
 from tests.support.examples import ROOT, run
+from tests.support.params import params
 
 SHORT = sorted(path.stem for path in (ROOT / "examples" / "short").glob("*.py"))
+SLOW = {"diffusion", "dqn", "resume", "sweep", "two_stage_transfer", "vae"}
 
 
-@pytest.mark.parametrize("name", SHORT)
+@pytest.mark.parametrize("name", params(SHORT, SLOW))
 def test_it_does_what_it_says_in_forty_lines(name, tmp_path, monkeypatch):
     assert len((ROOT / "examples" / "short" / f"{name}.py").read_text().splitlines()) <= 40
     monkeypatch.chdir(tmp_path)

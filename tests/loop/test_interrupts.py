@@ -54,6 +54,7 @@ print("goes on", trainer.step)
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_data_is_slow_after_it_was_fast_ends_at_once():
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -66,7 +66,7 @@ def cases():
     """Each choice of layers in each way to run steps; quickly some, and one of them in each."""
     for name in CHOSEN:
         for options in ({}, {"microbatches": 2}, {"run_eagerly": True}):
-            slow = name != "glob" and (options or name in ("recurrent", "first", "module", "several"))
+            slow = name != "glob" and (options or name in ("recurrent", "first", "module", "several", "bfloat16"))
             yield pytest.param(name, options, id=f"{name}-{options}", marks=[pytest.mark.slow] * bool(slow))
 
 
