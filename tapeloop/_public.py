@@ -27,6 +27,7 @@ from tapeloop.policies.layerwise import LayerwiseDecay
 from tapeloop.policies.scheduled import Cycle, GradualUnfreeze, Phases, RandomSubset
 from tapeloop.policies.static import Freeze, Groups, TrainAll, TrainOnly
 from tapeloop.trainer import Trainer
+from tapeloop.tuning.report import Tuning, TuningRow
 
 __all__ = [
     "CacheError",
@@ -59,6 +60,8 @@ __all__ = [
     "TrainAll",
     "TrainOnly",
     "Trainer",
+    "Tuning",
+    "TuningRow",
     "VariableInfo",
     "VariablePolicy",
     "find_learning_rate",

@@ -41,9 +41,10 @@ from tapeloop.step.plan import Compilation, StepParts
 from tapeloop.step.remat import Remat
 from tapeloop.step.user_attributes import UserAttributes
 from tapeloop.step.user_step import OVERRIDABLE, UserStep
+from tapeloop.tuning.tune import TunesItself
 
 
-class Trainer(Fits, SavesRuns, ShowsItself, UserStep):
+class Trainer(Fits, SavesRuns, ShowsItself, TunesItself, UserStep):
     """Trains what a policy selects of a model, and leaves the rest bit-identical.
 
     In research code, subclass it and override `forward`, `compute_loss`, `train_step` or `eval_step`, from least to

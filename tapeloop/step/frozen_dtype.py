@@ -39,12 +39,12 @@ class FrozenDtype:
         """
         if name not in DTYPES:
             raise ValueError(f"`frozen_dtype` must be None or 'bfloat16'. Received: {name!r}.")
-        self._name = name
+        self.name = name
 
     @contextlib.contextmanager
     def applied(self, selection: Selection) -> Iterator[None]:
         """Trace inside this context, and what `selection` freezes as a whole computes in the dtype."""
-        if self._name is None:
+        if self.name is None:
             yield
             return
         inner, outermost = _frozen_layers(selection)
@@ -53,7 +53,7 @@ class FrozenDtype:
         with _giving_float32(filter(_is_float32, outermost)):
             try:
                 for layer in layers:
-                    layer.dtype_policy = f"mixed_{self._name}"
+                    layer.dtype_policy = f"mixed_{self.name}"
                 yield
             finally:
                 for layer, policy in zip(layers, before):

@@ -41,7 +41,7 @@ class Remat:
             TypeError: It is none of these, or speaks of variables.
         """
         several = filter_ if isinstance(filter_, (list, tuple)) else [] if filter_ is None else [filter_]
-        self._filters = list(map(to_filter, several))
+        self.filters = list(map(to_filter, several))
 
     def chosen(self, tree: Tree) -> list[SubmodelInfo]:
         """Return the layers that are chosen, but for those inside another that is.
@@ -51,7 +51,7 @@ class Remat:
             TypeError: One of them speaks of variables.
         """
         found: dict[SubmodelInfo, None] = {}
-        for filter_ in self._filters:
+        for filter_ in self.filters:
             named = [submodel for submodel in tree.layers if submodel.path and filter_.identifies(submodel, tree)]
             if not named:
                 raise PolicyError(

@@ -25,7 +25,7 @@ OWN_STEP = ("train_step", "compute_loss", "forward", "tape", "update", "gradient
 
 
 # What a subclass must not replace.
-OWN_ATTRIBUTES = "model", "state", "_parts", "_loop", "_contents", "_features", "_seed"
+OWN_ATTRIBUTES = "model", "state", "_parts", "_loop", "_contents", "_features", "_seed", "_made"
 
 
 class UserStep:

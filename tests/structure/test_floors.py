@@ -19,7 +19,7 @@ FLOORS = (
     ("step",),
     ("folding",),
     ("loop",),
-    ("callbacks", "checkpoint", "feature_cache", "dry_run", "inspection"),
+    ("callbacks", "checkpoint", "feature_cache", "tuning", "dry_run", "inspection"),
     ("fitting",),
     ("trainer",),
     ("learning_rate_search",),
