@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -70,6 +71,12 @@ class TracedGraph:
         self._nodes = {node.name: node for node in self.definition.node}
         self._functions = {inner.signature.name: inner for inner in self.definition.library.function}
         self._pure_functions: dict[str, bool] = {}
+
+    @property
+    def calls_python(self) -> bool:
+        """Whether an op calls Python, in the function or in one that it calls."""
+        inner = (node for function in self._functions.values() for node in function.node_def)
+        return any(node.op in PYTHON for node in itertools.chain(self.definition.node, inner))
 
     def is_pure(self, op: tf.Operation) -> bool:
         """Tell whether an op only computes something from its inputs and the variables that it reads."""

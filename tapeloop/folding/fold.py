@@ -31,7 +31,7 @@ class Folded:
     values: FoldedPart
 
 
-def fold(planner: Planner, plan: StepPlan, store: FoldedValues, *, keeps_filters: bool) -> Folded | None:
+def fold(planner: Planner, plan: StepPlan, store: FoldedValues) -> Folded | None:
     """Return a plan that computes the same with folded values, and these; None if there is nothing to fold.
 
     Gradients through what is frozen still take its weights as they stand.
@@ -40,18 +40,21 @@ def fold(planner: Planner, plan: StepPlan, store: FoldedValues, *, keeps_filters
         planner: What made the plan.
         plan: The plan of a step, or of a micro-batch.
         store: Holds the folded values.
-        keeps_filters: Whether convolutions may keep their kernels, which takes memory for each trace.
     """
     parts = planner.parts
     known = [v.tf_variable for v in planner.selection.tree.variables]
     whole = TracedGraph(plan.functions[0], [*known, *parts.attributes.all_variables()])
-    # XLA has no such convolutions, and none of them notices that its kernel has moved.
-    keeps_filters = keeps_filters and not (parts.compilation.uses_xla or store.have_moved) and onednn.is_used()
+    if whole.calls_python:  # which may assign to any variable
+        return None
+    # XLA has no such convolutions.
+    keeps_filters = store.may_keep_filters and not parts.compilation.uses_xla and onednn.is_used()
     folding = GraphFolding(whole, FrozenValues(whole, _still(planner, plan, whole)), keeps_filters=keeps_filters)
     if not folding.is_worth_it:
         return None
-    values = store.made(folding.keys(), folding.sources(), folding.values)
     part = folding.rest()
+    if not folding.is_worth_it:
+        return None
+    values = store.made(folding.keys(), folding.sources(), folding.values)
 
     def run(batch: Any) -> Any:
         computed = part([*tensors_in(batch, apart=True), *(value.variable.read_value() for value in values)])
@@ -60,6 +63,8 @@ def fold(planner: Planner, plan: StepPlan, store: FoldedValues, *, keeps_filters
     spec, _ = whole.function.structured_input_signature
     run_folded = tf.function(run, autograph=False).get_concrete_function(*spec)
     values_there = FoldedPart(values, folding.weights, folding.values, parts.interventions, bool(folding.kept))
+    if folding.kept:
+        store.keeping.add(values_there)
     return Folded(dataclasses.replace(plan, compute=run_folded), values_there)
 
 

@@ -24,7 +24,7 @@ class GraphFolding:
     Attributes:
         chains: The convolutions and products that take in what follows on them.
         others: The other tensors that are computed of frozen weights, and taken by what is not.
-        kept: The convolutions that keep their kernels.
+        kept: The convolutions that keep their kernels, or may do so.
     """
 
     def __init__(self, whole: TracedGraph, values: FrozenValues, *, keeps_filters: bool = False) -> None:
@@ -83,7 +83,10 @@ class GraphFolding:
         return [self._whole.variables[name] for name in names]
 
     def rest(self) -> Subgraph:
-        """Return the step that takes the folded values after the tensors of a batch."""
+        """Return the step that takes the folded values after the tensors of a batch.
+
+        What is kept is known from here on.
+        """
         definition = tf.compat.v1.GraphDef()
         definition.CopyFrom(self._definition)
         nodes = {node.name: node for node in definition.node}
@@ -112,7 +115,8 @@ class GraphFolding:
                 node.input.extend(taken)
         outputs = {output.op.name for output in self._whole.outputs}
         sums = plain_sums(self._whole.ops, self._values) if self.kept else set()
-        keep_filters(nodes, sums, [op.name for op in self.kept], outputs)
+        rewritten = set(keep_filters(nodes, sums, [op.name for op in self.kept], outputs))
+        self.kept = [op for op in self.kept if op.name in rewritten]
         return self._whole.edited(nodes, [*self._whole.inputs, *feeds], self._effects)
 
     def _boundary(self, ops: Sequence[tf.Operation]) -> list[tf.Tensor]:

@@ -29,7 +29,9 @@ def can_keep(op: tf.Operation, values: FrozenValues) -> bool:
     return sees_all and kernel.name in values.of_weights and given.name not in values.names
 
 
-def keep_filters(nodes: dict[str, Any], sums: Collection[str], names: Iterable[str], outputs: Collection[str]) -> None:
+def keep_filters(
+    nodes: dict[str, Any], sums: Collection[str], names: Iterable[str], outputs: Collection[str]
+) -> list[str]:
     """Rewrite convolutions, each with the bias, the sum and the activation that alone follow on it.
 
     Args:
@@ -37,11 +39,14 @@ def keep_filters(nodes: dict[str, Any], sums: Collection[str], names: Iterable[s
         sums: The additions that broadcast nothing; see `plain_sums`.
         names: The convolutions.
         outputs: The nodes whose values the step returns.
+
+    Returns:
+        The convolutions on which a bias follows, which alone are rewritten.
     """
     rewriting = _Rewriting(nodes, sums, outputs)
-    for name in names:
-        rewriting.rewrite(nodes[name])
+    rewritten = [name for name in names if rewriting.rewrite(nodes[name])]
     rewriting.rename()
+    return rewritten
 
 
 def plain_sums(ops: Iterable[tf.Operation], values: FrozenValues) -> set[str]:
@@ -63,7 +68,8 @@ def plain_sums(ops: Iterable[tf.Operation], values: FrozenValues) -> set[str]:
             batch_of |= dict.fromkeys([output.name for output in op.outputs], *keeps)
         if op.type == "AddV2" and len(taken) == 2:
             one, other = (tensor.shape for tensor in taken)
-            is_known = one.rank is not None and one.rank > 0 and one[1:].is_fully_defined() and one[1:] == other[1:]
+            is_known = bool(one.rank) and one.rank == other.rank
+            is_known = is_known and one[1:].is_fully_defined() and one[1:] == other[1:]
             if is_known and (one[0] == other[0] if one[0] is not None else len(batches) == 1):
                 found.add(op.name)
     return found
@@ -76,18 +82,24 @@ class _Rewriting:
         self._outputs = outputs
         self._renamed: dict[str, str] = {}
         self._takers: dict[str, list[Any]] = defaultdict(list)
+        # What others wait for, or look at the shape of.
+        self._watched = {
+            name.lstrip("^") for node in nodes.values() for name in node.input if node.op == "Shape" or name[0] == "^"
+        }
         for node in nodes.values():
             # Who looks at the shape alone may look at what comes out in the end: it is the same.
             for taken in node.input if node.op != "Shape" else ():
                 self._takers[taken].append(node)
 
-    def rewrite(self, node: Any) -> None:
-        """Rewrite a convolution, if a bias follows on it."""
+    def rewrite(self, node: Any) -> bool:
+        """Rewrite a convolution, if a bias follows on it, and tell whether one did."""
         bias = self._follower(node, {"BiasAdd"})
         if bias is None:
-            return
+            return False
         added = self._follower(bias, {"AddV2"})
-        added = added if added is not None and added.name in self._sums else None
+        # The other summand may be computed by what waits for this one, and would come before itself.
+        is_free = self._watched.isdisjoint({node.name, bias.name})
+        added = added if added is not None and added.name in self._sums and is_free else None
         active = self._follower(bias if added is None else added, ACTIVATIONS)
         parts = [part for part in (node, bias, added, active) if part is not None]
         taken = [*node.input[:2], bias.input[1]]
@@ -104,6 +116,7 @@ class _Rewriting:
         self._renamed |= {part.name: parts[-1].name for part in parts[:-1]}
         node.name = parts[-1].name
         self._nodes[node.name] = node
+        return True
 
     def rename(self) -> None:
         """Have those that look at the shape of what is gone, or wait for it, do so with what stands for it."""
@@ -120,4 +133,7 @@ class _Rewriting:
         """Return what alone takes the value of a node, if it is of some kind."""
         takers = self._takers[node.name]
         alone = len(takers) == 1 and node.name not in self._outputs and takers[0].op in kinds
-        return takers[0] if alone and takers[0].name in self._nodes else None
+        # One that stands for several by now has the name of the last of them.
+        is_there = alone and self._nodes.get(takers[0].name) is takers[0]
+        waits = is_there and any(name[0] == "^" for name in takers[0].input)
+        return takers[0] if is_there and not waits else None

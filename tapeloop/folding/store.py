@@ -12,6 +12,10 @@ import tensorflow as tf
 from tapeloop._backend.fingerprint import fingerprint
 from tapeloop.step.plan import Interventions
 
+# Traces that keep kernels, each of which takes as much memory as frozen weights: to train, to evaluate, to predict, and
+# one more. Images of many sizes are as many traces.
+MOST_KEEPING = 4
+
 
 @dataclass(eq=False)
 class FoldedValue:
@@ -34,10 +38,17 @@ class FoldedValues:
 
     Attributes:
         have_moved: Whether weights moved after a step had kept kernels of them: from then on, no step keeps any.
+        keeping: What belongs to steps that keep kernels, each a copy.
     """
 
     have_moved: bool = False
+    keeping: weakref.WeakSet[FoldedPart] = field(default_factory=weakref.WeakSet)
     _values: weakref.WeakValueDictionary[Hashable, FoldedValue] = field(default_factory=weakref.WeakValueDictionary)
+
+    @property
+    def may_keep_filters(self) -> bool:
+        """Whether another step may keep kernels."""
+        return not self.have_moved and len(self.keeping) < MOST_KEEPING
 
     def known(self) -> list[FoldedValue]:
         """Return the values that some step uses."""
@@ -96,8 +107,16 @@ class FoldedPart:
         self._interventions = interventions
         self._seen = interventions.count
         self._built_of = fingerprint(weights)
+        self._is_tried = False
         for value in values:
             value.weights = self._built_of
+
+    def is_right(self) -> bool:
+        """Tell whether the step has kept the kernels that it was built with; asked after its first run."""
+        # Data may run code of the user's while the step runs first.
+        is_right = self._is_tried or not self.keeps_filters or fingerprint(self._weights) == self._built_of
+        self._is_tried = True
+        return is_right
 
     def refresh(self) -> bool:
         """Compute the values anew if the weights have moved since they were computed.

@@ -8,7 +8,7 @@ import logging
 import math
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import tensorflow as tf
@@ -26,7 +26,6 @@ from tapeloop.step.accumulation import Microbatches, accumulate, compute_in_piec
 from tapeloop.step.plan import Planner, StepPlan
 
 _LOG = logging.getLogger("tapeloop")
-MOST_WITH_FILTERS = 2  # traces of a step whose frozen convolutions keep kernels of their own
 COMPILE_ERRORS = (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError, tf.errors.InternalError)
 
 
@@ -91,6 +90,7 @@ class CompiledStep:
         counts, failure = _with_stop(StepCounts.of(self._counts), failure)
         # The counts are noted before each batch is drawn, so that they hold also if the step or the data has raised.
         cursor.advance(counts.batches)
+        self._forget_kept(values.is_right() for values in self._folded)
         return counts, failure and cursor.error_behind(failure)
 
     def run_on_batch(self, batch: Any, before: tf.Tensor) -> tuple[StepCounts, dict[str, Any], BaseException | None]:
@@ -119,7 +119,9 @@ class CompiledStep:
     def predict(self, batch: Any, before: tf.Tensor) -> Any:
         """Return what a step that predicts gives for a batch."""
         self._counts.assign(before)
-        return self._run_from_host(lambda: spec_of(batch), batch)
+        outputs = self._run_from_host(lambda: spec_of(batch), batch)
+        self._forget_kept(values.is_right() for values in self._folded)
+        return outputs
 
     def trace(self, cursor: BatchCursor) -> None:
         """Trace the loop for the batches of a cursor, which shows what is wrong before anything has moved."""
@@ -168,9 +170,7 @@ class CompiledStep:
         plan = self._traced[key]
         if not folds:
             return plan
-        # Images of many sizes are as many traces.
-        keeps_filters = sum(part.keeps_filters for part in self._folded) < MOST_WITH_FILTERS
-        folded = fold(self.planner, plan, self._folding.store, keeps_filters=keeps_filters)
+        folded = fold(self.planner, plan, self._folding.store)
         if folded is None:
             return plan
         self._folded.append(folded.values)
@@ -178,8 +178,11 @@ class CompiledStep:
 
     def refresh(self) -> None:
         """Bring folded values up to date, if weights may have moved since the last step."""
-        if not all(values.refresh() for values in self._folded):
-            # Built anew of the same trace, so that no kernel is kept that is not the weights' any more.
+        self._forget_kept(values.refresh() for values in self._folded)
+
+    def _forget_kept(self, right: Iterable[bool]) -> None:
+        """Have the step built anew of the same trace, if it keeps kernels that are not the weights' any more."""
+        if not all(right):
             self._folding.store.have_moved = True
             self._forget_built()
 

@@ -93,7 +93,9 @@ class Objective:
         for metric in self._stand_in.metrics:
             if metric.name != "loss":  # the total is the step's to report: it has the penalties too
                 result = metric.result()
-                results |= result if isinstance(result, dict) else {metric.name: result}
+                for name, value in (result if isinstance(result, dict) else {metric.name: result}).items():
+                    # A metric of the user's may say several things.
+                    results |= value if isinstance(value, dict) else {name: value}
         return results
 
     def reset(self) -> None:

@@ -9,6 +9,8 @@ import tensorflow as tf
 
 import tapeloop as tl
 from tapeloop._backend import onednn
+from tapeloop.folding.store import MOST_KEEPING, FoldedPart, FoldedValues
+from tapeloop.step.plan import Interventions
 
 layers = keras.layers
 RNG = np.random.default_rng(0)
@@ -132,6 +134,69 @@ def test_kernels_are_kept_until_weights_move():
     trainer.fit((X, Y), batch_size=8, verbose=0)
     trainer.evaluate((X, Y), verbose=0)
     assert (kept(), store.have_moved, trainer.trace_count) == (0, True, 1)
+
+
+def test_weights_moved_while_a_step_runs_first_and_put_back_are_noticed():
+    folds, plain = pair(optimizer=keras.optimizers.SGD(0.0))
+    losses = []
+    for trainer in (folds, plain):
+        kernel = trainer.model.get_layer("base").layers[0].kernel
+        first, moved = kernel.numpy(), []
+
+        def draw(x, y, kernel=kernel, first=first, moved=moved):
+            if not moved:
+                kernel.assign(first * 3)
+                moved.append(True)
+            return x, y
+
+        def given(x, y, draw=draw):
+            both = tf.numpy_function(draw, [x, y], [tf.float32, tf.int64])
+            return [tf.ensure_shape(one, like.shape) for one, like in zip(both, (x, y))]
+
+        data = tf.data.Dataset.from_tensor_slices((X, Y)).batch(8).map(lambda x, y, given=given: tuple(given(x, y)))
+        trainer.fit(data, verbose=0)
+        kernel.assign(first)
+        losses.append([trainer.fit(data, verbose=0).history["loss"][0] for _ in range(2)])
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+class MovesInEvaluation(tl.Trainer):
+    def eval_step(self, batch):
+        kernel = self.model.get_layer("base").layers[0].kernel
+        kernel.assign(kernel * 1.2)
+        return {"loss": tf.reduce_mean(self.forward(batch[0], training=False))}
+
+
+def test_weights_moved_by_an_evaluation_are_noticed():
+    fitted(pair(kind=MovesInEvaluation), epochs=3, validation_data=(X, Y))
+
+
+class CallsPython(tl.Trainer):
+    def train_step(self, batch):
+        kernel = self.model.get_layer("base").layers[0].kernel
+
+        def move():
+            kernel.assign(kernel * 1.1)
+
+        tf.py_function(move, [], [])
+        return super().train_step(batch)
+
+
+def test_a_step_that_calls_python_is_not_folded():
+    trainer = trainer_of(network(), kind=CallsPython)
+    trainer.fit((X, Y), batch_size=8, verbose=0)
+    assert folded(trainer) == 0
+
+
+def test_few_traces_keep_kernels():
+    keeping = FoldedValues()
+    parts = [FoldedPart([], [], list, Interventions(), True) for _ in range(MOST_KEEPING)]
+    for number, part in enumerate(parts):
+        assert keeping.may_keep_filters, number
+        keeping.keeping.add(part)
+    assert not keeping.may_keep_filters
+    del part, parts[0]
+    assert keeping.may_keep_filters
 
 
 def test_weights_loaded_between_two_fits_are_noticed(tmp_path):

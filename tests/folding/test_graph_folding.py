@@ -188,6 +188,23 @@ def test_equal_computations_of_the_same_weights_have_equal_keys():
 RELU, KERNEL4 = tf.nn.relu, variable(1, 1, 4, 4)
 
 
+def conv4(x):
+    return tf.nn.bias_add(tf.nn.conv2d(x, KERNEL4, 1, "SAME"), B)
+
+
+def summed(x):
+    """Two convolutions that are added up, and taken by nothing that is computed with them."""
+    return tf.nn.bias_add(conv(x), B) + normalized(conv(x))
+
+
+def waiting(x):
+    """A sum of which one part waits for the other."""
+    one = tf.nn.bias_add(conv(x), B)
+    with tf.control_dependencies([one]):
+        other = tf.concat([x, x], -1)[..., :4] * 2.0
+    return RELU(one + other)
+
+
 def residual(x):
     """Two convolutions that are added up: only one of them can take in the sum."""
     y = RELU(normalized(conv(x)))
@@ -203,7 +220,13 @@ def residual(x):
         (lambda x: tf.nn.relu6(normalized(conv(x))), ["BiasAdd,Relu6"]),
         (lambda x: tf.nn.elu(tf.nn.bias_add(conv(x), B)), ["BiasAdd,Elu"]),
         (residual, ["BiasAdd", "BiasAdd,Add,Relu", "BiasAdd,Relu"]),
+        (summed, ["BiasAdd", "BiasAdd,Add"]),
+        (lambda x: conv4(summed(x)), ["BiasAdd", "BiasAdd", "BiasAdd,Add"]),
+        (lambda x: summed(x) + conv4(summed(x)), [*["BiasAdd"] * 2, *["BiasAdd,Add"] * 3]),
+        (waiting, ["BiasAdd"]),
         (lambda x: tf.nn.bias_add(conv(x), B) + S, ["BiasAdd"]),
+        (lambda x: RELU(normalized(conv(x))) + tf.reduce_mean(x), ["BiasAdd,Relu"]),
+        (lambda x: tf.reduce_mean(normalized(conv(x)), [1, 2, 3]) + tf.reduce_mean(x), ["BiasAdd"]),
         (lambda x: (y := tf.nn.bias_add(conv(x), B)) + y, ["BiasAdd"]),
         (lambda x: [y := normalized(conv(x)), RELU(y)], ["BiasAdd"]),
         (lambda x: RELU(normalized(conv(x))) * tf.cast(tf.shape(conv(x) * S)[1], tf.float32), ["BiasAdd,Relu"]),

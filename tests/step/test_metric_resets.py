@@ -57,3 +57,17 @@ def test_a_metric_of_the_users_among_keras_own_is_reset_by_its_own_code():
     before = Counts.resets
     trainer.fit(DATA, epochs=3, verbose=0)
     assert Counts.resets - before >= 3
+
+
+class SaysTwoThings(keras.metrics.Mean):
+    def result(self):
+        return {"once": super().result(), "twice": 2 * super().result()}
+
+    def update_state(self, y, y_pred, sample_weight=None):
+        super().update_state(y_pred)
+
+
+def test_a_metric_of_the_users_may_say_several_things():
+    trainer = tl.Trainer(model(), loss="mse", metrics=[SaysTwoThings(name="two")])
+    logs = trainer.fit(DATA, verbose=0).history
+    assert logs["twice"][0] == pytest.approx(2 * logs["once"][0])
