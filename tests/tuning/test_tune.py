@@ -188,6 +188,7 @@ def test_what_is_about_as_fast_is_compared_in_turns(monkeypatch, step_ms, ratio,
     assert tuning.rows[1].step_ms == (10.0 * ratio if ratio else step_ms)
 
 
+@pytest.mark.slow
 def test_candidates_take_turns_and_one_that_fails_ends_them():
     trainer = deadly()
     serving = server.Server(tune.packed(trainer, vars(trainer)["_made"], trainer.selection, [(X, Y)]))
