@@ -6,7 +6,7 @@ LOWEST := .venv-lowest
 LOWEST_PYTHONS ?= python3.10 $(wildcard $(HOME)/.pyenv/versions/3.10.*/bin/python) python3.11 python3.12
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: demo test test-all test-lowest lint bench docs dist clean
+.PHONY: demo test test-all test-lowest lint bench bench-gpu docs dist clean
 
 demo: $(READY)
 	$(BIN)/python examples/transfer_digits.py
@@ -32,6 +32,10 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks run --suite quick
+
+# In slices, each of which ends with a table; results are added to, so that it can be interrupted and run again.
+bench-gpu: $(READY)
+	for slice in 1 2 3 4 5 6 7 8; do $(BIN)/python -m benchmarks run --suite gpu --time-limit 540 || [ $$? = 1 ] || exit; done
 
 # The documentation as a site; a link that leads nowhere is an error.
 docs: $(READY)

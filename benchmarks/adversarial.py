@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from typing import Any
 
 import keras
 import tensorflow as tf
 
 import tapeloop as tl
-from benchmarks.arms import Adam, Arm, looped
 from benchmarks.workloads import NOISE
 
 
@@ -50,41 +49,28 @@ class AdversarialTrainer(tl.Trainer):
 
 
 def by_hand(
-    networks: dict[str, keras.Model], data: tf.Tensor, batch: int, *, sources: str, default_tape: bool, xla: bool
-) -> Arm:
-    """Return the same by hand.
-
-    Args:
-        networks: The generator and the discriminator.
-        data: Images.
-        batch: Examples in a batch.
-        sources: `"all"` takes gradients for both in each of the two updates, `"group"` for the one that is updated.
-        default_tape: Whether tapes watch whatever is trainable.
-        xla: Whether XLA compiles the step.
-    """
+    networks: dict[str, keras.Model], optimizers: dict[str, Any], *, takes_all: bool, xla: bool
+) -> Callable[[tf.Tensor], tf.Tensor]:
+    """Return a step by hand, which may take gradients of both networks in each update, not of the updated one alone."""
     trained = {name: networks[name].trainable_variables for name in LOSSES}
-    optimizers = {name: Adam(1e-4) for name in LOSSES}
     for name, optimizer in optimizers.items():
         optimizer.build(trained[name])
-    mean, unused = keras.metrics.Mean(), tf.Variable(0.0)
+    unused = tf.Variable(0.0)
 
     def compute(real: tf.Tensor) -> tf.Tensor:
         total = 0.0
         for name, loss_of in LOSSES.items():
-            taken = [v for other in LOSSES for v in trained[other] if sources == "all" or other == name]
-            with tf.GradientTape(watch_accessed_variables=default_tape) as tape:
+            taken = [v for other in LOSSES for v in trained[other] if takes_all or other == name]
+            with tf.GradientTape(watch_accessed_variables=False) as tape:
                 tape.watch([variable.value for variable in taken])
                 loss = loss_of(networks, real)
             found = tape.gradient(loss, [variable.value for variable in taken])
             gradients = {id(variable): gradient for variable, gradient in zip(taken, found)}
-            mine = [gradients.pop(id(variable)) for variable in trained[name]]
-            finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(value)) for value in [loss, *mine]])
-            update = functools.partial(optimizers[name].apply, mine, trained[name])
-            tf.cond(finite, lambda update=update: [update(), True][1], lambda: False)
+            optimizers[name].apply([gradients.pop(id(variable)) for variable in trained[name]], trained[name])
             for gradient in gradients.values():  # kept, or the graph would not compute it
-                unused.assign(tf.reduce_sum(gradient))
+                if gradient is not None:
+                    unused.assign(tf.reduce_sum(gradient))
             total += loss
         return total
 
-    compiled = tf.function(compute, jit_compile=True, autograph=False) if xla else compute
-    return looped(lambda real: mean.update_state(compiled(real)), data, batch, mean, shuffle=False)
+    return tf.function(compute, jit_compile=True, autograph=False) if xla else compute

@@ -1,183 +1,274 @@
-"""Ways to go through an epoch: by tapeloop, by Keras, and by loops written by hand.
+"""Ways to train: by tapeloop, by Keras, and by loops written by hand.
 
-A loop by hand is what one would write with TensorFlow alone: a `tf.function` that loops over batches in the graph, a
-tape that watches what trains, and weights that stay where the loss or a gradient is not finite.
+A loop by hand is what one would write with TensorFlow alone: a `tf.function` that loops over batches in the graph, and
+a tape that watches what trains.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import keras
 import tensorflow as tf
 
 import tapeloop as tl
-from benchmarks.workloads import cross_entropy
+from benchmarks import adversarial, own, workloads
+from benchmarks.cases import Case
+from benchmarks.workloads import Workload
 
-Arm = Callable[..., float]  # runs as many steps as it is told, or an epoch, and returns the mean loss, 0 where none is
-
-
-class Adam(keras.optimizers.Adam):
-    """Adam that can be asked how much state there is of it."""
-
-    built_ones: list[keras.optimizers.Optimizer] = []
-
-    def build(self, variables: Sequence[keras.Variable]) -> None:
-        """Make the state, and note that it was made."""
-        super().build(variables)
-        self.built_ones.append(self)
-
-    @classmethod
-    def state_bytes(cls) -> int:
-        """Return the bytes of all that was made in this process, step counts included."""
-        variables = [variable for optimizer in cls.built_ones for variable in optimizer.variables]
-        return sum(tf.as_dtype(v.dtype).size * tf.TensorShape(v.shape).num_elements() for v in variables)
+METRICS = ("accuracy", "sparse_top_k_categorical_accuracy", "sparse_categorical_crossentropy")
 
 
-def cut(data: Any, examples: int | None) -> Any:
-    """Return the first examples of some data."""
-    return data if examples is None else tf.nest.map_structure(lambda value: value[:examples], data)
+@dataclass(frozen=True)
+class Arm:
+    """Something that trains."""
+
+    # Goes through the first so many batches and returns the mean loss, 0 where none is: a device is done then.
+    run: Callable[[int], float]
+    work: Workload
+    optimizers: tuple[keras.optimizers.Optimizer, ...] = ()
+
+    def __call__(self, steps: int) -> float:
+        """Go through so many batches."""
+        return self.run(steps)
 
 
-def tapeloop(model: Any, policy: tl.VariablePolicy, data: Any, batch: int, **options: Any) -> Arm:
-    """Return one epoch of a trainer, with a progress bar, and with what comes by default."""
-    fitted = {"verbose": 1, "shuffle": True, "feature_cache": None}
-    fitted |= {name: options.pop(name) for name in fitted if name in options}
-    options = {"metrics": ["accuracy"], "loss": cross_entropy(), "optimizer": Adam(1e-4), **options}
-    trainer = options.pop("trainer", tl.Trainer)(model, policy, **options)
+def make_work(case: Case) -> Workload:
+    """Build what a case measures."""
+    return own.make(case) if case.own else workloads.make(case)
 
-    def run(steps: int | None = None) -> float:
-        some = data if steps is None else cut(data, steps * batch)
-        history = trainer.fit(some, batch_size=batch, **fitted)
-        return float(history.history["loss"][-1])
+
+def make_arm(case: Case, work: Workload | None = None) -> Arm:
+    """Build an arm, of another workload than that of the case if it is given."""
+    work = work or make_work(case)
+    if case.workload == "gan":
+        return _adversarial(case, work)
+    made = work.optimizer()
+    if case.base == "forward":
+        return Arm(forward(case, work), work)
+    if case.base == "tapeloop":
+        return Arm(tapeloop(case, work, made), work, (made,))
+    if case.base == "full":
+        return Arm(by_hand(case, work, work.model, work.model.trainable_variables, made), work, (made,))
+    trained = [entry.variable for entry in tl.Trainer(work.model, work.policy).selection.trained]
+    if case.base == "subset":
+        return Arm(by_hand(case, work, work.model, trained, made), work, (made,))
+    if case.base == "hand" and "features" in case.changes:
+        head = work.model.get_layer("head")
+        features = tf.random.stateless_normal((case.batch * case.steps, head.kernel.shape[0]), (0, 1))
+        work = Workload(head, (features, work.data[1]), work.loss, work.policy)
+        return Arm(by_hand(case, work, head, head.trainable_variables, made), work, (made,))
+    freeze(work.model, trained)
+    if case.base == "hand":
+        return Arm(by_hand(case, work, work.frozen_first or work.model, trained, made), work, (made,))
+    return Arm(keras_fit(case, work, made), work, (made,))
+
+
+def freeze(model: keras.Model, trained: Sequence[keras.Variable]) -> None:
+    """Set Keras' flags so that nothing but `trained` trains, and what has nothing that trains is in inference mode."""
+    chosen = {id(variable) for variable in trained}
+    for layer in _leaves(model):
+        if layer.trainable_variables and not any(id(variable) in chosen for variable in layer.trainable_variables):
+            layer.trainable = False
+    for variable in model.trainable_variables:
+        variable.trainable = id(variable) in chosen
+
+
+def _leaves(model: keras.Model) -> Iterator[keras.Layer]:
+    for layer in model.layers:
+        if isinstance(layer, keras.Model):
+            yield from _leaves(layer)
+        else:
+            yield layer
+
+
+def cuts(data: Any, batch: int) -> Callable[[int], Any]:
+    """Return what gives the first so many batches of some data, the same arrays each time."""
+    there = len(tf.nest.flatten(data)[0])
+
+    @functools.cache
+    def cut(steps: int) -> Any:
+        count = steps * batch
+        return data if count == there else tf.nest.map_structure(lambda part: part[:count], data)
+
+    return cut
+
+
+def datasets(data: Any, batch: int) -> Callable[[int], tf.data.Dataset]:
+    """Return what gives the first so many batches as a dataset."""
+    whole = tf.data.Dataset.from_tensor_slices(data).batch(batch, drop_remainder=True)
+    return functools.cache(whole.take)
+
+
+class Looks(keras.callbacks.Callback):
+    """Looks at epochs."""
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Look at the logs."""
+        self.seen = logs
+
+
+class Watches(keras.callbacks.Callback):
+    """Looks at each batch."""
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Look at the logs."""
+        self.seen = logs
+
+
+def _fitted(case: Case) -> dict[str, Any]:
+    """Return the options of a fit, in tapeloop and in Keras."""
+    kinds = [kind for change, kind in (("looks", Looks), ("watches", Watches)) if change in case.changes]
+    verbose = int("metrics" in case.changes)
+    return {"verbose": verbose, "shuffle": False, "callbacks": [kind() for kind in kinds]}
+
+
+def tapeloop(case: Case, work: Workload, optimizer: Any, trainer_type: type[tl.Trainer] = tl.Trainer) -> Any:
+    """Return a trainer's run, with what comes by default but for what the case changes."""
+    changes, options = case.changes, _fitted(case)
+    made: dict[str, Any] = {"loss": work.loss, "optimizer": optimizer}
+    made |= {"jit_compile": True} if "xla" in changes else {}
+    made |= {"fold_frozen": "fold" in changes} if {"fold", "plain"} & set(changes) else {}
+    made |= {"remat": "**/block*" if case.workload == "resnet50-blocks" else "block*"} if "remat" in changes else {}
+    micro = [int(change[5:]) for change in changes if change.startswith("micro")]
+    made |= {"microbatches": micro[0]} if micro else {}
+    made |= {"metrics": list(METRICS)} if "metrics" in changes else {}
+    trainer = trainer_type(work.model, work.policy, **made)
+    options |= {"feature_cache": "memory"} if "cache" in changes else {}
+    from_data = datasets if "dataset" in changes else cuts
+    options |= {"batch_size": case.batch} if from_data is cuts else {}
+    some = from_data(work.data, case.batch)
+
+    def run(steps: int) -> float:
+        if "onbatch" in changes:
+            return float(
+                [trainer.train_on_batch(*batch) for batch in datasets(work.data, case.batch)(steps)][-1]["loss"]
+            )
+        if "saved" in changes:
+            with tempfile.TemporaryDirectory() as folder:
+                checkpoints = tl.Checkpoints(folder, every_steps=50, every_epochs=None)
+                return float(trainer.fit(some(steps), checkpoint=checkpoints, **options).history["loss"][-1])
+        if "epochwise" in changes:
+            return float(trainer.fit(some(1), epochs=steps, **options).history["loss"][-1])
+        return float(trainer.fit(some(steps), **options).history["loss"][-1])
 
     return run
 
 
-def keras_fit(model: keras.Model, data: Any, batch: int | None, **options: Any) -> Arm:
-    """Return one epoch of Keras' `fit` as it comes, on arrays, or on a tuple of a dataset of batches (`batch=None`)."""
-    shuffle, verbose, loss = options.pop("shuffle", True), options.pop("verbose", "auto"), options.pop("loss", None)
-    metrics = options.pop("metrics", ["accuracy"])
-    model.compile(Adam(1e-4), loss or cross_entropy(), metrics=metrics, **options)
+def keras_fit(case: Case, work: Workload, optimizer: Any) -> Callable[[int], float]:
+    """Return Keras' `fit`: as it comes, or with several steps a call."""
+    metrics = list(METRICS) if "metrics" in case.changes else None
+    several = min(16, case.steps) if "tuned" in case.changes else 1
+    work.model.compile(
+        optimizer, work.loss, metrics=metrics, jit_compile="xla" in case.changes, steps_per_execution=several
+    )
+    some, batches = cuts(work.data, case.batch), datasets(work.data, case.batch)
+    options = _fitted(case)
 
-    def run(steps: int | None = None) -> float:
-        some = data if steps is None else cut(data, steps * batch)
-        return float(model.fit(*some, batch_size=batch, shuffle=shuffle, verbose=verbose).history["loss"][-1])
+    def run(steps: int) -> float:
+        if "onbatch" in case.changes:
+            logs = [work.model.train_on_batch(*batch, return_dict=True) for batch in batches(steps)]
+            return float(logs[-1]["loss"])
+        if "dataset" in case.changes:
+            return float(work.model.fit(batches(steps), **options).history["loss"][-1])
+        return float(work.model.fit(*some(steps), batch_size=case.batch, **options).history["loss"][-1])
 
     return run
 
 
 def by_hand(
-    model: Callable[..., Any],
-    trained: Sequence[keras.Variable],
-    data: Any,
-    batch: int,
-    *,
-    metrics: int = 1,
-    loss: keras.losses.Loss | None = None,
-    default_tape: bool = False,
-    shuffle: bool = True,
-    jit_compile: bool = False,
-) -> Arm:
-    """Return a loop over one epoch of arrays, or of a dataset of batches, written with TensorFlow alone.
+    case: Case, work: Workload, model: Callable[..., Any], trained: Sequence[keras.Variable], optimizer: Any
+) -> Callable[[int], float]:
+    """Return a loop written with TensorFlow alone.
 
-    Args:
-        model: What is called on a batch of inputs, with `training=True`.
-        trained: What trains.
-        data: Arrays `(x, y)`, or a dataset of batches.
-        batch: Examples in a batch of arrays.
-        metrics: How many metrics are kept.
-        loss: The loss, of each output, to which what the model adds comes; by default that of classifiers.
-        default_tape: Whether the tape watches whatever is trainable.
-        shuffle: Whether arrays come in random order.
-        jit_compile: Whether XLA compiles the step.
+    The loss is that of each output, and what the model adds. `subset` has a default tape.
     """
-    optimizer, loss_of = Adam(1e-4), loss or cross_entropy()
     optimizer.build(trained)
     sources = [variable.value for variable in trained]
-    mean, kept = keras.metrics.Mean(), [keras.metrics.SparseCategoricalAccuracy() for _ in range(metrics)]
+    mean, loss_of, is_guarded = keras.metrics.Mean(), work.loss, "guard" in case.changes
 
-    def compute(x: Any, y: Any) -> tuple[tf.Tensor, Any]:
-        with tf.GradientTape(watch_accessed_variables=default_tape) as tape:
+    def compute(x: Any, y: Any) -> tf.Tensor:
+        with tf.GradientTape(watch_accessed_variables=case.base == "subset") as tape:
             tape.watch(sources)
             outputs = model(x, training=True)
             parts = [loss_of(*both) for both in zip(tf.nest.flatten(y), tf.nest.flatten(outputs))]
             value = tf.add_n([*parts, *getattr(model, "losses", [])])
         gradients = tape.gradient(value, sources)
-        finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(part)) for part in [value, *gradients]])
-        tf.cond(finite, lambda: [optimizer.apply(gradients, trained), True][1], lambda: False)
-        return value, outputs
+        if is_guarded:
+            finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(part)) for part in [value, *gradients]])
+            tf.cond(finite, lambda: [optimizer.apply(gradients, trained), True][1], lambda: False)
+        else:
+            optimizer.apply(gradients, trained)
+        return value
 
-    compiled = tf.function(compute, jit_compile=True, autograph=False) if jit_compile else compute
+    compiled = tf.function(compute, jit_compile=True, autograph=False) if "xla" in case.changes else compute
 
     def step(x: Any, y: Any) -> None:
-        value, outputs = compiled(x, y)
-        mean.update_state(value, tf.shape(tf.nest.flatten(x)[0])[0])
-        for metric in kept:
-            metric.update_state(y, outputs)
+        mean.update_state(compiled(x, y), tf.shape(tf.nest.flatten(x)[0])[0])
 
-    return looped(step, data, batch, mean, shuffle)
+    return looped(case, step, work.data, mean)
 
 
-def forward(
-    model: Callable[..., Any], data: Any, batch: int, *, shuffle: bool = True, jit_compile: bool = False
-) -> Arm:
-    """Return a loop of forward passes alone over one epoch of arrays."""
+def forward(case: Case, work: Workload) -> Callable[[int], float]:
+    """Return a loop of forward passes alone."""
     seen = tf.Variable(0.0)
 
     def compute(x: Any) -> tf.Tensor:
-        outputs = tf.nest.flatten(model(x, training=False))
+        outputs = tf.nest.flatten(work.model(x, training=False))
         return tf.add_n([tf.reduce_sum(tf.cast(output, tf.float32)) for output in outputs])
 
-    compiled = tf.function(compute, jit_compile=True, autograph=False) if jit_compile else compute
-    return looped(lambda x, y: seen.assign(compiled(x)), data, batch, seen, shuffle)
+    compiled = tf.function(compute, jit_compile=True, autograph=False) if "xla" in case.changes else compute
+    return looped(case, lambda x, y: seen.assign(compiled(x)), work.data, seen)
 
 
-def looped(step: Callable[..., Any], data: Any, batch: int, seen: Any, shuffle: bool = True) -> Arm:
-    """Return one epoch of a step, looped over in the graph: over a dataset, or gathered from arrays.
+def looped(case: Case, step: Callable[..., Any], data: Any, seen: Any) -> Callable[[int], float]:
+    """Return a loop in the graph over the batches of some data: over a dataset, or gathered from arrays.
 
-    Args:
-        step: Takes a batch.
-        data: Arrays, or a dataset of batches.
-        batch: Examples in a batch of arrays.
-        seen: What the step leaves behind, a mean or a variable: it is read at the end, for which a device must be done.
-        shuffle: Whether arrays come in random order.
+    At its end it reads `seen`, a mean or a variable that the step leaves behind, for which a device must be done.
     """
+    parts = tf.nest.map_structure(tf.convert_to_tensor, data if isinstance(data, tuple) else (data,))
+    order = tf.range(len(tf.nest.flatten(parts)[0]))
 
-    def finished() -> float:
+    @tf.function
+    def over_arrays(order: tf.Tensor, steps: tf.Tensor) -> None:
+        for number in tf.range(steps):
+            chosen = tf.ensure_shape(order[number * case.batch : (number + 1) * case.batch], [case.batch])
+            step(*tf.nest.map_structure(functools.partial(tf.gather, indices=chosen), parts))
+
+    @tf.function
+    def over_dataset(iterator: Any, steps: tf.Tensor) -> None:
+        for _ in tf.range(steps):
+            step(*next(iterator))
+
+    batches = datasets(parts, case.batch) if "dataset" in case.changes else None
+
+    def run(steps: int) -> float:
+        if batches is not None:
+            over_dataset(iter(batches(steps)), tf.constant(steps))
+        elif "epochwise" in case.changes:
+            for _ in range(steps):
+                over_arrays(order, tf.constant(1))
+        else:
+            over_arrays(order, tf.constant(steps))
         if isinstance(seen, tf.Variable):
             return 0.0 * float(seen)
         value = float(seen.result())
         seen.reset_state()
         return value
 
-    if isinstance(data, tf.data.Dataset):
-        steps_there = tf.constant(int(data.cardinality()))
-
-        @tf.function
-        def over_dataset(iterator: Any, steps: tf.Tensor) -> None:
-            for _ in tf.range(steps):
-                step(*next(iterator))
-
-        def run_dataset() -> float:
-            over_dataset(iter(data), steps_there)
-            return finished()
-
-        return run_dataset
-    parts = tf.nest.map_structure(tf.constant, data if isinstance(data, tuple) else (data,))
-    there = len(tf.nest.flatten(parts)[0])
-
-    @tf.function
-    def over_arrays(order: tf.Tensor, steps: tf.Tensor) -> None:
-        for number in tf.range(steps):
-            chosen = tf.ensure_shape(order[number * batch : (number + 1) * batch], [batch])
-            step(*tf.nest.map_structure(functools.partial(tf.gather, indices=chosen), parts))
-
-    def run(steps: int | None = None) -> float:
-        order = tf.range(there)
-        over_arrays(tf.random.shuffle(order) if shuffle else order, tf.constant(steps or there // batch))
-        return finished()
-
     return run
+
+
+def _adversarial(case: Case, work: Workload) -> Arm:
+    optimizers = {name: work.optimizer() for name in work.model}
+    if case.base == "tapeloop":
+        run = tapeloop(case, work, optimizers, adversarial.AdversarialTrainer)
+    else:
+        mean = keras.metrics.Mean()
+        step = adversarial.by_hand(work.model, optimizers, takes_all=case.base == "full", xla="xla" in case.changes)
+        run = looped(case, lambda real: mean.update_state(step(real)), work.data, mean)
+    return Arm(run, work, tuple(optimizers.values()))

@@ -1,222 +1,423 @@
-"""What is measured: workloads, selections, arms, and the suites that combine them. Nothing here imports TensorFlow."""
+"""What is measured: cases, arms, and the suites that combine them. Nothing here imports TensorFlow."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+# What an arm is: a way to train, and after each `+` what is changed of it. Each is as it comes, or tuned.
 ARMS = {
-    "forward": "inference alone: the floor",
-    "full": "by hand, full backprop",
-    "subset": "by hand, default tape, sources named, all in training mode",
-    "selective": "by hand, what trains is watched, batch statistics of the rest stay",
-    "tapeloop": "tapeloop's trainer",
-    "tapeloop+cache": "the same with `feature_cache`: what is frozen and comes first was computed before",
-    "keras": "Keras' `fit`, frozen by flags",
-    "torch": "PyTorch, `requires_grad_(False)`",
-    "lightning": "Lightning's `BackboneFinetuning`",
+    "forward": ("tuned", "inference alone: the floor"),
+    "full": ("tuned", "full backprop, by hand"),
+    "subset": ("defaults", "by hand as one begins: default tape, sources named, all in training mode"),
+    "hand": ("tuned", "by hand as one ends: what trains is watched, what is frozen infers"),
+    "tapeloop": ("defaults", "tapeloop's trainer"),
+    "keras": ("defaults", "Keras' `fit`, frozen by flags"),
+    "torch": ("defaults", "PyTorch, eager, `requires_grad_(False)`"),
+    "lightning": ("defaults", "Lightning, one long `fit` over data that is on the device"),
 }
-CACHED = "tapeloop+cache"
-FROZEN_FIRST = ("head", "last_block")  # selections before which something is frozen, beside those of an unfreezing
+CHANGES = {
+    "guard": "with a check for Inf and NaN before each update",
+    "xla": "compiled by XLA",
+    "cache": "what is frozen and comes first was computed before (`feature_cache`)",
+    "features": "a head alone, on features that were computed before",
+    "fold": "`fold_frozen=True`",
+    "plain": "`fold_frozen=False`",
+    "remat": "activations of blocks are computed again in the backward pass",
+    "micro2": "two micro-batches", "micro4": "four micro-batches", "micro8": "eight micro-batches",
+    "tuned": "`steps_per_execution=16`",
+    "compile": "`torch.compile`, `channels_last`, fused Adam",
+    "metrics": "with a progress bar and three metrics", "dataset": "from a `tf.data.Dataset`",
+    "onbatch": "a call for each batch", "epochwise": "an epoch for each step",
+    "looks": "with a callback that looks at epochs", "watches": "with a callback that looks at batches",
+    "saved": "with a checkpoint every 50 steps",
+}  # fmt: skip
 PEERS = ("torch", "lightning")
-PEERS_HAVE = {"mlp": ("all", "head"), "resnet50": ("all", "head"), "encoder": ("all", "head", "adapters")}
-
-# Phases of a gradual unfreezing of a MobileNetV2: the head, then one stage more of the backbone in each.
-UNFREEZE = ("head", *(f"unfreeze-{depth}" for depth in range(2, 8)))
-
-SELECTIONS = {
-    "mlp": ("all", "head", "last_block", "first_block", "biases", "middle"),
-    "mobilenetv2": ("all", *UNFREEZE, "last_block", "first_block", "biases", "norm", "middle"),
-    "resnet50": ("all", "head", "last_block", "first_block", "biases", "norm", "middle"),
-    "efficientnetv2b0": ("all", "head", "last_block", "norm"),
-    "vit": ("all", "head", "last_block", "first_block", "biases", "norm", "lora", "adapters", "middle"),
-    "encoder": ("all", "head", "last_block", "first_block", "biases", "norm", "lora", "adapters", "middle"),
-    "lstm": ("all", "head", "last_block", "middle"),
-    "gan": ("all",),
-}
-NOT_FOR_GAN = ("forward", "keras")  # a pair of models has no one forward pass, and no `fit`
+PEERS_HAVE = ("mlp", "resnet50", "encoder", "vit", "vit-b16", "bert-base", "gpt2-small")
+FROZEN_FIRST = ("head", "last_block")  # selections before which something is frozen, beside those of an unfreezing
+UNFREEZE = ("head", *(f"unfreeze-{depth}" for depth in range(2, 8)))  # phases of an unfreezing of a MobileNetV2
 ADDED = ("lora", "adapters")  # selections of weights that the workload alone has not
 DTYPES = ("float32", "bfloat16")
-
-
-@dataclass(frozen=True)
-class Group:
-    """What all arms of one comparison share.
-
-    Attributes:
-        workload: The model and its data.
-        selection: What trains.
-        batch: Examples in a batch.
-        size: Pixels of a side, or tokens, as the workload says; 0 for those that have neither.
-        width: By what the workload's width is multiplied.
-        dtype: In what is computed.
-        xla: Whether XLA compiles the step.
-        steps: Steps in a round.
-        rounds: Rounds that are timed.
-        model: A user's own model as `package.module:function`, where it is no workload of ours.
-    """
-
-    workload: str
-    selection: str
-    batch: int
-    size: int = 0
-    width: float = 1.0
-    dtype: str = "float32"
-    xla: bool = False
-    steps: int = 5
-    rounds: int = 7
-    model: str = ""
-
-    def __str__(self) -> str:
-        said = [f"{self.workload} {self.selection}", f"batch {self.batch}"]
-        said += [f"size {self.size}"] * bool(self.size) + [f"width {self.width:g}"] * (self.width != 1)
-        return ", ".join([*said, *[self.dtype] * (self.dtype != "float32"), *["XLA"] * self.xla])
-
-    @property
-    def key(self) -> tuple[object, ...]:
-        """What tells it from another, in one run or in two: all but how long it is measured."""
-        return dataclasses.astuple(dataclasses.replace(self, steps=0, rounds=0))
+_BLOCKS = ("all", "head", "last_block", "first_block", "biases", "norm", "middle")
+SELECTIONS = {
+    "mlp": ("all", "head", "last_block", "first_block", "biases", "middle"),
+    "mobilenetv2": (*_BLOCKS, *UNFREEZE[1:]),
+    "resnet50": _BLOCKS,
+    "efficientnetv2b0": ("all", "head", "last_block", "norm"),
+    "efficientnetv2s": ("all", "head", "last_block", "norm"),
+    "unet": ("all", "head", "last_block", "first_block", "norm"),
+    "resnet50-blocks": ("all", "head"),
+    **dict.fromkeys(("vit", "encoder", "vit-b16", "bert-base", "gpt2-small"), (*_BLOCKS, *ADDED)),
+    "lstm": ("all", "head", "last_block", "middle"),
+    "gan": ("all",),
+    "digits": ("all", "head"),  # which are learnt until they are known (`accuracy`)
+}
+KINDS = {
+    "step": "benchmarks.steps:step",
+    "memory": "benchmarks.steps:memory",
+    "equivalence": "benchmarks.equivalence:equivalence",
+    "capacity": "benchmarks.limits:capacity",
+    "accuracy": "benchmarks.limits:accuracy",
+    "checkpoint": "benchmarks.limits:checkpoint",
+}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One arm of a group: one process.
+    """What one process measures.
 
     Attributes:
-        group: What it shares with the other arms.
-        arm: Which arm it is.
+        workload: The model and its data.
+        selection: What trains.
+        arm: By which way.
+        batch: Examples in a batch.
+        size: Pixels of a side, or tokens; 0 for workloads that have neither.
+        width: By what the workload's width is multiplied.
+        dtype: In what is computed.
+        steps: Steps of a long round; a short one has a fifth.
+        rounds: Pairs of a short and a long round.
+        kind: What is measured: a name of `KINDS`, or `module:generator`.
+        process: Which of several processes that measure the same.
+        scale: To what part the workload is shrunk, to try things out.
+        cap_mb: The memory that the device has, in MiB, where it is capped.
+        own: Of a user's own model: its options, as pairs.
     """
 
-    group: Group
+    workload: str
+    selection: str
     arm: str
+    batch: int
+    size: int = 0
+    width: float = 1.0
+    dtype: str = "float32"
+    steps: int = 20
+    rounds: int = 5
+    kind: str = "step"
+    process: int = 0
+    scale: float = 1.0
+    cap_mb: int = 0
+    own: tuple[tuple[str, str], ...] = ()
+
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> Case:
+        """Return the case of a row of results."""
+        found = {**row["case"], "own": tuple(tuple(pair) for pair in row["case"]["own"])}
+        return cls(**found)
+
+    @property
+    def base(self) -> str:
+        """The way to train, without what is changed of it."""
+        return self.arm.split("+")[0]
+
+    @property
+    def changes(self) -> tuple[str, ...]:
+        """What is changed of it."""
+        return tuple(self.arm.split("+")[1:])
+
+    @property
+    def group(self) -> Case:
+        """What all arms and processes of one comparison share."""
+        return dataclasses.replace(self, arm="", kind="", process=0, rounds=0, steps=0)
+
+    def __str__(self) -> str:
+        said = [f"{self.workload} {self.selection}", f"batch {self.batch}"]
+        said += [f"size {self.size}"] * bool(self.size) + [f"width {self.width:g}"] * (self.width != 1)
+        said += [self.dtype] * (self.dtype != "float32") + [f"cap {self.cap_mb} MiB"] * bool(self.cap_mb)
+        return ", ".join([*said, *[f"scale {self.scale:g}"] * (self.scale != 1)])
 
 
-# Pixels or tokens, examples and steps in a round, by suite.
-SIZES = {
-    "quick": {"mlp": (0, 64, 500), "mobilenetv2": (64, 8, 16), "encoder": (32, 4, 10)},
-    "cpu": {
-        "mlp": (0, 64, 1000),
-        "mobilenetv2": (96, 16, 20),
-        "resnet50": (96, 16, 8),
-        "efficientnetv2b0": (96, 16, 12),
-        "vit": (64, 16, 12),
-        "encoder": (64, 16, 8),
-        "lstm": (32, 32, 20),
-        "gan": (32, 32, 20),
-    },
-    "gpu": {
-        "mlp": (0, 64, 2000),
-        "mobilenetv2": (224, 64, 20),
-        "resnet50": (224, 64, 20),
-        "efficientnetv2b0": (224, 64, 20),
-        "vit": (224, 64, 20),
-        "encoder": (512, 32, 20),
-        "lstm": (128, 128, 20),
-        "gan": (64, 128, 50),
-    },
+@dataclass(frozen=True)
+class Transformer:
+    """The measures of a transformer: of images if it has no vocabulary, of the next token if it is causal."""
+
+    width: int
+    depth: int
+    heads: int
+    vocabulary: int = 0
+    patch: int = 8
+    positions: bool = False
+    is_first_normed: bool = False
+    is_causal: bool = False
+
+    @classmethod
+    def of(cls, case: Case) -> Transformer:
+        """Return those of a case: shallow and narrow where it is shrunk."""
+        full = TRANSFORMERS[case.workload]
+        if case.scale == 1:
+            return full
+        width = max(full.heads * 4, int(full.width * case.scale) // full.heads * full.heads)
+        vocabulary = full.vocabulary and max(100, int(full.vocabulary * case.scale))
+        return dataclasses.replace(full, width=width, depth=max(2, int(full.depth * case.scale)), vocabulary=vocabulary)
+
+
+TRANSFORMERS = {
+    "vit": Transformer(192, 6, 4),
+    "encoder": Transformer(256, 6, 4, vocabulary=1000),
+    "vit-b16": Transformer(768, 12, 12, patch=16, positions=True, is_first_normed=True),
+    "bert-base": Transformer(768, 12, 12, 30522, positions=True),
+    "gpt2-small": Transformer(768, 12, 12, 50257, positions=True, is_first_normed=True, is_causal=True),
 }
-CHOSEN = {
-    "quick": {"mlp": ("all",), "mobilenetv2": ("head",), "encoder": ("lora",)},
-    "cpu": {
-        "mlp": ("all", "first_block"),
-        "mobilenetv2": ("head", "last_block", "biases", "middle"),
-        "resnet50": ("head",),
-        "efficientnetv2b0": ("head",),
-        "vit": ("norm",),
-        "encoder": ("lora",),
-        "lstm": ("middle",),
+
+# Pixels or tokens, examples, and steps in a long round.
+SMALL = {"mlp": (0, 64, 500), "mobilenetv2": (64, 8, 16), "encoder": (32, 4, 10)}
+MIDDLE = {
+    "mlp": (0, 64, 1000), "mobilenetv2": (96, 16, 20), "resnet50": (96, 16, 8), "resnet50-blocks": (96, 16, 8),
+    "efficientnetv2b0": (96, 16, 12),
+    "vit": (64, 16, 12), "encoder": (64, 16, 8), "lstm": (32, 32, 20), "gan": (32, 32, 20), "digits": (8, 32, 20),
+}  # fmt: skip
+LARGE = {
+    "resnet50": (224, 64, 20), "efficientnetv2s": (224, 64, 20), "vit-b16": (224, 64, 20), "bert-base": (512, 32, 20),
+    "gpt2-small": (512, 16, 20), "unet": (256, 16, 20), "mlp": (0, 64, 2000), "mobilenetv2": (224, 64, 20),
+    "efficientnetv2b0": (224, 64, 20), "lstm": (128, 128, 20), "gan": (64, 128, 50),
+    "resnet50-blocks": (224, 64, 20), "digits": (8, 32, 20),
+}  # fmt: skip
+CORE = ("forward", "full", "hand", "tapeloop")
+MORE = ("hand+guard", "tapeloop+cache", "tapeloop+fold", "keras", "keras+tuned", "torch", "torch+compile", "lightning")
+XLA = ("full+xla", "hand+xla", "tapeloop+xla")
+ON_GPU = ("resnet50", "efficientnetv2s", "vit-b16", "bert-base", "gpt2-small", "unet")
+OWN_ARMS = ("forward", "full", "hand", "hand+guard", "tapeloop", "tapeloop+cache", "keras")
+
+
+class Plan:
+    """A list of cases in the making, each with how soon it is wanted."""
+
+    def __init__(
+        self, sizes: dict[str, tuple[int, int, int]], shared: Sequence[str] = (), memory_later: int = 0
+    ) -> None:
+        """Begin with none.
+
+        Pixels or tokens, examples and steps are given by workload. Arms that are shared do not depend on what trains,
+        and are measured once for all selections. On a GPU memory is wanted later: it is read beside the times too.
+        """
+        self._sizes, self._shared, self._later = sizes, shared, {"memory": memory_later}
+        self._cases: dict[Case, int] = {}
+
+    def add(
+        self, workload: str, selection: str, arms: Sequence[str], *, soon: int = 0, processes: int = 3,
+        kinds: Sequence[str] = (), **changes: Any,
+    ) -> None:  # fmt: skip
+        """Add the arms of a group that are written for it."""
+        size, batch, steps = self._sizes[workload]
+        for arm in arms:
+            where = "all" if arm in self._shared or (arm.startswith("full") and selection in ADDED) else selection
+            fields = {"batch": batch, "size": size, "steps": steps, **changes}
+            for kind in kinds or ("step", "memory"):
+                for process in range(processes if kind in ("step", "accuracy") else 1):
+                    case = Case(workload, where, arm, **fields, kind=kind, process=process)
+                    if is_there(case):
+                        self._cases.setdefault(case, soon + self._later.get(kind, 0))
+
+    def check(self, workload: str, selection: str, soon: int = 1, **changes: Any) -> None:
+        """Add a check that the arms of a group compute the same, on a small batch."""
+        self.add(
+            workload, selection, ["tapeloop"], kinds=["equivalence"], soon=soon, **{"batch": 4, "steps": 2, **changes}
+        )
+
+    def ordered(self) -> list[Case]:
+        """Return the cases, the most informative first: first processes of what is wanted soon, then the others.
+
+        The arms of a group stand together, in the next process in the reverse order.
+        """
+        place = {case: number for number, case in enumerate(self._cases)}
+        groups: dict[Case, int] = {}
+        for case in self._cases:
+            groups.setdefault(case.group, len(groups))
+
+        def rank(case: Case) -> tuple[int, int, str, int]:
+            order = -place[case] if case.process % 2 else place[case]
+            return self._cases[case] + case.process, groups[case.group], case.kind, order
+
+        return sorted(self._cases, key=rank)
+
+
+def is_there(case: Case) -> bool:
+    """Tell whether an arm is written for a group."""
+    if case.workload == "gan":
+        return case.base in ("full", "hand", "tapeloop") and not set(case.changes) - {"xla"}
+    if "cache" in case.changes:
+        return bool(case.own) or case.selection in FROZEN_FIRST or case.selection.startswith("unfreeze")
+    if "fold" in case.changes:
+        return bool(case.own) or case.selection != "all"
+    if "remat" in case.changes:
+        return bool(case.own) or case.workload == "resnet50-blocks" or "lora" in SELECTIONS[case.workload]
+    if case.base in PEERS:
+        wanted = ("head",) if case.base == "lightning" else ("all", "head", "last_block")
+        return case.kind == "step" and case.selection in wanted and case.workload in PEERS_HAVE
+    return True
+
+
+def quick() -> list[Case]:
+    """Three minutes on two cores."""
+    plan = Plan(SMALL, shared=("full",))
+    plan.add("mobilenetv2", "head", CORE, processes=1)
+    plan.add("mlp", "all", (*CORE, "hand+guard", "keras", "keras+tuned", "torch"))
+    plan.add("mobilenetv2", "head", ("tapeloop+fold", "keras"), processes=1, soon=1)
+    plan.add("encoder", "lora", CORE, processes=1, soon=1)
+    plan.check("mlp", "head")
+    for batch in (16, 256):
+        plan.add("mlp", "all", CORE, batch=batch, processes=1, soon=2)
+    return plan.ordered()
+
+
+def cpu() -> list[Case]:
+    """All workloads, about an hour on two cores."""
+    plan = Plan(MIDDLE, shared=("full",))
+    chosen = {
+        "mobilenetv2": ("head", "last_block", "biases", "middle"), "resnet50": ("head",), "encoder": ("lora",),
+        "efficientnetv2b0": ("head",), "vit": ("norm",), "mlp": ("all", "first_block"), "lstm": ("middle",),
         "gan": ("all",),
-    },
-    "gpu": {
-        workload: tuple(selection for selection in selections if not selection.startswith("unfreeze"))
-        for workload, selections in SELECTIONS.items()
-    },
-}
-SCALED_ARMS = ("forward", "full", "tapeloop")
-OWN_MODEL_ARMS = ("forward", "full", "subset", "selective", "tapeloop", "tapeloop+cache", "keras")
-ROUNDS = {"quick": 5, "cpu": 5, "gpu": 11}
+    }  # fmt: skip
+    for workload, selections in chosen.items():
+        for selection in selections:
+            plan.add(workload, selection, CORE)
+            plan.add(workload, selection, MORE, soon=1, processes=3 if selection == "head" or workload == "mlp" else 1)
+            if workload != "gan":
+                plan.check(workload, selection, size=min(MIDDLE[workload][0], 32))
+    plan.add("encoder", "adapters", CORE, soon=2, processes=1)
+    plan.add("encoder", "all", ("tapeloop", "torch", "torch+compile"), soon=2, processes=1)
+    plan.add("encoder", "lora", CORE, dtype="bfloat16", soon=2, processes=1)
+    plan.add("vit", "norm", XLA, soon=2, processes=1)
+    plan.add("mlp", "all", CORE, width=4.0, steps=250, soon=2)
+    for batch in (4, 64):
+        plan.add("mobilenetv2", "head", CORE, batch=batch, steps=320 // batch, soon=2, processes=1)
+    for selection in UNFREEZE[2::2]:
+        plan.add("mobilenetv2", selection, ("tapeloop",), soon=2, processes=1)
+    _limits(plan, "mobilenetv2", (512, 1024), soon=3)
+    return plan.ordered()
 
 
-def suite(name: str) -> list[tuple[Group, tuple[str, ...] | None]]:
-    """Return the groups of a suite, each with the arms that it is limited to, or None for all."""
-    groups: list[tuple[Group, tuple[str, ...] | None]] = []
-    rounds = ROUNDS[name]
-    for workload, selections in CHOSEN[name].items():
-        size, batch, steps = SIZES[name][workload]
-        base = Group(workload, "", batch, size, steps=steps, rounds=rounds)
-        groups += [(dataclasses.replace(base, selection=selection), None) for selection in selections]
-    there = {group.key for group, _ in groups}
-    scaled = [(group, arms) for group, arms in _scaled(name, groups[0][0], rounds) if group.key not in there]
-    return groups + scaled + _variants(name, groups)
+def gpu() -> list[Case]:
+    """An hour or less on one large GPU; the first ten minutes give a table of all workloads."""
+    plan = Plan(LARGE, shared=("forward", "full", "full+xla"), memory_later=3)
+    for dtype, names in (("bfloat16", ON_GPU), ("float32", ("resnet50", "bert-base"))):
+        for selection in ("head", "all", "last_block", "lora"):
+            for name in names:
+                if selection in SELECTIONS[name]:
+                    is_main = selection in ("head", "all") and dtype == "bfloat16"
+                    more = {"processes": 3} if is_main else {"processes": 1, "kinds": ["step"]}
+                    plan.add(name, selection, CORE, dtype=dtype, soon=int(dtype == "float32"), **more)
+    for name in ON_GPU:
+        plan.check(name, "head", size=min(LARGE[name][0], 64))
+        plan.add(name, "head", XLA, dtype="bfloat16", soon=1, processes=1, kinds=["step"])
+        plan.add(
+            name, "all", ("tapeloop+remat", "torch+compile"), dtype="bfloat16", soon=3, processes=1, kinds=["step"]
+        )
+        plan.add(name, "head", MORE, dtype="bfloat16", soon=3, processes=1, kinds=["step"])
+    for batch in (8, 256):
+        for selection in ("all", "head"):
+            plan.add("resnet50", selection, CORE, dtype="bfloat16", batch=batch, soon=3, processes=1, kinds=["step"])
+    _limits(plan, "resnet50", (16_384, 24_576, 40_960, 81_920), soon=4, dtype="bfloat16")
+    return plan.ordered()
 
 
-def _scaled(name: str, mlp: Group, rounds: int) -> Iterator[tuple[Group, tuple[str, ...]]]:
-    """Give the groups that differ in batch size, in depth unfrozen, and in width, with the arms that show it."""
-    size, batch, steps = SIZES[name]["mobilenetv2"]
-    quick = name == "quick"
-    base = Group("mobilenetv2", "head", batch, size, steps=steps, rounds=rounds)
-    for factor in (0.5, 2) if quick else (0.25, 4):
-        scaled = dataclasses.replace(base, batch=int(batch * factor), steps=max(2, int(steps / factor)))
-        yield scaled, SCALED_ARMS if name == "gpu" else ("forward", "tapeloop")  # full backprop takes long to trace
-    for selection in UNFREEZE[1 :: 1 if name == "gpu" else 2]:
-        yield dataclasses.replace(base, selection=selection), ("tapeloop",)
-    for width in (4.0, 16.0) if name == "gpu" else (4.0,):
-        yield dataclasses.replace(mlp, width=width, steps=max(10, int(mlp.steps / width))), SCALED_ARMS
+def _limits(plan: Plan, workload: str, caps: Sequence[int], soon: int, **changes: Any) -> None:
+    """Add the largest batch under each cap, and the time to an accuracy."""
+    for cap in caps:
+        for selection, arm in (("all", "full"), ("head", "tapeloop")):
+            plan.add(workload, selection, [arm], kinds=["capacity"], cap_mb=cap, batch=1, steps=1, soon=soon, **changes)
+    plan.add("digits", "all", ("full",), kinds=["accuracy"], soon=soon)
+    plan.add("digits", "head", ("tapeloop", "tapeloop+cache"), kinds=["accuracy"], soon=soon)
 
 
-def _variants(
-    name: str, groups: Sequence[tuple[Group, tuple[str, ...] | None]]
-) -> list[tuple[Group, tuple[str, ...] | None]]:
-    """Return the groups in another precision, and on a GPU compiled by XLA."""
-    if name == "quick":
-        return []
-    on_gpu = {(group.workload, group.selection) for group, _ in groups}
-    chosen = on_gpu if name == "gpu" else {("encoder", "lora")}
-    plain = [group for group, _ in groups if (group.workload, group.selection) in chosen]
-    varied = [dataclasses.replace(group, dtype="bfloat16") for group in plain]
-    if name == "gpu":
-        varied += [dataclasses.replace(group, xla=True) for group in [*plain, *varied]]
-    return [(group, None) for group in varied]
+def gpu_full() -> list[Case]:
+    """Everything else on a GPU: all selections of all workloads, in both precisions, with XLA and without."""
+    plan = Plan({**MIDDLE, **LARGE}, shared=("forward", "full", "full+xla"), memory_later=3)
+    for workload, selections in SELECTIONS.items():
+        for dtype in DTYPES * (workload != "digits"):
+            for selection in selections:
+                plan.add(workload, selection, (*CORE, *MORE, *XLA, "subset"), dtype=dtype, processes=1)
+    for width in (4.0, 16.0):
+        plan.add("mlp", "all", CORE, width=width, soon=1)
+    there = set(gpu())
+    return [case for case in plan.ordered() if case not in there]
 
 
-def cases(
-    groups: Sequence[tuple[Group, tuple[str, ...] | None]], arms: Sequence[str] | None, workloads: Sequence[str] | None
-) -> list[tuple[Group, list[Case]]]:
-    """Return the cases to run, by group.
+# What single features cost or save, each arm beside what it is judged by: workload, selection, arms, and what differs.
+_MICRO = ("tapeloop", "tapeloop+micro2", "tapeloop+micro4", "tapeloop+micro8", "tapeloop+remat")
+_EDGES = ("tapeloop", "hand+guard", "tapeloop+epochwise", "hand+guard+epochwise")
+_FRONT = ("forward", "tapeloop+plain", "tapeloop+fold")
+_ONLY: dict[str, Any] = {"kinds": ["step"]}
+FEATURES: dict[str, list[tuple[str, str, tuple[str, ...], dict[str, Any]]]] = {
+    "loop": [
+        ("mlp", "all", ("tapeloop", "hand+guard", "hand", "keras", "keras+tuned", "tapeloop+metrics"), _ONLY),
+        ("mlp", "all", ("tapeloop+dataset", "hand+guard+dataset", "keras+tuned+dataset"), _ONLY),
+        ("mobilenetv2", "head", _FRONT, {}), ("resnet50", "head", (*_FRONT, "torch"), {}),
+        ("efficientnetv2b0", "head", _FRONT, {}), ("resnet50", "all", ("tapeloop", "hand+guard"), _ONLY),
+        ("encoder", "adapters", ("tapeloop", "hand+guard"), _ONLY),
+    ],
+    "cache": [
+        (name, "head", ("tapeloop", "tapeloop+cache", "hand+features"), _ONLY) for name in ("mobilenetv2", "resnet50")
+    ],
+    "microbatches": [
+        (name, "all", _MICRO, {"batch": 64, "steps": 5, "processes": 1}) for name in ("resnet50-blocks", "encoder")
+    ],
+    "on_batch": [
+        (*which, ("tapeloop+onbatch", "keras+onbatch"), _ONLY) for which in (("mlp", "all"), ("mobilenetv2", "head"))
+    ],
+    "callbacks": [("mlp", "all", (base, f"{base}+looks", f"{base}+watches"), _ONLY) for base in ("tapeloop", "keras")],
+    "edges": [(*which, _EDGES, {**_ONLY, "rounds": 9}) for which in (("mlp", "all"), ("mobilenetv2", "head"))],
+    "checkpoints": [
+        ("resnet50", "all", ("tapeloop", "tapeloop+saved"), {**_ONLY, "steps": 100, "rounds": 3, "processes": 1}),
+        *[("resnet50", which, ("tapeloop",), {"kinds": ["checkpoint"], "steps": 2}) for which in ("all", "head")],
+    ],
+}  # fmt: skip
 
-    Args:
-        groups: Groups, each with the arms that it is limited to, or None.
-        arms: The arms that are asked for; None means all.
-        workloads: The workloads that are asked for; None means all.
+
+def features(name: str) -> list[Case]:
+    """What a single feature costs or saves."""
+    plan = Plan({**MIDDLE, "mlp": (0, 64, 200)})
+    for workload, selection, arms, options in FEATURES[name]:
+        plan.add(workload, selection, arms, **options)
+    return plan.ordered()
+
+
+SUITES = {"quick": quick, "cpu": cpu, "gpu": gpu, "gpu-full": gpu_full}
+
+
+def suite(name: str, scale: float = 1.0) -> list[Case]:
+    """Return the cases of a suite, the most informative first, shrunk to `scale`."""
+    cases = SUITES[name]() if name in SUITES else features(name)
+    return list(dict.fromkeys(_shrunk(cases, scale)))
+
+
+def _shrunk(cases: Sequence[Case], scale: float) -> Iterator[Case]:
+    for case in cases:
+        if scale == 1:
+            yield case
+            continue
+        is_of_tokens = case.workload in ("encoder", "bert-base", "gpt2-small", "lstm")
+        least = 8 if is_of_tokens else 32
+        size = max(least, int(case.size * scale) // least * least) if case.size else 0
+        small = {
+            "batch": max(1 if case.cap_mb else 2, int(case.batch * scale)),
+            "steps": max(min(5, case.steps), int(case.steps * scale)),
+        }
+        yield dataclasses.replace(
+            case,
+            size=size,
+            scale=scale,
+            rounds=max(2, int(case.rounds * scale)),
+            cap_mb=int(case.cap_mb * scale),
+            **small,
+        )
+
+
+def chosen(cases: Sequence[Case], arms: Sequence[str] | None, workloads: Sequence[str] | None) -> list[Case]:
+    """Return those cases that have one of the arms and one of the workloads that are asked for; None means all.
 
     Raises:
-        ValueError: An arm or a workload is unknown, or nothing is left to run.
+        ValueError: An arm or a workload is unknown, or nothing is left.
     """
-    _known("arm", arms, ARMS)
-    _known("workload", workloads, SELECTIONS)
-    chosen = []
-    for group, limited in groups:
-        if workloads is None or group.workload in workloads:
-            some = [arm for arm in ARMS if arm in (arms or ARMS) and arm in (limited or ARMS) and _is_there(arm, group)]
-            if some:
-                chosen.append((group, [Case(group, arm) for arm in some]))
-    if not chosen:
-        raise ValueError(f"Nothing is left to run: no group has the workloads {workloads} and the arms {arms}.")
-    return chosen
-
-
-def _is_there(arm: str, group: Group) -> bool:
-    """Tell whether an arm is written for a group."""
-    if arm == CACHED:
-        return bool(group.model) or group.selection in FROZEN_FIRST or group.selection.startswith("unfreeze")
-    if arm in PEERS:
-        wanted = ("head",) if arm == "lightning" else PEERS_HAVE.get(group.workload, ())
-        return group.selection in wanted and group.workload in PEERS_HAVE and not group.xla
-    return group.workload != "gan" or arm not in NOT_FOR_GAN
-
-
-def _known(what: str, asked: Sequence[str] | None, known: Sequence[str] | dict[str, object]) -> None:
-    unknown = [name for name in asked or () if name not in known]
+    for arm in arms or ():
+        base, *changes = arm.split("+")
+        if base not in ARMS or not set(changes) <= set(CHANGES):
+            raise ValueError(f"There is no arm {arm!r}. There are: {', '.join(ARMS)}, with +{', +'.join(CHANGES)}.")
+    unknown = [name for name in workloads or () if name not in SELECTIONS]
     if unknown:
-        raise ValueError(f"There is no {what} {', '.join(map(repr, unknown))}. There are: {', '.join(known)}.")
+        raise ValueError(f"There is no workload {', '.join(map(repr, unknown))}. There are: {', '.join(SELECTIONS)}.")
+    left = [c for c in cases if (not arms or c.arm in arms) and (not workloads or c.workload in workloads)]
+    if not left:
+        raise ValueError(f"Nothing is left to run: no case has the workloads {workloads} and the arms {arms}.")
+    return left

@@ -1,121 +1,166 @@
-"""What got slower, larger or wrong from one run to another, beyond what the runs themselves vary by."""
+"""What got slower, larger or wrong from one file of results to another, beyond what processes themselves vary by."""
 
 from __future__ import annotations
 
-import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.cases import Group
-from benchmarks.results import Results, differences, group_of
+import numpy as np
+
+from benchmarks import results
+from benchmarks.cases import Case
+from benchmarks.measure import draws
+from benchmarks.results import Row
 
 LEAST_TIME = 0.04  # by which a step must be slower, as a share, to be called so
-LEAST_ROUNDS = 3
-SIGMAS = 3  # standard errors that a difference must exceed
-# By which memory must be larger, in bytes: processes of the same program differ by some KiB in what persists.
-LEAST_BYTES = {"growth": 4096, "persistent": 24576, "peak": 24576}
+LEAST_PROCESSES = 3
+SHARE = 0.99  # of the drawn differences, that must lie on one side
+# By which memory must be larger, in bytes: processes of one program differ by some KiB in what persists.
+LEAST_BYTES = {"growth": 4096, "persistent": 24_576, "peak": 24_576}
 LEAST_PEAK = 0.1  # and as a share: the order in which ops happen to run moves the peak of a large graph by a twentieth
-REFERENCES = ("forward", "selective", "full")  # the arm to whose times those of the others are taken
+EXACT = {
+    "nodes": "nodes in the step's graph",
+    "weight_bytes": "bytes of weights",
+    "optimizer_bytes": "bytes of optimizer",
+}
+REFERENCES = ("forward", "hand", "hand+guard", "full")  # the arm to whose times those of the others are taken
 
 
-def compare(one: Results, other: Results) -> tuple[list[str], list[str]]:
-    """Compare a run with one before it.
+@dataclass
+class Verdict:
+    """What a comparison found."""
 
-    Times are taken relative to those of the same round of a reference arm in the same run, since machines drift; the
-    noise is that of these ratios. Memory is compared in bytes.
+    worse: list[str]  # what is sure: more nodes, more bytes, a failure
+    slower: dict[Case, str]  # steps that seem slower, by case without its process
+    said: list[str]  # all else that is to be said: warnings and what got better
 
-    Args:
-        one: The run before.
-        other: The run to judge.
 
-    Returns:
-        Regressions, then everything else that is to be said: warnings and improvements.
+def compare(before: Sequence[Row], after: Sequence[Row]) -> Verdict:
+    """Compare results with those before them.
+
+    Times are relative to those of a reference arm of the same group, since machines drift. Processes are the unit.
     """
-    said = []
-    found = differences(one, other)
-    if found:
-        said.append(
-            f"WARNING: the two runs are of different machines or versions ({'; '.join(found)}): only ratios tell."
-        )
-    before, after = _by_case(one), _by_case(other)
-    for missing in sorted(set(before) - set(after), key=str):
-        said.append(f"{_name(missing)}: only in the first run")
-    regressions = []
-    for case, row in after.items():
-        if case in before:
-            worse, better = _changes(case, before, after)
-            regressions += [f"{_name(case)}: {change}" for change in worse]
-            said += [f"{_name(case)}: {change}" for change in better]
-        elif "error" in row:
-            said.append(f"{_name(case)}: only in the second run, where it failed: {row['error']}")
-    return regressions, said
+    verdict = Verdict([], {}, [])
+    differing = results.differences(before, after)
+    if differing:
+        verdict.said.append(f"WARNING: two machines or versions ({'; '.join(differing)}): only ratios tell.")
+    one, other = _by_case(before), _by_case(after)
+    for case in one:
+        if case not in other:
+            verdict.said.append(f"{name(case)}: only in the first results")
+    for case, rows in other.items():
+        if case in one:
+            _judge(case, one, other, verdict, is_same=not differing)
+        elif any(row["status"] == "error" for row in rows):
+            verdict.said.append(f"{name(case)}: only in the second results, where it failed: {rows[0]['error']}")
+    return verdict
 
 
-def _by_case(results: Results) -> dict[Any, dict[str, Any]]:
-    return {(group_of(row).key, row["arm"]): row for row in results.rows}
+def confirmed(first: Verdict, again: Verdict) -> list[str]:
+    """Return what is worse: what is sure, and what seemed slower twice."""
+    return [*first.worse, *(text for case, text in again.slower.items() if case in first.slower)]
 
 
-def _name(case: Any) -> str:
-    key, arm = case
-    return f"{Group(*key)}, {arm}"
+def measured_again(verdict: Verdict, after: Sequence[Row], run: Callable[[list[Case]], list[Row]]) -> list[Row]:
+    """Measure anew, in other processes, what seems slower, with what it is compared with, and return the new rows."""
+    groups = {case.group for case in verdict.slower}
+    wanted = {(case.group, case.arm) for case in verdict.slower} | {
+        (group, arm) for group in groups for arm in REFERENCES
+    }
+    there = [Case.of(row) for row in after if row["case"]["kind"] == "step"]
+    highest = max((case.process for case in there), default=0) + 1
+    found = [
+        Case(**{**case.__dict__, "process": highest + case.process})
+        for case in there
+        if (case.group, case.arm) in wanted
+    ]
+    return run(sorted(set(found), key=lambda case: (str(case.group), case.process)))
 
 
-def _changes(case: Any, before: dict[Any, Any], after: dict[Any, Any]) -> tuple[list[str], list[str]]:
-    old, new = before[case], after[case]
-    for problem in ("error", "invalid"):
-        if problem in new:
-            return ([f"{problem}: {new[problem]}"] if problem not in old else []), []
-        if problem in old:
-            return [], [f"no longer {problem}: {old[problem]}"]
-    worse, better = _times(case, before, after)
-    for what in ("peak", "persistent", "growth"):
-        if old.get(what) is None or new.get(what) is None:
-            continue
-        least = max(LEAST_BYTES[what], LEAST_PEAK * old[what] * (what == "peak"))
-        change = new[what] - old[what]
-        text = f"{what} {old[what]:,.0f} to {new[what]:,.0f} bytes{' a step' * (what == 'growth')}"
-        if change > least:
-            worse.append(text)
-        elif change < -least:
-            better.append(text)
-    return worse, better
+def name(case: Case) -> str:
+    """Return a case in words."""
+    return f"{case}, {case.arm}" + f", {case.kind}" * (case.kind not in ("step", "memory"))
 
 
-def _times(case: Any, before: dict[Any, Any], after: dict[Any, Any]) -> tuple[list[str], list[str]]:
-    """Compare the times of a step, relative to the first reference arm that both runs have.
+def _by_case(rows: Sequence[Row]) -> dict[Case, list[Row]]:
+    found: dict[Case, list[Row]] = {}
+    for row in results.newest(results.ended(rows)):
+        found.setdefault(Case(**{**Case.of(row).__dict__, "process": 0}), []).append(row)
+    return found
+
+
+def _judge(case: Case, before: Any, after: Any, verdict: Verdict, is_same: bool) -> None:
+    failed = [[row for row in rows[case] if row["status"] == "error"] for rows in (before, after)]
+    if any(failed):
+        if failed[1] and not failed[0]:
+            verdict.worse.append(f"{name(case)}: error: {failed[1][0]['error']}")
+        elif failed[0] and not failed[1]:
+            verdict.said.append(f"{name(case)}: no longer fails: {failed[0][0]['error']}")
+        return
+    invalid = [rows[case][-1].get("invalid", {}) for rows in (before, after)]
+    verdict.worse += [f"{name(case)}: {arm}: {why}" for arm, why in invalid[1].items() if arm not in invalid[0]]
+    _bytes(case, before[case], after[case], verdict, is_same)
+    if case.kind == "step":
+        _times(case, before, after, verdict)
+
+
+def _bytes(case: Case, old: list[Row], new: list[Row], verdict: Verdict, is_same: bool) -> None:
+    for what, words in EXACT.items():
+        sides = [max((row[what] for row in rows if row.get(what) is not None), default=None) for rows in (old, new)]
+        if None not in sides and sides[0] != sides[1]:
+            text = f"{name(case)}: {sides[0]:,} to {sides[1]:,} {words}"
+            is_worse = sides[1] > sides[0] and is_same
+            (verdict.worse if is_worse else verdict.said).append(text)
+    if case.kind != "memory":
+        return
+    for what, least in LEAST_BYTES.items():
+        sides = [statistics.median(row[what] for row in rows) for rows in (old, new)]
+        change = sides[1] - sides[0]
+        if abs(change) > max(least, LEAST_PEAK * sides[0] * (what == "peak")):
+            text = f"{name(case)}: {what} {sides[0]:,.0f} to {sides[1]:,.0f} bytes{' a step' * (what == 'growth')}"
+            (verdict.worse if change > 0 else verdict.said).append(text)
+
+
+def _times(case: Case, before: Any, after: Any, verdict: Verdict) -> None:
+    """Compare the times of a step, relative to the first reference arm that both have.
 
     Where there is none, times are as the machine was, and a difference is no regression.
     """
-    group, arm = case
-    for reference in REFERENCES:
-        bases = [rows.get((group, reference), {"invalid": ""}) for rows in (before, after)]
-        others = [base.get("rounds_ms") if "invalid" not in base else None for base in bases]
-        if reference != arm and all(others):
-            old, new = (_ratios(rows[case]["rounds_ms"], base) for rows, base in zip((before, after), others))
-            unit, is_paired = f" of `{reference}`", True
+    sides, reference = [[row["rounds_ms"] for row in rows[case]] for rows in (before, after)], ""
+    for arm in REFERENCES:
+        base = Case(**{**case.__dict__, "arm": arm})
+        if arm != case.arm and all(row.get("rounds_ms") for rows in (before, after) for row in rows.get(base, [{}])):
+            reference = arm
+            sides = [_relative(rows[case], rows[base]) for rows in (before, after)]
             break
+    if min(map(len, sides)) < LEAST_PROCESSES:
+        one, other = (statistics.median(map(statistics.median, side)) for side in sides)
+        if abs(other / one - 1) > LEAST_TIME:
+            verdict.said.append(f"{name(case)}: too few processes to tell a step's time ({other / one - 1:+.0%})")
+        return
+    generator = np.random.default_rng(0)
+    old, new = (draws(side, generator) for side in sides)
+    change = float(np.median(new) / np.median(old) - 1)
+    low, high = np.quantile(new / old - 1, [1 - SHARE, SHARE])
+    if abs(change) <= LEAST_TIME or low <= 0 <= high:
+        return
+    unit = f" of `{reference}`" if reference else " ms"
+    said = f"{np.median(old):.3f} to {np.median(new):.3f}{unit} ({change:+.1%}, {low:+.1%} to {high:+.1%})"
+    text = f"{name(case)}: a step {said}"
+    if change > 0 and reference:
+        verdict.slower[case] = text
     else:
-        old, new, unit, is_paired = before[case]["rounds_ms"], after[case]["rounds_ms"], " ms", False
-    if min(len(old), len(new)) < LEAST_ROUNDS:
-        differs = abs(statistics.median(new) / statistics.median(old) - 1) > LEAST_TIME
-        return [], ["too few rounds to tell a step's time"] * differs
-    middle_old, middle_new = statistics.median(old), statistics.median(new)
-    change = middle_new / middle_old - 1
-    noise = SIGMAS * math.hypot(_error(old) / middle_old, _error(new) / middle_new)
-    text = f"a step {middle_old:.3f} to {middle_new:.3f}{unit} ({change:+.1%}, noise {noise:.1%})"
-    if abs(change) <= max(noise, LEAST_TIME):
-        return [], []
-    if not is_paired:
-        return [], [f"{text}: no other arm ran beside it, so this may be the machine's"]
-    return ([text], []) if change > 0 else ([], [text])
+        verdict.said.append(text if reference else f"{text}: no other arm beside it, so this may be the machine's")
 
 
-def _ratios(times: Sequence[float], base: Sequence[float]) -> list[float]:
-    return [one / other for one, other in zip(times, base)]
-
-
-def _error(values: Sequence[float]) -> float:
-    """Return the standard error of a median, from the quartiles: 1.25 deviations by the root of the count."""
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-    return 1.2533 * (high - low) / 1.349 / math.sqrt(len(values))
+def _relative(rows: Sequence[Row], base: Sequence[Row]) -> list[list[float]]:
+    """Return rounds relative to the reference: to its rounds of the same process, as it took turns with it."""
+    by_process = {Case.of(row).process: row["rounds_ms"] for row in base}
+    middle = statistics.median(map(statistics.median, by_process.values()))
+    found = []
+    for row in rows:
+        beside = by_process.get(Case.of(row).process, [middle] * len(row["rounds_ms"]))
+        found.append([one / statistics.median(beside) for one in row["rounds_ms"]])
+    return found

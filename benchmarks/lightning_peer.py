@@ -1,31 +1,20 @@
-"""A frozen backbone under a head as Lightning trains it, with its `BackboneFinetuning`."""
+"""A frozen backbone under a head as Lightning trains it: one long `fit`, over batches that are on the device."""
 
 from __future__ import annotations
 
 import logging
+import queue
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import BackboneFinetuning
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.cases import Case
-
-NEVER = 10**9  # the epoch in which the backbone would be unfrozen
-
-
-class Frozen(BackboneFinetuning):
-    """Freezes the backbone for good, its batch normalization too, which `BackboneFinetuning` leaves to train."""
-
-    def __init__(self) -> None:
-        super().__init__(unfreeze_backbone_at_epoch=NEVER)
-
-    def freeze_before_training(self, pl_module: lightning.LightningModule) -> None:
-        """Freeze what Lightning freezes, and its batch normalization."""
-        self.freeze(pl_module.backbone, train_bn=False)
+from benchmarks.peers import loss_of
 
 
 class Classifier(lightning.LightningModule):
@@ -33,39 +22,76 @@ class Classifier(lightning.LightningModule):
 
     def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
         super().__init__()
-        self.backbone, self.head = backbone, head
-        self.total, self.steps = torch.zeros(()), 0
+        self.model = nn.Sequential(backbone, head)
+        self.was_training = backbone.training
+
+    def on_train_batch_start(self, batch: Any, number: int) -> None:
+        """Have a frozen backbone infer, which `fit` has put into training mode."""
+        if self.model[0].training != self.was_training:
+            self.model[0].train(self.was_training)
 
     def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], number: int) -> torch.Tensor:
         """Return the loss of a batch."""
-        del number
         x, y = batch
-        loss = nn.functional.cross_entropy(self.head(self.backbone(x)).float(), y)
-        self.total, self.steps = self.total.to(loss.device) + loss.detach(), self.steps + 1
-        return loss
+        return loss_of(self.model(x), y)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return the optimizer of what trains when it begins."""
         return torch.optim.Adam([p for p in self.parameters() if p.requires_grad], 1e-4)
 
 
+class Ordered(torch.utils.data.IterableDataset):
+    """Batches, as many as are ordered from outside; what has gone through an order says so."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self.batches = batches
+        self.orders: queue.Queue[int] = queue.Queue()
+        self.done: queue.Queue[Any] = queue.Queue()
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            for number in range(self.orders.get()):
+                yield self.batches[number]
+            if self.batches[0][0].is_cuda:
+                torch.cuda.synchronize()
+            self.done.put(None)
+
+
 def make_arm(
     case: Case, backbone: nn.Module, head: nn.Module, x: torch.Tensor, y: torch.Tensor
 ) -> Callable[[int], float]:
-    """Return what goes through so many batches, and returns their mean loss."""
+    """Return what goes through so many batches of a `fit` that never ends.
+
+    Lightning asks for one batch more than it trains on: a round has as many steps as were ordered, and begins with the
+    last of the round before. So the first round is followed by one of a single step.
+    """
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
-    module, batch = Classifier(backbone, head), case.group.batch
+    slices = [slice(number * case.batch, (number + 1) * case.batch) for number in range(case.steps)]
+    ordered = Ordered([(x[some], y[some]) for some in slices])
+    trainer = lightning.Trainer(
+        max_steps=-1, max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, devices=1, num_sanity_val_steps=0,
+        precision="bf16-mixed" if case.dtype == "bfloat16" else "32-true",
+    )  # fmt: skip
+
+    def fit() -> None:
+        try:
+            trainer.fit(Classifier(backbone, head), torch.utils.data.DataLoader(ordered, batch_size=None))
+        except BaseException as error:
+            ordered.done.put(error)
+
+    thread = threading.Thread(target=fit, daemon=True)
 
     def run(steps: int) -> float:
-        trainer = lightning.Trainer(
-            max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-            enable_model_summary=False, callbacks=[Frozen()], devices=1, num_sanity_val_steps=0,
-            precision="bf16-mixed" if case.group.dtype == "bfloat16" else "32-true",
-        )  # fmt: skip
-        module.total, module.steps = torch.zeros(()), 0
-        loader = DataLoader(TensorDataset(x[: steps * batch], y[: steps * batch]), batch)
-        trainer.fit(module, loader)
-        return float(module.total) / module.steps
+        orders = [steps] if thread.is_alive() else [steps, 1]
+        if not thread.is_alive():
+            thread.start()
+        for order in orders:
+            ordered.orders.put(order)
+            error = ordered.done.get()
+            if error is not None:
+                raise error
+        return 0.0
 
     return run

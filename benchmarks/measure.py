@@ -1,89 +1,98 @@
-"""Measuring one arm: what is timed, what is counted, in which order. Nothing here imports TensorFlow."""
+"""Timing rounds, and what they tell: what a step more takes, what a fit costs beside, and how sure that is."""
 
 from __future__ import annotations
 
-import gc
-import statistics
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+import contextlib
+import io
+import time
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
 
-MEMORY_STEPS = 2  # steps in a round of the memory pass
+import numpy as np
 
+from benchmarks import devices
+from benchmarks.cases import Case
 
-class Allocator(Protocol):
-    """What tells how much memory is in use."""
-
-    def reset(self) -> None:
-        """Let the peak be what is in use now."""
-
-    def read(self) -> tuple[int, int] | None:
-        """Return the bytes in use and the most that were since the last reset, or None where nobody counts."""
+DRAWS = 2000  # of a bootstrap
 
 
-class Measured:
-    """One arm under measurement, in a process of its own."""
-
-    def __init__(self, arm: Callable[[int], float], clock: Callable[[], float], allocator: Allocator) -> None:
-        """Keep the parts.
-
-        Args:
-            arm: Runs so many steps, always on the same data in the same order, and returns their mean loss.
-            clock: Gives seconds.
-            allocator: Tells of memory.
-        """
-        self._arm = arm
-        self._clock = clock
-        self._allocator = allocator
-
-    def round(self, steps: int) -> dict[str, float]:
-        """Run some steps and return how long they took together, in seconds, and their mean loss."""
-        began = self._clock()
-        loss = self._arm(steps)
-        return {"seconds": self._clock() - began, "loss": loss}
-
-    def memory(self, rounds: int = 5) -> dict[str, int | float | None]:
-        """Return the bytes that persist between rounds, the peak, and by how much a step makes them grow.
-
-        The first two rounds are warm-up: they trace, and allocate what stays. Garbage is collected before anything is
-        read.
-        """
-        for steps in (1, MEMORY_STEPS):
-            self._arm(steps)
-        gc.collect()
-        before = self._allocator.read()
-        if before is None:
-            return {"persistent": None, "peak": None, "growth": None}
-        self._allocator.reset()
-        for _ in range(rounds):
-            self._arm(MEMORY_STEPS)
-        _, peak = self._allocator.read() or (0, 0)
-        gc.collect()
-        persistent, _ = self._allocator.read() or (0, 0)
-        growth = (persistent - before[0]) / (rounds * MEMORY_STEPS)
-        return {"persistent": persistent, "peak": peak, "growth": growth}
+def short_of(steps: int) -> int:
+    """Return how many steps a short round has beside a long one."""
+    return max(1, steps // 5)
 
 
-def summary(seconds: Sequence[float], steps: int, batch: int, first: float) -> dict[str, Any]:
-    """Return the figures of an arm's times.
+def summary(short: Sequence[float], long: Sequence[float], steps: int, batch: int, first: float) -> dict[str, Any]:
+    """Return the figures of pairs of rounds and of the first step, which took so many seconds.
 
-    Args:
-        seconds: How long each round took.
-        steps: How many steps each had.
-        batch: Examples in a step.
-        first: Seconds of the first step, from a model and a trainer that are made to its end.
-
-    Returns:
-        `step_ms`, the median of a step, with its quartiles and the number of steps; `examples_per_s`; `first_step_s`,
-        and what of it was not the step itself as `trace_compile_s`; `rounds_ms`, a step of each round.
+    A step is the time by which a long round, of so many steps, exceeds the short one before it, by the number of steps:
+    what a fit costs at its ends, `fixed_ms`, is in neither. What of the first step is no step is `compile_s`.
     """
-    each = [1e3 * second / steps for second in seconds]
-    low, middle, high = statistics.quantiles(each, n=4, method="inclusive") if len(each) > 1 else each * 3
+    few = short_of(steps)
+    pairs = np.array([1e3 * (more - less) / (steps - few) for less, more in zip(short, long)])
+    step = float(np.median(pairs))
+    fixed = float(np.median([1e3 * less - few * step for less in short]))
     return {
-        "step_ms": middle,
-        "step_ms_quartiles": [low, high],
-        "steps_timed": steps * len(each),
-        "examples_per_s": 1e3 * batch / middle,
+        "step_ms": step,
+        "step_ms_interval": interval([pairs], np.random.default_rng(0)),
+        "fixed_ms": fixed,
+        "examples_per_s": 1e3 * batch / step if step > 0 else None,
         "first_step_s": first,
-        "trace_compile_s": max(0.0, first - middle / 1e3),
-        "rounds_ms": each,
+        "compile_s": max(0.0, first - max(step, 0.0) / 1e3),
+        "rounds_ms": pairs.tolist(),
     }
+
+
+def draws(processes: Sequence[Sequence[float]], generator: np.random.Generator, count: int = DRAWS) -> np.ndarray:
+    """Return medians over processes of the medians of their rounds, drawn again at both levels.
+
+    Processes are the unit: rounds of one process are more alike than those of two (Kalibera and Jones, 2013).
+    """
+    drawn = np.empty((count, len(processes)))
+    each = [np.asarray(rounds) for rounds in processes]
+    medians = [np.median(generator.choice(rounds, (count, len(rounds))), axis=1) for rounds in each]
+    which = generator.integers(0, len(each), (count, len(each)))
+    for place in range(len(each)):
+        for number, values in enumerate(medians):
+            taken = which[:, place] == number
+            drawn[taken, place] = generator.permutation(values)[taken]
+    return np.median(drawn, axis=1)
+
+
+def interval(processes: Sequence[Sequence[float]], generator: np.random.Generator, share: float = 0.95) -> list[float]:
+    """Return the bounds between which a share of the drawn medians lie."""
+    low, high = np.quantile(draws(processes, generator), [(1 - share) / 2, (1 + share) / 2])
+    return [float(low), float(high)]
+
+
+def timed(run: Callable[[], Any]) -> float:
+    """Return the seconds that something takes, and let nobody see the progress that it shows."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        began = time.perf_counter()
+        run()
+        return time.perf_counter() - began
+
+
+def rounds(case: Case, make: Callable[[], Callable[[int], Any]]) -> Generator[None, None, tuple[Any, dict[str, Any]]]:
+    """Time an arm that `make` builds: its first step, then pairs of a short and a long round, the first as warm-up.
+
+    Each `yield` ends a turn: other arms may have theirs before it goes on. Returns the arm, and its figures.
+    """
+    energy, before = devices.Energy(), devices.state()
+    arm = make()
+    yield
+    first = timed(lambda: arm(1))
+    yield
+    few, short, long, joules = short_of(case.steps), [], [], []
+    for _ in range(case.rounds + 1):
+        started = energy.joules()
+        short.append(timed(lambda: arm(few)))
+        long.append(timed(lambda: arm(case.steps)))
+        if started is not None:
+            joules.append(((energy.joules() or 0) - started) / (few + case.steps))
+        yield
+    figures = summary(short[1:], long[1:], case.steps, case.batch, first)
+    if joules:
+        figures["joules_a_step"] = float(np.median(joules[1:]))
+    if before:
+        figures["gpu"] = {"before": before, "after": devices.state()}
+    return arm, figures

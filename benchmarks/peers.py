@@ -1,23 +1,22 @@
-"""The same architectures in PyTorch, trained by a plain loop or by Lightning: what another framework takes.
+"""The same architectures in PyTorch, trained by a plain loop, compiled, or by Lightning: what another framework takes.
 
-A process of its own, as for every arm; nothing else here imports PyTorch. Losses are not compared: weights are drawn
+A process of its own, as for every arm; nothing else here imports PyTorch. Gradients are not compared: weights are drawn
 by another generator.
 """
 
 from __future__ import annotations
 
-import time
-import traceback
-from collections.abc import Callable, Iterable
-from multiprocessing.connection import Connection
+import copy
+import functools
+from collections.abc import Callable, Generator
+from typing import Any
 
 import torch
 from torch import nn
 
-from benchmarks.cases import Case, Group
-from benchmarks.measure import Measured
+from benchmarks.cases import TRANSFORMERS, Case, Transformer
+from benchmarks.measure import rounds
 
-TOKENS = 1000
 RESNET_BLOCKS = ((64, 3), (128, 4), (256, 6), (512, 3))  # filters and count, by stage (He et al., 2015, table 1)
 
 
@@ -40,62 +39,70 @@ class Bottleneck(nn.Module):
         return torch.relu(self.way(x) + self.shortcut(x))
 
 
-class Block(nn.Module):
-    """A block of a transformer encoder, with an adapter or without."""
+class Stack(nn.Module):
+    """Tokens or patches through the blocks of a transformer."""
 
-    def __init__(self, width: int, adapter: bool) -> None:
+    def __init__(self, case: Case) -> None:
         super().__init__()
-        self.attention = nn.MultiheadAttention(width, 4, batch_first=True)
-        self.norms = nn.ModuleList(nn.LayerNorm(width, eps=1e-3) for _ in range(2))
-        self.feed = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-        self.adapter = nn.Sequential(nn.Linear(width, 16), nn.GELU(), nn.Linear(16, width)) if adapter else None
+        of = Transformer.of(case)
+        width, first = of.width, of.is_first_normed
+        self.first = nn.Embedding(of.vocabulary, width) if of.vocabulary else nn.Conv2d(3, width, of.patch, of.patch)
+        tokens = case.size if of.vocabulary else (case.size // of.patch) ** 2
+        self.positions = nn.Parameter(0.02 * torch.randn(tokens, width)) if of.positions else 0.0
+        block = nn.TransformerEncoderLayer(
+            width, of.heads, 4 * width, 0.0, "gelu", layer_norm_eps=1e-3, batch_first=True, norm_first=first
+        )
+        self.blocks = nn.ModuleList(copy.deepcopy(block) for _ in range(of.depth))
+        self.norm = nn.LayerNorm(width, eps=1e-3) if first else nn.Identity()
+        self.is_causal = of.is_causal
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the block's output."""
-        x = self.norms[0](x + self.attention(x, x, x, need_weights=False)[0])
-        x = self.norms[1](x + self.feed(x))
-        return x if self.adapter is None else x + self.adapter(x)
+        """Return a vector for each example, or for each token."""
+        x = self.first(x)
+        x = (x.flatten(2).transpose(1, 2) if x.ndim == 4 else x) + self.positions
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], x.device) if self.is_causal else None
+        for block in self.blocks:
+            x = block(x, src_mask=mask, is_causal=self.is_causal)
+        x = self.norm(x)
+        return x if self.is_causal else x.mean(1)
 
 
-class Mean(nn.Module):
-    """The mean over tokens, or over pixels."""
-
-    def __init__(self, *axes: int) -> None:
-        super().__init__()
-        self.axes = axes
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the mean."""
-        return x.mean(self.axes)
-
-
-def make(group: Group) -> tuple[nn.Sequential, nn.Linear, torch.Tensor]:
-    """Build a backbone and a head, and draw inputs."""
+def make(case: Case) -> tuple[nn.Module, nn.Linear, torch.Tensor, torch.Tensor]:
+    """Build a backbone and a head, and draw inputs and targets."""
     torch.manual_seed(0)
-    count = group.batch * group.steps
-    if group.workload == "mlp":
-        width = int(128 * group.width)
+    count = case.batch * case.steps
+    labels = torch.randint(0, 10, (count,))
+    if case.workload == "mlp":
+        width = int(128 * case.width)
         backbone = nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU())
-        return backbone, nn.Linear(width, 10), torch.randn(count, 64)
-    if group.workload == "encoder":
-        blocks = [Block(256, group.selection == "adapters") for _ in range(6)]
-        backbone = nn.Sequential(nn.Embedding(TOKENS, 256), *blocks, Mean(1))
-        return backbone, nn.Linear(256, 10), torch.randint(0, TOKENS, (count, group.size))
+        return backbone, nn.Linear(width, 10), torch.randn(count, 64), labels
+    if case.workload in TRANSFORMERS:
+        of = Transformer.of(case)
+        shape = (count, case.size) if of.vocabulary else (count, 3, case.size, case.size)
+        x = torch.randint(0, of.vocabulary, shape) if of.vocabulary else torch.randn(shape)
+        y = torch.randint(0, of.vocabulary, shape) if of.is_causal else labels
+        return Stack(case), nn.Linear(of.width, of.vocabulary if of.is_causal else 10), x, y
     parts: list[nn.Module] = [nn.Conv2d(3, 64, 7, 2, 3), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
     wide = 64
     for stage, (filters, number) in enumerate(RESNET_BLOCKS):
         for block in range(number):
             parts.append(Bottleneck(wide, filters, 2 if stage and not block else 1))
             wide = 4 * filters
-    backbone = nn.Sequential(*parts, Mean(2, 3))
-    return backbone, nn.Linear(wide, 10), torch.randn(count, 3, group.size, group.size)
+    backbone = nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return backbone, nn.Linear(wide, 10), torch.randn(count, 3, case.size, case.size), labels
 
 
-def trained(backbone: nn.Module, selection: str) -> Iterable[nn.Parameter]:
-    """Return what trains of a backbone."""
-    if selection == "all":
-        return backbone.parameters()
-    return [p for name, p in backbone.named_parameters() if selection == "adapters" and "adapter" in name]
+def choose(backbone: nn.Module, case: Case) -> None:
+    """Freeze what does not train of a backbone."""
+    blocks = [p for p in backbone.modules() if isinstance(p, (nn.TransformerEncoderLayer, Bottleneck))]
+    backbone.requires_grad_(case.selection == "all").train(case.selection == "all")
+    if case.selection == "last_block":
+        (blocks or [backbone[-2]])[-1].requires_grad_(True)
+
+
+def loss_of(outputs: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Return the mean cross entropy of examples, or of tokens."""
+    return nn.functional.cross_entropy(outputs.float().flatten(0, -2), y.flatten())
 
 
 def make_arm(case: Case) -> Callable[[int], float]:
@@ -103,60 +110,48 @@ def make_arm(case: Case) -> Callable[[int], float]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")  # as TensorFlow has it: TF32 where there is
     torch.backends.cudnn.benchmark = True
-    backbone, head, x = make(case.group)
-    y = torch.randint(0, 10, (len(x),))
-    if case.arm == "lightning":
+    backbone, head, x, y = make(case)
+    choose(backbone, case)
+    is_tuned = "compile" in case.changes
+    backbone, head, x, y = backbone.to(device), head.to(device), x.to(device), y.to(device)
+    if is_tuned and x.ndim == 4:
+        backbone, x = backbone.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+    if case.base == "lightning":
         from benchmarks import lightning_peer  # here, since Lightning is asked for by this arm alone
 
-        return lightning_peer.make_arm(case, backbone, head, x, y)
-    backbone, head, x, y = backbone.to(device), head.to(device), x.to(device), y.to(device)
-    backbone.requires_grad_(False)
-    for parameter in trained(backbone, case.group.selection):
-        parameter.requires_grad_(True)
-    backbone.train(case.group.selection != "head")
+        run = lightning_peer.make_arm(case, backbone, head, x, y)
+        run.data_bytes = x.nbytes + y.nbytes
+        return run
     moved = [p for p in (*backbone.parameters(), *head.parameters()) if p.requires_grad]
-    optimizer, batch = torch.optim.Adam(moved, 1e-4), case.group.batch
-    half = torch.autocast(device.type, torch.bfloat16, enabled=case.group.dtype == "bfloat16")
+    optimizer, batch = torch.optim.Adam(moved, 1e-4, fused=is_tuned or None), case.batch
+    half = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=case.dtype == "bfloat16")
+    model = nn.Sequential(backbone, head)
+    if is_tuned:
+        model = torch.compile(model)
 
     def run(steps: int) -> float:
         total = torch.zeros((), device=device)
         for number in range(steps):
             chosen = slice(number * batch, (number + 1) * batch)
-            with half:
-                loss = nn.functional.cross_entropy(head(backbone(x[chosen])).float(), y[chosen])
+            with half():
+                loss = loss_of(model(x[chosen]), y[chosen])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             total += loss.detach()
         return float(total) / steps
 
+    run.data_bytes = x.nbytes + y.nbytes
     return run
 
 
-class CudaAllocator:
-    """What PyTorch's allocator says; nobody counts on the CPU."""
-
-    def reset(self) -> None:
-        """Let the peak be what is in use now."""
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-
-    def read(self) -> tuple[int, int] | None:
-        """Return the bytes in use and the most since the last reset."""
-        return (torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else None
-
-
-def serve(pipe: Connection, case: Case, policy: str, one_thread: bool) -> None:
-    """Build an arm and obey, as `worker.serve` does."""
-    del policy, one_thread
-    try:
-        measured = Measured(make_arm(case), time.perf_counter, CudaAllocator())
-        pipe.send({"torch": f"{torch.__version__} on {'cuda' if torch.cuda.is_available() else 'cpu'}"})
-        while True:
-            command, steps = pipe.recv()
-            pipe.send(measured.round(steps) if command == "round" else measured.memory())
-    except EOFError:
-        return
-    except BaseException as error:
-        traceback.print_exc()
-        pipe.send({"error": f"{type(error).__name__}: {error}"[:300]})
+def step(case: Case) -> Generator[None, None, dict[str, Any]]:
+    """Time an arm; on a GPU, read PyTorch's allocator too."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    arm, figures = yield from rounds(case, lambda: make_arm(case))
+    if torch.cuda.is_available():  # less the data of steps but two, as in `benchmarks.steps`
+        figures["peak"] = torch.cuda.max_memory_allocated() - int(
+            arm.data_bytes * (1 - min(case.steps, 2) / case.steps)
+        )
+    return figures

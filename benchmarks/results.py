@@ -1,147 +1,165 @@
-"""Results in a file: rows, the machine they are of, and the command that made them. Written whole or not at all."""
+"""Results in a file of lines: one JSON object for each process that was measured, written as it ends, never changed.
+
+A line holds the case, the code and the environment that it was measured with, whose digest is its key.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
 import json
 import os
 import pathlib
 import platform
-from collections.abc import Sequence
+import subprocess
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from benchmarks.cases import Group
+from benchmarks.cases import PEERS, Case
+from benchmarks.devices import gpus
 
-FORMAT = 1
-MACHINE = ("processor", "cores", "system", "device")  # what tells one machine from another
+ROOT = pathlib.Path(__file__).parents[1]
+# What reads results, and does not make them: a change to it leaves results as they are.
+READERS = ("__main__.py", "compare.py", "plots.py", "report.py", "results.py", "runner.py", "tables.py", "tune.py")
+PACKAGES = ("tensorflow", "keras", "numpy", "torch", "lightning")
+
+Row = dict[str, Any]
 
 
-class Results:
-    """The rows of a run.
+def append(path: pathlib.Path, rows: Iterable[Row]) -> None:
+    """Add lines to a file, and wait until they are on the disk.
 
-    Attributes:
-        path: The file.
-        machine: The machine, the device and the versions.
-        command: The command that made them.
-        rows: The rows.
-        complete: Whether the run came to its end.
+    A line that was torn, since its writer was killed, is ended first, so that it spoils none but itself.
     """
-
-    def __init__(self, path: pathlib.Path, command: str) -> None:
-        """Begin with no rows."""
-        self.path = path
-        self.command = command
-        self.machine: dict[str, Any] = machine()
-        self.rows: list[dict[str, Any]] = []
-        self.complete = False
-
-    @classmethod
-    def load(cls, path: pathlib.Path) -> Results:
-        """Read results.
-
-        Raises:
-            ValueError: The file is none of results, or is cut short.
-            FileNotFoundError: There is none.
-        """
-        try:
-            found = json.loads(path.read_text())
-            if found["format"] != FORMAT:
-                raise ValueError(f"`{path}` has the format {found['format']}, and this reads {FORMAT}. Measure anew.")
-            results = cls(path, found["command"])
-            results.machine, results.rows, results.complete = found["machine"], found["rows"], found["complete"]
-            if (
-                not all(row["arm"] and group_of(row) for row in results.rows)
-                or not machine().keys() <= results.machine.keys()
-            ):
-                raise KeyError("rows or machine")
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"`{path}` is no file of results, or was cut short ({error}). Delete it, and run the command that made "
-                "it again."
-            ) from error
-        return results
-
-    @classmethod
-    def resume(cls, path: pathlib.Path, command: str) -> Results:
-        """Go on with the results in a file, if they did not come to their end, or begin anew.
-
-        Raises:
-            ValueError: The file is of another command or machine, or is cut short.
-        """
-        if not path.exists():
-            return cls(path, command)
-        results, here = cls.load(path), machine()
-        if results.complete and results.command == command:
-            return cls(path, command)
-        if results.command != command or any(results.machine[name] != here[name] for name in here):
-            raise ValueError(
-                f"`{path}` has results of another run: `{results.command}` on {results.machine['processor']}. "
-                f"This is `{command}` on {here['processor']}. Give another `--out`, or delete it."
-            )
-        return results
-
-    def has(self, group: Group) -> bool:
-        """Tell whether there are rows of a group."""
-        return any(group_of(row) == group for row in self.rows)
-
-    def describe(self, found: dict[str, Any]) -> None:
-        """Take in what a process says of its versions and devices.
-
-        Raises:
-            ValueError: They are not those of the rows that are there.
-        """
-        for name, value in found.items():
-            if self.rows and self.machine.get(name, value) != value:
-                raise ValueError(
-                    f"`{self.path}` has rows of {name} {self.machine[name]}, and this is {value}. Give another "
-                    "`--out`, or delete it."
-                )
-        self.machine |= found
-
-    def add(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Take in the rows of a group, and write."""
-        self.rows += rows
-        self.write()
-
-    def write(self) -> None:
-        """Write the file whole, or leave the one that is there."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        content = {
-            "format": FORMAT,
-            "command": self.command,
-            "complete": self.complete,
-            "machine": self.machine,
-            "rows": self.rows,
-        }
-        beside = self.path.with_name(self.path.name + ".writing")
-        beside.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(beside, self.path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        for row in rows:
+            file.write(json.dumps(row).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
 
 
-def group_of(row: dict[str, Any]) -> Group:
-    """Return the group of a row."""
-    return Group(**{name: row[name] for name in Group.__dataclass_fields__})
+def load(*paths: pathlib.Path) -> list[Row]:
+    """Return the rows of some files: of those with one key the last that ended. Torn lines are left out.
+
+    Raises:
+        ValueError: A file has lines, and none of them is a result.
+        FileNotFoundError: There is no such file.
+    """
+    found: dict[str, Row] = {}
+    for path in paths:
+        lines = path.read_bytes().split(b"\n")
+        rows = [row for line in lines if (row := _read(line)) is not None]
+        if not rows and any(lines):
+            raise ValueError(f"`{path}` has no results of this suite: no line is a JSON object with a key and a case.")
+        for row in rows:
+            if row["key"] not in found or row["status"] != "cut":
+                found[row["key"]] = row
+    return list(found.values())
 
 
-def machine() -> dict[str, Any]:
-    """Return what is known of this machine without TensorFlow."""
+def _read(line: bytes) -> Row | None:
+    try:
+        row = json.loads(line)
+        Case.of(row)
+        return row if row["key"] and row["status"] in ("ok", "error", "cut") else None
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def ended(rows: Iterable[Row]) -> list[Row]:
+    """Return the rows of what came to its end: those that were cut off for want of time are none."""
+    return [row for row in rows if row["status"] != "cut"]
+
+
+def newest(rows: Sequence[Row]) -> list[Row]:
+    """Return the last row of each case, whatever the code that it was measured with."""
+    return list({Case.of(row): row for row in rows}.values())
+
+
+def key_of(case: Case) -> str:
+    """Return the digest of a case, and of the code and the environment here, less frameworks that it does not use."""
+    here = {name: what for name, what in environment().items() if name not in PEERS or case.base in PEERS}
+    parts = {"case": dataclasses.asdict(case), "code": code(), "environment": here, "own": own_code(case)}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def row_of(case: Case, status: str, wall_s: float, **figures: Any) -> Row:
+    """Return a row of what was measured here."""
+    said = {"key": key_of(case), "status": status, "case": dataclasses.asdict(case), "wall_s": round(wall_s, 3)}
+    return {**said, **figures, "code": code(), "commit": commit(), "environment": environment()}
+
+
+def own_code(case: Case) -> list[str]:
+    """Return digests of the modules that a user's own model is named in."""
+    found = []
+    for name in sorted({value.split(":")[0] for _, value in case.own if ":" in value}):
+        with contextlib.suppress(ImportError, ValueError):
+            spec = importlib.util.find_spec(name)
+            if spec is not None and spec.origin is not None:
+                found.append(hashlib.sha256(pathlib.Path(spec.origin).read_bytes()).hexdigest()[:16])
+    return found
+
+
+@functools.cache
+def code() -> str:
+    """Return the digest of what is measured and of what measures it."""
+    digest = hashlib.sha256()
+    measuring = [path for path in (ROOT / "benchmarks").glob("*.py") if path.name not in READERS]
+    for path in sorted([*measuring, *(ROOT / "tapeloop").rglob("*.py")]):
+        digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@functools.cache
+def commit() -> str:
+    """Return the commit that is checked out, with a `+` where files differ from it; nothing where git is not there."""
+    try:
+        said = [
+            subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+            for arguments in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "tapeloop", "benchmarks"])
+        ]
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return said[0] + "+" * bool(said[1])
+
+
+@functools.cache
+def environment() -> dict[str, Any]:
+    """Return what is known of this machine and what is installed, without importing it."""
     info = pathlib.Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] \
-        if info.exists() else []  # fmt: skip
-    driver = pathlib.Path("/proc/driver/nvidia/version")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = ""
+    device = gpus()[0] if gpus() else {}
     return {
         "processor": names[0] if names else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
-        "system": platform.platform(),
         "python": platform.python_version(),
-        "driver": driver.read_text().splitlines()[0] if driver.exists() else "",
-        "seed": 0,
+        "device": device.get("name", "CPU"),
+        "driver": device.get("driver_version", ""),
+        **versions,
     }
 
 
-def differences(one: Results, other: Results) -> list[str]:
-    """Say in what the machines of two runs differ."""
-    return [
-        f"{name}: {one.machine.get(name)!r} and {other.machine.get(name)!r}"
-        for name in (*MACHINE, "tensorflow", "keras")
-        if one.machine.get(name) != other.machine.get(name)
-    ]
+def differences(one: Sequence[Row], other: Sequence[Row]) -> list[str]:
+    """Say in what the environments of two files of results differ."""
+    found = []
+    for name in environment():
+        sides = [sorted({str(row["environment"].get(name)) for row in rows}) for rows in (one, other)]
+        if sides[0] != sides[1]:
+            found.append(f"{name}: {' and '.join(sides[0])}, then {' and '.join(sides[1])}")
+    return found

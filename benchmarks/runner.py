@@ -1,205 +1,214 @@
-"""Running cases: a process for each, the arms of a group in turns, and a row for whatever comes of it."""
+"""Running cases: a process for each, arms of a group in turns where there is room, a row for whatever comes of it."""
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
-import importlib.util
+import functools
+import itertools
 import multiprocessing
 import os
-from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+import pathlib
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
-from tqdm import tqdm
+from benchmarks import devices, results
+from benchmarks.cases import KINDS, PEERS, Case
+from benchmarks.results import Row
+from benchmarks.worker import serve
 
-from benchmarks.cases import CACHED, PEERS, Case, Group
-from benchmarks.measure import summary
-from benchmarks.results import Results
-
-TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}  # by which losses of arms that compute the same may differ
-PATIENCE_S = 900  # for one answer of a process
-Chosen: TypeAlias = "Sequence[tuple[Group, list[Case]]]"
 METHOD = "forkserver"  # TensorFlow is imported once, in a process that never runs an op, and is there for all others
+LONGEST_S = 900.0  # for one case
+START_S = 1.0  # kept free for what a case takes beside what its row says
+# What a case is thought to take where no like case was measured, by what makes it long. Stated, and not measured.
+PRIOR_S = {"small": 5.0, "large": 20.0, "compile": 60.0, "capacity": 120.0, "accuracy": 60.0}
+SMALL_WORKLOADS = ("mlp", "lstm", "gan")
 
 
-class Failed(Exception):
-    """What a process was asked for did not come."""
+print_at_once = functools.partial(print, flush=True)
 
 
-class Worker:
-    """A process that measures one case, and the pipe to it."""
+class Child:
+    """A process that measures one case, a turn at a time."""
 
-    def __init__(self, case: Case, policy: str, one_thread: bool) -> None:
-        """Start it; it answers when its arm is built."""
-        context = multiprocessing.get_context("spawn" if case.arm in PEERS else METHOD)
+    def __init__(self, case: Case) -> None:
+        """Start it; it waits to be told to go on."""
+        context = multiprocessing.get_context("spawn" if case.base in PEERS else METHOD)
+        self.case, self.used_s = case, 0.0
         self._pipe, theirs = context.Pipe()
-        module = "benchmarks.peers" if case.arm in PEERS else "benchmarks.worker"
-        self._process = context.Process(target=_serve, args=(module, theirs, case, policy, one_thread), daemon=True)
+        self._process = context.Process(target=serve, args=(theirs, case), daemon=True)
         self._process.start()
         theirs.close()
-        self.case = case
 
-    def ask(self, command: str = "", steps: int = 0) -> Any:
-        """Have it do something, and return its answer; with no command, return what it says when it is ready.
+    def turn(self, deadline: float) -> Row | None:
+        """Let it go on to the end of its turn, and return its row where it has come to its end.
 
-        Raises:
-            Failed: It says that it cannot, has died, or does not answer.
+        What takes too long is killed: past `deadline` its row says that it was cut off.
         """
+        began = time.monotonic()
+        until = min(deadline, began + LONGEST_S - self.used_s)
+        status, found = "ok", {}
         try:
-            if command:
-                self._pipe.send((command, steps))
-            if not self._pipe.poll(PATIENCE_S):
-                raise Failed(f"no answer within {PATIENCE_S} s")
-            answer = self._pipe.recv()
+            self._pipe.send("go")
+            if self._pipe.poll(max(0.0, until - began)):
+                answer = self._pipe.recv()
+                if answer is None:
+                    self.used_s += time.monotonic() - began
+                    return None
+                status, found = answer
+            elif until == deadline:
+                status, found = "cut", {"error": "the time limit came before its end"}
+            else:
+                status, found = "error", {"error": f"it took longer than {LONGEST_S:g} s"}
         except (EOFError, OSError):
             self._process.join(10)
-            raise Failed(f"the process died with exit code {self._process.exitcode}") from None
-        if "error" in answer:
-            raise Failed(answer["error"])
-        return answer
+            status, found = "error", {"error": f"its process died with exit code {self._process.exitcode}"}
+        self.used_s += time.monotonic() - began
+        self.stop()
+        return results.row_of(self.case, status, self.used_s, **found)
 
     def stop(self) -> None:
         """End it."""
         self._process.kill()
         self._process.join()
-        if not self._pipe.closed:
-            self._pipe.close()
+        self._pipe.close()
 
 
-def installed(
-    chosen: Sequence[tuple[Group, list[Case]]], show: Callable[[str], None]
-) -> list[tuple[Group, list[Case]]]:
-    """Return the cases without those of frameworks that are not installed, and say which these are."""
-    missing = {arm for arm in PEERS if not all(map(importlib.util.find_spec, {arm, "torch"}))}
-    asked = {case.arm for _, some in chosen for case in some}
-    for arm in sorted(missing & asked):
-        show(f"The arm `{arm}` is skipped: it needs the package `{arm}`, which is not installed.")
-    return [(group, [case for case in some if case.arm not in missing]) for group, some in chosen]
-
-
-def has_gpu() -> bool:
-    """Tell whether TensorFlow sees a GPU, in a process of its own."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return bool(pool.apply(_gpus))
-
-
-def _gpus() -> list[str]:
-    tensorflow = importlib.import_module("tensorflow")
-    return [device.name for device in tensorflow.config.list_physical_devices("GPU")]
-
-
-def prepare() -> None:
-    """Have TensorFlow imported once for all processes to come, with an allocator that counts on the CPU too."""
-    os.environ["TF_CPU_ALLOCATOR_USE_BFC"] = "1"
+def prepare(cases: Sequence[Case]) -> None:
+    """Have TensorFlow imported once for all processes to come."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    multiprocessing.get_context(METHOD).set_forkserver_preload(["benchmarks.worker"])
+    if any(case.kind in KINDS and case.base not in PEERS for case in cases):
+        multiprocessing.get_context(METHOD).set_forkserver_preload(["benchmarks.steps"])
+
+
+def prior(case: Case) -> float:
+    """Return the seconds that a case is thought to take, where nothing like it was measured."""
+    if case.kind in PRIOR_S:
+        return PRIOR_S[case.kind]
+    if "compile" in case.changes or "xla" in case.changes:
+        return PRIOR_S["compile"]
+    return PRIOR_S["small" if case.workload in SMALL_WORKLOADS or case.scale < 1 or case.own else "large"]
+
+
+class Estimates:
+    """What cases are thought to take, by those that were measured."""
+
+    def __init__(self, rows: Iterable[Row]) -> None:
+        """Take in rows."""
+        self._seconds: dict[Any, list[float]] = {}
+        self._least: dict[Case, float] = {}
+        for row in rows:
+            self.add(row)
+
+    def add(self, row: Row) -> None:
+        """Take in a row. One that was cut off says only that it takes longer: twice as long, it is thought."""
+        case = Case.of(row)
+        if row["status"] == "cut":
+            self._least[case] = max(2 * row["wall_s"], self._least.get(case, 0.0))
+        else:
+            for like in self._likes(case):
+                self._seconds.setdefault(like, []).append(row["wall_s"])
+
+    def of(self, case: Case) -> float:
+        """Return the seconds that a case is thought to take: of the most like ones, or what is stated for it."""
+        for like in self._likes(case):
+            if like in self._seconds:
+                return max(self._least.get(case, 0.0), 1.2 * statistics.median(self._seconds[like]))
+        return max(self._least.get(case, 0.0), prior(case))
+
+    def _likes(self, case: Case) -> list[Any]:
+        same = (case.kind, case.workload, case.arm, case.size, case.scale, case.steps * case.rounds)
+        return [(*same, case.selection, case.batch, case.dtype, case.cap_mb), (*same, case.selection), same]
+
+
+def blocks(cases: Sequence[Case], rows: Iterable[Row] = ()) -> list[list[Case]]:
+    """Return cases in lots that are alive at once and take turns, so that drift of the machine hits all alike.
+
+    Those are the arms of a group that are timed. On a GPU they must fit it together, which is known of those alone
+    whose peak was measured before.
+    """
+    peaks: dict[Case, int] = {}
+    for row in rows:
+        if row.get("peak"):
+            case = Case.of(row)
+            peaks[_with_any_process(case)] = int(row["peak"])
+    room = 0.8 * devices.memory_mb() * 2**20
+
+    def lot(case: Case) -> Any:
+        alone = case.kind != "step" or case.base in PEERS  # whose threads do not rest as soon as it has had its turn
+        return case if alone else (case.group, case.process)
+
+    found = []
+    for _, same in itertools.groupby(cases, key=lot):
+        some = list(same)
+        known = [peaks.get(_with_any_process(case)) for case in some]
+        fits = not room or (None not in known and sum(filter(None, known)) < room)
+        found += [some] if fits else [[case] for case in some]
+    return found
+
+
+def _with_any_process(case: Case) -> Any:
+    return (case.group, case.arm)
 
 
 def run(
-    chosen: Chosen,
-    results: Results,
-    policy: str = "",
-    show: Callable[[str], None] = tqdm.write,
-) -> None:
-    """Measure all groups that `results` has no rows of, and write after each.
+    cases: Sequence[Case],
+    out: pathlib.Path,
+    *,
+    before: Sequence[Row] = (),
+    limit_s: float | None = None,
+    show: Callable[[str], None] = print_at_once,
+) -> tuple[list[Row], list[Case]]:
+    """Measure what is not in the rows from before, in order, and add a line to a file for each case as it ends.
 
-    Args:
-        chosen: The cases, by group.
-        results: Where rows go.
-        policy: For a user's own model: its policy.
-        show: Takes a line to show.
+    After so many seconds all has ended: nothing begins that is not thought to fit, and what is not done by then is
+    killed. Returns the new rows, and the cases that there was no time for.
     """
-    prepare()
-    chosen = [(group, some) for group, some in installed(chosen, show) if some]
-    waiting = [(group, some) for group, some in chosen if not results.has(group)]
-    if len(waiting) < len(chosen):
-        show(f"{len(chosen) - len(waiting)} of {len(chosen)} groups were measured before: going on.")
-    with tqdm(waiting, unit="group", dynamic_ncols=True, disable=None) as bar:
-        for group, some in bar:
-            bar.set_postfix_str(str(group))
-            rows = measure(group, some, policy, results.describe)
-            results.add(rows)
-            for row in rows:
-                show(f"  {group!s:<44} {row['arm']:<10} {_said(row)}")
-
-
-def measure(group: Group, some: Sequence[Case], policy: str, describe: Callable[[dict[str, Any]], None]) -> list[Any]:
-    """Measure the arms of a group: memory in processes of one thread, then times, a round of each arm in turn."""
-    workers = [Worker(case, policy, one_thread=True) for case in some]
-    memory: dict[str, dict[str, Any]] = {}
-    for worker in workers:
-        try:
-            describe(worker.ask())
-            memory[worker.case.arm] = worker.ask("memory")
-        except Failed as error:
-            memory[worker.case.arm] = {"error": f"while memory was measured: {error}"}
-        worker.stop()
-    workers = [Worker(case, policy, one_thread=False) for case in some if "error" not in memory[case.arm]]
-    times: dict[str, list[dict[str, float]]] = {}
-    for worker in workers:  # all are there before the first is timed
-        _attempt(worker, times, worker.ask)
-    for worker in workers:
-        _attempt(worker, times, lambda worker=worker: worker.ask("round", 1))
-    for number in range(-1, group.rounds):
-        turn = number % len(workers) if workers else 0
-        for worker in (*workers[turn:], *workers[:turn]):
-            _attempt(worker, times, lambda worker=worker: worker.ask("round", group.steps))
-    for worker in workers:
-        worker.stop()
-    rows = [{**dataclasses.asdict(case.group), "arm": case.arm, **memory[case.arm]} for case in some]
-    for row in rows:
-        if "error" in row or row["arm"] not in times:
+    prepare(cases)
+    deadline = time.monotonic() + (float("inf") if limit_s is None else limit_s)
+    done = {row["key"] for row in results.ended(before)}
+    waiting = [case for case in cases if results.key_of(case) not in done]
+    if len(waiting) < len(cases):
+        show(f"{len(cases) - len(waiting)} of {len(cases)} cases were measured before: going on.")
+    estimates, made, left = Estimates(before), [], []
+    for block in blocks(waiting, before):
+        block = list(block)
+        while block and time.monotonic() + sum(map(estimates.of, block)) + START_S > deadline:
+            left.append(block.pop())
+        if not block:
             continue
-        found = times[row["arm"]]
-        if isinstance(found[-1].get("error"), str):
-            row["error"] = found[-1]["error"]
-            continue
-        _, first, _, *rest = found  # it was ready, then its first step, then warm-up
-        row |= summary([one["seconds"] for one in rest], group.steps, group.batch, first["seconds"])
-        row["loss"] = rest[-1]["loss"]
-    judge(group, rows)
-    return rows
+        for row in drive(block, deadline):
+            results.append(out, [row])
+            estimates.add(row)
+            if row["status"] == "cut":
+                left.append(Case.of(row))
+            made.append(row)
+            show(said(row))
+    return made, left
 
 
-def _attempt(worker: Worker, times: dict[str, list[Any]], ask: Callable[[], Any]) -> None:
-    """Note an answer, or why there was none, after which the arm is asked nothing more."""
-    noted = times.setdefault(worker.case.arm, [])
-    if noted and "error" in noted[-1]:
-        return
+def drive(block: Sequence[Case], deadline: float) -> Iterable[Row]:
+    """Give the rows of cases that take turns, each as it ends: there and back again, so that no arm is always first."""
+    children = [Child(case) for case in block]
     try:
-        noted.append(ask())
-    except Failed as error:
-        noted.append({"error": str(error)})
-        worker.stop()
+        while children:
+            for child in list(children):
+                row = child.turn(deadline)
+                if row is not None:
+                    children.remove(child)
+                    yield row
+            children.reverse()
+    finally:
+        for child in children:
+            child.stop()
 
 
-def judge(group: Group, rows: Sequence[dict[str, Any]]) -> None:
-    """Compare the losses of the arms that compute the same, and note where they disagree.
-
-    The reference is the arm by hand in inference mode, or what there is of the others. Where all trains, full backprop
-    computes the same too, and so does `subset`; where less trains, `subset` runs the frozen part in training mode.
-    """
-    by_arm = {row["arm"]: row for row in rows if "loss" in row}
-    alike = ["selective", "keras", "tapeloop", CACHED]
-    if group.selection in ("all", "TrainAll()"):
-        alike += ["full", "subset"]
-    losses = {arm: by_arm[arm]["loss"] for arm in alike if arm in by_arm}
-    if not losses:
-        return
-    reference = next(iter(losses))
-    for arm, loss in losses.items():
-        if not abs(loss - losses[reference]) <= TOLERANCE[group.dtype] * max(abs(losses[reference]), 1e-3):
-            said = f"its loss after the same steps is {loss:.6g}, that of `{reference}` {losses[reference]:.6g}"
-            by_arm[arm]["invalid"] = said
-
-
-def _said(row: dict[str, Any]) -> str:
-    if "error" in row:
-        return f"failed: {row['error']}"
-    peak = "" if row.get("peak") is None else f", peak {row['peak'] / 2**20:.1f} MiB"
-    return f"{row['step_ms']:.3g} ms a step{peak}" + (f", INVALID: {row['invalid']}" if "invalid" in row else "")
-
-
-def _serve(module: str, *args: Any) -> None:
-    """Measure by a module that is imported in the process alone, since the runner needs no framework."""
-    importlib.import_module(module).serve(*args)
+def said(row: Row) -> str:
+    """Return a line that says what came of a case."""
+    case = Case.of(row)
+    line = f"  {case!s:<48} {case.arm:<22} {case.kind:<11} {case.process}  {row['wall_s']:6.1f} s"
+    if row["status"] != "ok":
+        return f"{line}  {row['status'].upper()}: {row['error']}"
+    row = {**row, **({"peak_mb": row["peak"] / 2**20} if "peak" in row else {})}
+    figures = {"step_ms": "{:.3g} ms a step", "peak_mb": "{:.1f} MiB", "largest_batch": "batch {}", "said": "{}"}
+    return "  ".join([line, *(text.format(row[name]) for name, text in figures.items() if name in row)])

@@ -21,7 +21,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 
 import tapeloop as tl
-from benchmarks.cases import Group
+from benchmarks.cases import Case
 from benchmarks.workloads import make
 
 SELECTIONS = {"encoder": "adapters", "vit": "norm", "mlp": "all", "mobilenetv2": "head"}
@@ -46,19 +46,19 @@ def main() -> None:
 
 def measure(name: str, rounds: int) -> dict[str, Any]:
     """Tune one model, and measure afresh what was picked."""
-    group = Group(name, SELECTIONS[name], 64 if name == "mlp" else 16, size=SIZES[name], steps=4)
-    workload = make(group)
+    case = Case(name, SELECTIONS[name], "tapeloop", 64 if name == "mlp" else 16, SIZES[name], steps=4)
+    workload = make(case)
 
     def trainer(**options: Any) -> tl.Trainer:
         optimizer = keras.optimizers.Adam(1e-4)
         return tl.Trainer(workload.model, workload.policy, loss=workload.loss, optimizer=optimizer, **options)
 
-    tuning = trainer().tune(*workload.data, batch_size=group.batch)
+    tuning = trainer().tune(*workload.data, batch_size=case.batch)
     arms = [trainer(), trainer(**tuning.options)]
     ratios = []
     for number in range(-1, rounds):
         turn = arms if number % 2 else arms[::-1]
-        seconds = {id(arm): step_s(arm, workload.data, group.batch, is_first=number < 0) for arm in turn}
+        seconds = {id(arm): step_s(arm, workload.data, case.batch, is_first=number < 0) for arm in turn}
         ratios.append(seconds[id(arms[1])] / seconds[id(arms[0])])
     picked = ", ".join(f"{option}={value!r}" for option, value in tuning.options.items())
     ratio = statistics.median(ratios[1:])

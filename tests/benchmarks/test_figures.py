@@ -1,0 +1,324 @@
+"""What is made of rows: figures, verdicts, tables and reports."""
+
+import json
+import pathlib
+import re
+
+import numpy as np
+import pytest
+
+from benchmarks import __main__ as cli
+from benchmarks import cases, compare, measure, plots, report, results, tables
+from benchmarks.cases import Case
+from tests.support.measured import figures
+
+ROOT = pathlib.Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+ARMS = ("forward", "full", "hand", "tapeloop")
+MIB = 2**20
+
+
+def rows_of(first=0, processes=3, kinds=("step",), arms=ARMS, noise=0.01, **planted):
+    """Rows of all arms of a group; what is planted of an arm replaces its figures or slows it."""
+    found = []
+    for kind in kinds:
+        for process in range(first, first + (processes if kind == "step" else 1)):
+            for arm in arms:
+                case = Case("mlp", "head", arm, 64, kind=kind, process=process)
+                found.append(
+                    results.row_of(case, "ok", 1.0, **{**figures(arm, process, noise=noise), **planted.get(arm, {})})
+                )
+                if "slower" in planted.get(arm, {}):
+                    found[-1] |= figures(arm, process, planted[arm]["slower"], noise=noise)
+    return found
+
+
+def test_a_step_is_what_a_longer_round_takes_more_and_the_start_of_a_fit_is_none_of_it():
+    # 100 ms to begin and end a fit, 4 ms a step, 5 and 25 steps.
+    found = measure.summary([0.12, 0.12, 0.14], [0.20, 0.20, 0.22], steps=25, batch=8, first=1.0)
+    assert found["step_ms"] == pytest.approx(4.0)
+    assert found["fixed_ms"] == pytest.approx(100.0)
+    assert found["step_ms_interval"] == pytest.approx([4.0, 4.0])
+    assert found["examples_per_s"] == pytest.approx(2000)
+    assert found["compile_s"] == pytest.approx(0.996)
+    assert found["rounds_ms"] == pytest.approx([4.0, 4.0, 4.0])
+
+
+def test_processes_are_the_unit_of_an_interval():
+    generator = np.random.default_rng(0)
+    alike = [[1.0, 1.1, 0.9]] * 3
+    low, high = measure.interval(alike, generator)
+    assert 0.9 <= low <= 1.0 <= high <= 1.1
+    low, high = measure.interval([[1.0] * 50, [2.0] * 50, [3.0] * 50], generator)
+    assert (low, high) == (1.0, 3.0)  # many rounds in three processes that differ tell no more than three figures
+
+
+def test_the_same_code_gives_no_alarm_twice_and_a_slower_step_does():
+    alarms = {1.0: 0, 1.2: 0}
+    for number in range(20):
+        before = rows_of(first=20 * number, noise=0.03)
+        for slower in alarms:
+            first, again = (
+                compare.compare(before, rows_of(first=20 * number + later, noise=0.03, tapeloop={"slower": slower}))
+                for later in (5, 10)
+            )
+            alarms[slower] += len(compare.confirmed(first, again))
+    assert alarms[1.0] == 0  # of 20 times 4 arms
+    assert alarms[1.2] >= 19
+
+
+def test_a_slower_machine_is_no_slower_code():
+    before = rows_of(processes=4)
+    after = [row | figures(row["case"]["arm"], row["case"]["process"], 1.5) for row in rows_of(processes=4)]
+    verdict = compare.compare(before, after)
+    assert (verdict.worse, verdict.slower) == ([], {})
+
+
+def test_a_slower_step_is_suspected_and_worse_when_it_is_slower_again():
+    before = rows_of()
+    verdict = compare.compare(before, rows_of(tapeloop={"slower": 1.2}))
+    ((case, text),) = verdict.slower.items()
+    assert case.arm == "tapeloop"
+    assert re.match(r"mlp head, batch 64, tapeloop: a step \d\.\d+ to 2\.\d+ of `forward` \(\+\d\d\.\d%, ", text)
+    assert verdict.worse == []
+    asked = []
+
+    def again(slower):
+        def run(some):
+            asked.extend(some)
+            return [row for row in rows_of(first=3, tapeloop={"slower": slower}) if Case.of(row) in some]
+
+        return compare.measured_again(verdict, before, run)
+
+    assert compare.confirmed(verdict, compare.compare(before, again(1.0))) == []
+    assert {case.process for case in asked} == {3, 4, 5}
+    assert {case.arm for case in asked} == {"forward", "hand", "full", "tapeloop"}
+    assert len(compare.confirmed(verdict, compare.compare(before, again(1.2)))) == 1
+
+
+def test_too_few_processes_say_nothing():
+    verdict = compare.compare(rows_of(processes=2), rows_of(processes=2, tapeloop={"slower": 1.5}))
+    assert verdict.slower == {}
+    assert [line.split("(")[0] for line in verdict.said] == [
+        "mlp head, batch 64, tapeloop: too few processes to tell a step's time "
+    ]
+
+
+def test_nodes_and_bytes_of_variables_must_be_the_same_and_other_bytes_nearly():
+    before = rows_of(kinds=("memory",))
+    planted = {"nodes": 117, "optimizer_bytes": 7, "persistent": 2**19 + 30_000, "growth": 5000}
+    verdict = compare.compare(before, rows_of(kinds=("memory",), tapeloop=planted))
+    said = {line.removeprefix("mlp head, batch 64, tapeloop: ") for line in verdict.worse}
+    assert said == {
+        "100 to 117 nodes in the step's graph",
+        "persistent 524,288 to 554,288 bytes",
+        "growth 0 to 5,000 bytes a step",
+    }
+    assert verdict.said == ["mlp head, batch 64, tapeloop: 8 to 7 bytes of optimizer"]
+
+
+def test_a_failure_and_an_arm_that_computes_something_else_are_worse():
+    before, after = rows_of(), rows_of()
+    after[-1] |= {"status": "error", "error": "out of memory"}
+    check = Case("mlp", "head", "tapeloop", 4, kind="equivalence")
+    before.append(results.row_of(check, "ok", 1.0, invalid={}))
+    after.append(results.row_of(check, "ok", 1.0, invalid={"keras": "its gradients differ"}))
+    assert compare.compare(before, after).worse == [
+        "mlp head, batch 64, tapeloop: error: out of memory",
+        "mlp head, batch 4, tapeloop, equivalence: keras: its gradients differ",
+    ]
+
+
+def test_other_machines_are_warned_of_and_their_nodes_are_no_alarm():
+    after = rows_of(tapeloop={"nodes": 120})
+    for row in after:
+        row["environment"] = {**row["environment"], "tensorflow": "9.9"}
+    verdict = compare.compare(rows_of(), after)
+    assert verdict.worse == []
+    assert verdict.said[0].startswith("WARNING: two machines or versions (tensorflow: ")
+
+
+def test_compare_ends_with_1_where_something_got_worse(tmp_path, capsys):
+    paths = [tmp_path / f"{name}.jsonl" for name in ("before", "same", "nodes", "slower")]
+    planted = [{}, {}, {"tapeloop": {"nodes": 120}}, {"tapeloop": {"slower": 1.3}}]
+    for path, some in zip(paths, planted):
+        results.append(path, rows_of(**some))
+    assert cli.main(["compare", str(paths[0]), str(paths[1])]) == 0
+    assert "Nothing got worse." in capsys.readouterr().out
+    assert cli.main(["compare", str(paths[0]), str(paths[2])]) == 1
+    assert "WORSE: mlp head, batch 64, tapeloop: 100 to 120 nodes" in capsys.readouterr().out
+    assert cli.main(["compare", str(paths[0]), str(paths[3]), "--no-remeasure"]) == 0
+    said = capsys.readouterr().out
+    assert "SUSPECTED: mlp head, batch 64, tapeloop: a step" in said
+    assert "is known when it is measured again" in said
+
+
+def exact(arm, step, peak, batch=64, kind="step", **more):
+    """A row whose figures are round."""
+    case = Case("mlp", "head", arm, batch, kind=kind)
+    told = {"step_ms": step, "rounds_ms": [step] * 3, "fixed_ms": 1.0, "peak": peak * MIB, "persistent": MIB}
+    parts = {"weight_bytes": MIB // 2, "optimizer_bytes": 8, "activation_bytes": (peak - 1) * MIB, "first_step_s": 1.0}
+    return results.row_of(case, "ok", 1.0, **told, **parts, **more)
+
+
+FIVE = [
+    exact("forward", 1.0, 10), exact("full", 4.0, 50), exact("full+xla", 5.0, 60), exact("hand", 1.25, 10),
+    exact("tapeloop", 1.5, 11),
+]  # fmt: skip
+
+
+def test_the_table_and_the_sentence_of_a_group():
+    rows = [*FIVE, exact("tapeloop+cache", 0.3, 11)]
+    frame = tables.frame(rows)
+    assert tables.markdown(tables.floors(frame)) == [
+        "| what trains | floor ms | tapeloop ms | / floor | / by hand | / full | peak / floor | peak / full | / Keras"
+        " | / PyTorch | cached | folded |",
+        "| --- | --: | --: | --: | --: | --: | --: | --: | --: | --: | --: | --: |",
+        "| mlp head, batch 64 | 1 | 1.5 | 1.50 | 1.20 | 0.38 | 1.10 | 0.22 | - | - | 0.20 | - |",
+    ]
+    assert tables.sentences(frame) == [
+        "mlp, batch 64: training the head takes 0.38 of the time and 0.22 of the memory of full backprop."
+    ]
+
+
+def test_arms_of_a_feature_stand_beside_the_first():
+    frame = tables.frame([exact("tapeloop", 2.0, 10), exact("tapeloop+micro2", 3.0, 5)])
+    table = tables.group_table(frame, frame["group"][0])
+    assert list(table["/ first"]) == ["1.00", "1.50"]
+    assert list(table["peak / first"]) == ["1.00", "0.50"]
+    assert tables.floors(frame).empty
+    assert "/ first" not in tables.group_table(tables.frame(FIVE), Case.of(FIVE[0]).group)
+
+
+def test_full_backprop_that_was_measured_once_counts_for_all_selections():
+    shared = [row | {"case": {**row["case"], "selection": "all"}} for row in FIVE[:2]]
+    hand = FIVE[3] | {"case": {**FIVE[3]["case"], "selection": "all"}}
+    frame = tables.frame([*shared, hand, FIVE[4]])
+    assert tables.sentences(frame)[0].startswith("mlp, batch 64: training the head takes 0.38")
+    assert list(tables.floors(frame)["/ by hand"]) == ["-"]  # which does depend on what trains
+
+
+def test_arms_that_failed_or_compute_something_else_stand_in_no_comparison():
+    check = results.row_of(
+        Case("mlp", "head", "tapeloop", 4, kind="equivalence"), "ok", 1.0, said="x", invalid={"tapeloop": "it differs"}
+    )
+    frame = tables.frame([*FIVE, check])
+    assert tables.sentences(frame) == []
+    assert list(tables.group_table(frame, frame["group"][0])[""]) == ["", "", "", "", "invalid"]
+    failed = [{**FIVE[4], "status": "error", "error": "out of memory"}]
+    frame = tables.frame([*FIVE[:4], *failed])
+    assert list(tables.group_table(frame, frame["group"][0])[""])[-1] == "failed"
+    assert tables.sentences(frame) == []
+
+
+def test_memory_is_that_of_the_case_that_measures_it_alone():
+    alone = exact("tapeloop", 1.5, 7, kind="memory")
+    del alone["rounds_ms"]
+    frame = tables.frame([*FIVE, alone])
+    assert list(frame[frame["arm"] == "tapeloop"]["peak"]) == [7 * MIB]
+
+
+def test_a_report_has_sentences_tables_and_pictures_in_markdown_and_html(tmp_path):
+    rows = []
+    for batch in (32, 64, 128):
+        for arm in ARMS:
+            step = {"forward": 1, "full": 4, "hand": 1.2, "tapeloop": 1.3}[arm] * batch / 64
+            rows.append(exact(arm, step, batch // 8, batch))
+    for depth in range(2, 4):
+        case = Case("mobilenetv2", f"unfreeze-{depth}", "tapeloop", 8)
+        rows.append(results.row_of(case, "ok", 1.0, **figures("tapeloop")))
+    rows.append(results.row_of(Case("mobilenetv2", "all", "full", 8), "ok", 1.0, **figures("full")))
+    for cap, batch in ((512, 100), (1024, 210)):
+        case = Case("mlp", "head", "tapeloop", 1, kind="capacity", cap_mb=cap)
+        rows.append(results.row_of(case, "ok", 1.0, largest_batch=batch))
+    path = tmp_path / "results.jsonl"
+    results.append(path, rows)
+    assert cli.main(["report", str(path)]) == 0
+    folder = tmp_path / "results"
+    pictures = {found.name for found in folder.glob("*.png")}
+    assert pictures == {
+        "step-time.png", "peak-memory.png", "memory-against-time.png", "memory-parts.png", "batch.png", "depth.png",
+        "largest-batch.png",
+    }  # fmt: skip
+    text, page = (folder / "report.md").read_text(), (folder / "report.html").read_text()
+    assert "- mlp, batch 32: training the head takes" in text
+    assert "each of which is a line of `results.jsonl`" in text
+    assert "| mlp head, batch 1, cap 512 MiB | tapeloop | capacity | 0 | batch 100 |" in text
+    assert all(f"![{name.removesuffix('.png').replace('-', ' ')}]({name})" in text for name in pictures)
+    assert page.count("data:image/png;base64,") == len(pictures)
+    assert "<li>mlp, batch 32: training the head takes" in page
+
+
+def test_results_of_several_versions_are_said_to_be_so():
+    older = {**FIVE[0], "code": "another"}
+    assert any("more than one version" in line for line in report.where([older, *FIVE[1:]], "a"))
+    assert not any("more than one version" in line for line in report.where(FIVE, "a"))
+
+
+def test_colours_are_those_of_the_arm():
+    frame = tables.frame(FIVE)
+    assert len({plots.colour(frame, arm) for arm in frame["arm"]}) == len(set(frame["arm"]))
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.jsonl")), ids=lambda path: path.stem)
+def test_the_documentation_shows_the_committed_results(path):
+    rows = results.load(path)
+    document = (ROOT / "docs" / "benchmarks.md").read_text()
+    frame = tables.frame(rows)
+    assert "\n".join(tables.markdown(tables.floors(frame))) in document
+    assert set(map(Case.of, rows)) <= set(cases.suite(path.stem))
+    pictures = re.findall(rf"results/{path.stem}/(.*?\.png)\)", document)
+    assert set(pictures) <= {found.name for found in (RESULTS / path.stem).glob("*.png")}
+    assert "\n".join(tables.markdown(tables.floors(frame))) in (RESULTS / path.stem / "report.md").read_text()
+
+
+# Tables of before this suite, whose results are of another form: a step has a share of the start of its fit.
+def earlier_lines(name):
+    """The lines of the table of earlier results, by what they measure."""
+    groups = {}
+    for row in json.loads((RESULTS / f"{name}.json").read_text())["rows"]:
+        said = [f"{row['workload']} {row['selection']}", f"batch {row['batch']}"]
+        said += [f"size {row['size']}"] * bool(row["size"]) + [f"width {row['width']:g}"] * (row["width"] != 1)
+        groups.setdefault(", ".join([*said, *[row["dtype"]] * (row["dtype"] != "float32")]), {})[row["arm"]] = row
+
+    def ratio(rows, one, other, what="rounds_ms"):
+        if one not in rows or other not in rows:
+            return "-"
+        pair = rows[one][what], rows[other][what]
+        return f"{np.median(np.divide(*pair)):.2f}"
+
+    lines = {}
+    for group, rows in groups.items():
+        if len(rows) > 1:
+            figures = [tables.number(rows[arm]["step_ms"]) if arm in rows else "-" for arm in ("forward", "tapeloop")]
+            figures += [ratio(rows, "tapeloop", arm) for arm in ("forward", "selective", "full")]
+            figures += [ratio(rows, "tapeloop", arm, "peak") for arm in ("forward", "full")]
+            lines[group] = [*figures, ratio(rows, "tapeloop", "keras"), ratio(rows, "tapeloop+cache", "tapeloop")]
+    return lines
+
+
+@pytest.mark.parametrize("name", ["quick", "cpu"])
+def test_the_documentation_shows_the_figures_of_the_earlier_suite(name):
+    document = (ROOT / "docs" / "benchmarks.md").read_text()
+    assert f"`{json.loads((RESULTS / f'{name}.json').read_text())['command']}`" in document
+    table = "\n".join(f"| {' | '.join([group, *cells])} |" for group, cells in earlier_lines(name).items())
+    assert table in document
+
+
+def test_the_front_page_shows_the_figures_of_the_earlier_suite():
+    page, lines = (ROOT / "README.md").read_text(), earlier_lines("cpu")
+    for said, group in (
+        ("the head of a MobileNetV2, 96x96, batch 16", "mobilenetv2 head, batch 16, size 96"),
+        ("the last block of that MobileNetV2, and its head", "mobilenetv2 last_block, batch 16, size 96"),
+        ("the head of a ResNet50, 96x96, batch 16", "resnet50 head, batch 16, size 96"),
+    ):
+        _, step, *ratios, floor_peak, full_peak, _, _ = lines[group]
+        shown = re.search(rf"\| {said} \| (.*) \|", page)[1].split(" | ")
+        assert [*shown[:4], *shown[5:]] == [f"{step} ms", *ratios, floor_peak, full_peak]
+
+
+def test_the_guide_shows_the_figures_of_steps_on_one_batch():
+    found = json.loads((RESULTS / "on_batch.json").read_text())["cases"]
+    guide = (ROOT / "docs" / "guides" / "reinforcement-learning.md").read_text()
+    mlp, mobilenet = (f"{case['ratio']:.2f}" for case in found.values())
+    assert f"takes {mlp} of Keras' `train_on_batch` on the MLP and {mobilenet} on the" in guide
