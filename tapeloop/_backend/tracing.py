@@ -8,7 +8,7 @@ from typing import Any
 
 import tensorflow as tf
 from tensorflow.python.eager import context
-from tensorflow.python.framework import op_def_registry
+from tensorflow.python.framework import config, op_def_registry
 
 
 def effects(function: Any) -> list[tf.Operation]:
@@ -37,6 +37,14 @@ def may_act(op: str) -> bool:
         ValueError: TensorFlow knows no such type.
     """
     return is_stateful(op) or any(taken.type == tf.resource.as_datatype_enum for taken in _definition(op).input_arg)
+
+
+def clock() -> tf.Tensor:
+    """Return the time in seconds as the graph runs; 0 where ops must be deterministic, which a clock is not.
+
+    TensorFlow says that they must, by `tf.config.experimental.enable_op_determinism`, in its private `config` alone.
+    """
+    return tf.zeros((), tf.float64) if config.is_op_determinism_enabled() else tf.timestamp()
 
 
 def _definition(op: str) -> Any:

@@ -22,11 +22,12 @@ class Sampler:
 
         Args:
             shuffle: Whether each epoch has an order of its own; otherwise, examples come as they lie.
-            seed: The seed of the orders; None draws a seed from NumPy's global state.
+            seed: The seed of the orders; None draws a seed from NumPy's global state, if there is anything to shuffle.
             epoch: The number of the first epoch, counted from 0.
         """
         self.shuffle = shuffle
-        self.seed = int(np.random.randint(2**31)) if seed is None else seed
+        drawn = int(np.random.randint(2**31)) if seed is None and shuffle else 0
+        self.seed = drawn if seed is None else seed
         self._epoch = epoch
 
     def next_order(self, size: int) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 import tensorflow as tf
 
 from tapeloop._backend.assertions import DRAWING, has_stopped, xla_refusal
+from tapeloop._backend.tracing import clock
 from tapeloop.data.batch import Features, after, examples_of, open_spec_of, spec_of, tensors_in
 from tapeloop.data.cursor import BatchCursor, IteratorReader, Reader, layout_of
 from tapeloop.folding.fold import fold
@@ -303,7 +304,7 @@ class CompiledStep:
         # Counts and times are on the CPU, also if the step runs on a GPU: the loop's condition must not wait for a
         # device.
         with tf.device("CPU:0"):
-            began = tf.timestamp()
+            began = clock()
             deadline = began + seconds
 
         def goes_on(counts: tf.Tensor, now: tf.Tensor) -> tf.Tensor:
@@ -327,7 +328,7 @@ class CompiledStep:
             with tf.device("CPU:0"):
                 counts = counted(counts, outcome)
                 with tf.control_dependencies([counts]):
-                    return counts, tf.timestamp()
+                    return counts, clock()
 
         counts, _ = tf.while_loop(goes_on, run_step, (counts, began))
         if not self._counts_itself:

@@ -178,3 +178,11 @@ def test_penalties_teachers_and_sample_weights_stay_with_the_rest():
     cut = cut_of(networks(), tl.TrainOnly("student/head"), batch, trainer_type=Distilling)
     assert [submodel.path for submodel in cut.submodels] == ["teacher", "student/base"]
     assert sum(int(np.prod(feature.shape[1:])) for feature in cut.features) == 4 + 2 + 2 + 1
+
+
+def test_looking_at_a_frontier_draws_no_random_number():
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, name="base"), keras.layers.Dense(2)])
+    trainer = tl.Trainer(model, tl.Freeze("base"), loss="mse")
+    before = np.random.get_state()[1].copy()
+    trainer.frontier(np.ones((8, 4), "float32"), np.ones((8, 2), "float32"))
+    np.testing.assert_array_equal(np.random.get_state()[1], before)
