@@ -91,13 +91,18 @@ class _Arrays:
 
 
 class ArraySource(_Arrays):
-    """Dense and ragged tensors in memory, of which batches are gathered in the graph."""
+    """Dense and ragged tensors in memory, of which batches are gathered in the graph.
+
+    Attributes:
+        key: The key of its readers, once it is known; see `reader_key`.
+    """
+
+    key: str = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         dense = [tensor for tensor in tensors_in(self.arrays) if isinstance(tensor, tf.Tensor)]
         too_large = sum(tensor.dtype.size * tensor.shape.num_elements() for tensor in dense) > ON_DEVICE_BYTES
-        self._key = ""
         # Without a GPU there is one memory, and nothing to decide.
         self._device = "CPU:0" if too_large and tf.config.list_logical_devices("GPU") else None
         if self._device is not None:
@@ -114,8 +119,8 @@ class ArraySource(_Arrays):
             order = order.reshape(-1, self.batch_size)
         order = tf.constant(order, tf.int64)
         reader = ArrayReader(self.arrays, order, batch_size, self._device, self.class_weights)
-        cursor = BatchCursor(reader, self.size, key=self._key)
-        self._key = cursor.key  # to describe the arrays takes a quarter of what an epoch of few small steps takes
+        cursor = BatchCursor(reader, self.size, key=self.key)
+        self.key = cursor.key  # to describe the arrays takes a quarter of what an epoch of few small steps takes
         cursor.advance(self._pop_read())
         yield cursor
 

@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from tapeloop._backend.fingerprint import fingerprint
 from tapeloop._validation import whole_number
-from tapeloop.data.array_source import SparseSource
+from tapeloop.data.array_source import ArraySource, SparseSource
 from tapeloop.data.batch import Features
 from tapeloop.data.loader import DataLoader, DataSpec
 from tapeloop.data.sampler import Sampler
@@ -45,6 +45,7 @@ class _Ready:
         cut: Where it is cut.
         weights: The fingerprint of the frozen weights before the cut when the features were found.
         interventions: How often other code than that of steps had run when the weights were last looked at.
+        source: What the last epoch drew features from.
     """
 
     step: CompiledStep
@@ -52,6 +53,7 @@ class _Ready:
     cut: Cut | None = None
     weights: bytes = b""
     interventions: int = 0
+    source: ArraySource | None = None
 
     def is_for(self, step: CompiledStep) -> bool:
         """Tell whether the features are a step's, and still what the weights make of the data."""
@@ -166,7 +168,13 @@ class FeatureCache:
         elif ready.kept is not None:
             check_sample(given, ready.kept)
         orders = given.sampler(epoch)
-        return given.loader(orders) if ready.kept is None else _loader(ready.kept, given, orders, epoch)
+        if ready.kept is None:
+            return given.loader(orders)
+        loader = _loader(ready.kept, given, orders, epoch)
+        if isinstance(loader.source, ArraySource):
+            # Features are described once, and not in each epoch.
+            loader.source.key, ready.source = ready.source.key if ready.source else "", loader.source
+        return loader
 
     def _features(self, step: CompiledStep, given: DataSpec) -> _Ready:
         """Find or compute the features of some data for a step, if it has a frontier."""
