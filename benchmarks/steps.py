@@ -96,7 +96,11 @@ def count_nodes(arm: Arm) -> int:
     """
     with tempfile.TemporaryDirectory() as folder:
         tf.summary.trace_on(graph=True)
-        arm(1)
+        try:
+            arm(1)
+        except BaseException:
+            tf.summary.trace_off()  # or all that runs later in this process would be kept
+            raise
         with tf.summary.create_file_writer(folder).as_default():
             tf.summary.trace_export("step", step=0)
         (file,) = tf.io.gfile.glob(f"{folder}/events*")

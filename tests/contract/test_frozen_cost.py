@@ -5,6 +5,7 @@ from collections import Counter
 import keras
 import pytest
 import tensorflow as tf
+from tensorflow.python.eager import context
 
 import tapeloop as tl
 from tests.support.params import params
@@ -16,6 +17,7 @@ HEAVY = ("Conv", "Depthwise", "Fused", "Einsum", "Batch")
 
 def executed(run, folder):
     """How often each type of op stands in the optimized graphs of what runs, functions and loops included."""
+    context.context().export_run_metadata()  # what another test has left is none of this run's
     tf.summary.trace_on(graph=True)
     run()
     with tf.summary.create_file_writer(str(folder)).as_default():
