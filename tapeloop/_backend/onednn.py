@@ -8,7 +8,7 @@ from typing import Any
 import tensorflow as tf
 from tensorflow.python.util import _pywrap_util_port
 
-# What may follow on a convolution in one op of oneDNN's.
+# The activations that one op of oneDNN's computes together with a convolution.
 ACTIVATIONS = frozenset({"Relu", "Relu6", "Elu"})
 _CONVOLUTION = "_MklNativeFusedConv2D"
 _KEPT = frozenset({"T", "strides", "padding", "explicit_paddings", "data_format", "dilations", "use_cudnn_on_gpu"})
@@ -17,19 +17,19 @@ _KEPT = frozenset({"T", "strides", "padding", "explicit_paddings", "data_format"
 def is_used() -> bool:
     """Tell whether TensorFlow computes convolutions with oneDNN, as it does by itself where the processor has AVX-512.
 
-    A machine with a GPU is answered no: its steps run there.
+    On a machine with a GPU the answer is no, since steps run on the GPU.
     """
     return bool(_pywrap_util_port.IsMklEnabled()) and not tf.config.list_logical_devices("GPU")
 
 
 def keep_filter(node: Any, fused: Sequence[str]) -> None:
-    """Turn the node of a `Conv2D` into one that keeps its kernel, as it is when it runs first, in oneDNN's order.
+    """Turn a `Conv2D` node into one that copies its kernel in its first run, in oneDNN's order, and then uses the copy.
 
     TensorFlow makes such a node of a convolution whose kernel is a constant of the graph, and puts the kernel of any
     other in order in each step. See `tensorflow/core/kernels/mkl/mkl_conv_ops.cc`, `is_filter_const`.
 
     Args:
-        node: The node. After what it took it must take a bias, and then what is added, if `fused` says so.
+        node: The node. Its inputs become: the images, the kernel, a bias and, if `fused` has `"Add"`, the summand.
         fused: The ops that are computed with it: `"BiasAdd"`, then `"Add"` or one of `ACTIVATIONS` or both.
     """
     dtype = node.attr["T"].type

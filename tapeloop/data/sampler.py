@@ -26,8 +26,9 @@ class Sampler:
             epoch: The number of the first epoch, counted from 0.
         """
         self.shuffle = shuffle
-        drawn = int(np.random.randint(2**31)) if seed is None and shuffle else 0
-        self.seed = drawn if seed is None else seed
+        if seed is None:
+            seed = int(np.random.randint(2**31)) if shuffle else 0
+        self.seed = seed
         self._epoch = epoch
 
     def next_order(self, size: int) -> Any:

@@ -172,8 +172,10 @@ class FeatureCache:
             return given.loader(orders)
         loader = _loader(ready.kept, given, orders, epoch)
         if isinstance(loader.source, ArraySource):
-            # Features are described once, and not in each epoch.
-            loader.source.key, ready.source = ready.source.key if ready.source else "", loader.source
+            # To describe the features in each epoch would take as long as a small step.
+            if ready.source is not None:
+                loader.source.key = ready.source.key
+            ready.source = loader.source
         return loader
 
     def _features(self, step: CompiledStep, given: DataSpec) -> _Ready:

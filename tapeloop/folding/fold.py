@@ -51,10 +51,8 @@ def fold(planner: Planner, plan: StepPlan, store: FoldedValues) -> Folded | None
     folding = GraphFolding(whole, FrozenValues(whole, _still(planner, plan, whole)), keeps_filters=keeps_filters)
     if not folding.is_worth_it:
         return None
-    part = folding.rest()
-    if not folding.is_worth_it:
-        return None
     values = store.made(folding.keys(), folding.sources(), folding.values)
+    part = folding.rest()
 
     def run(batch: Any) -> Any:
         computed = part([*tensors_in(batch, apart=True), *(value.variable.read_value() for value in values)])

@@ -13,7 +13,7 @@ from tapeloop._backend.traced_graph import Subgraph, TracedGraph
 from tapeloop.folding.chains import KINDS, find_chains
 from tapeloop.folding.evaluation import Evaluation
 from tapeloop.folding.frozen_values import FrozenValues
-from tapeloop.folding.kept_filters import can_keep, keep_filters, plain_sums
+from tapeloop.folding.kept_filters import can_keep, keep_filters, sums_without_broadcast
 
 NAME = "folded/{}"  # of what stands for a folded value in the graph
 
@@ -24,7 +24,7 @@ class GraphFolding:
     Attributes:
         chains: The convolutions and products that take in what follows on them.
         others: The other tensors that are computed of frozen weights, and taken by what is not.
-        kept: The convolutions that keep their kernels, or may do so.
+        kept: The convolutions that keep their kernels.
     """
 
     def __init__(self, whole: TracedGraph, values: FrozenValues, *, keeps_filters: bool = False) -> None:
@@ -46,7 +46,7 @@ class GraphFolding:
         self.chains = list(find_chains(ops, values, lambda tensor: self._takers[tensor.name]))
         self.others = self._boundary(ops)
         taken = [tensor for chain in self.chains for tensor in chain.values]
-        self.kept = [op for op in ops if keeps_filters and can_keep(op, values)]
+        self.kept = [op for op in ops if keeps_filters and can_keep(op, values) and self._gets_bias(op)]
         self._evaluation = Evaluation(whole, [*taken, *self.others])
 
     @property
@@ -83,10 +83,7 @@ class GraphFolding:
         return [self._whole.variables[name] for name in names]
 
     def rest(self) -> Subgraph:
-        """Return the step that takes the folded values after the tensors of a batch.
-
-        What is kept is known from here on.
-        """
+        """Return the step that takes the folded values after the tensors of a batch."""
         definition = tf.compat.v1.GraphDef()
         definition.CopyFrom(self._definition)
         nodes = {node.name: node for node in definition.node}
@@ -113,11 +110,17 @@ class GraphFolding:
                 taken = [instead.get(name, name) for name in node.input]
                 del node.input[:]
                 node.input.extend(taken)
-        outputs = {output.op.name for output in self._whole.outputs}
-        sums = plain_sums(self._whole.ops, self._values) if self.kept else set()
-        rewritten = set(keep_filters(nodes, sums, [op.name for op in self.kept], outputs))
-        self.kept = [op for op in self.kept if op.name in rewritten]
+        if self.kept:
+            outputs = {output.op.name for output in self._whole.outputs}
+            sums = sums_without_broadcast(self._whole.ops, self._values)
+            keep_filters(nodes, sums, [op.name for op in self.kept], outputs)
         return self._whole.edited(nodes, [*self._whole.inputs, *feeds], self._effects)
+
+    def _gets_bias(self, op: tf.Operation) -> bool:
+        """Tell whether a bias alone follows on a convolution, once its chain is folded."""
+        takers = self._takers[op.outputs[0].name]
+        has_bias = len(takers) == 1 and takers[0] is not None and takers[0].type == "BiasAdd"
+        return has_bias or any(chain.op.name == op.name for chain in self.chains)
 
     def _boundary(self, ops: Sequence[tf.Operation]) -> list[tf.Tensor]:
         """Return the other tensors that are computed of frozen weights, and taken by what is not."""

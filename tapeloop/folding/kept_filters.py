@@ -29,50 +29,53 @@ def can_keep(op: tf.Operation, values: FrozenValues) -> bool:
     return sees_all and kernel.name in values.of_weights and given.name not in values.names
 
 
-def keep_filters(
-    nodes: dict[str, Any], sums: Collection[str], names: Iterable[str], outputs: Collection[str]
-) -> list[str]:
+def keep_filters(nodes: dict[str, Any], sums: Collection[str], names: Iterable[str], outputs: Collection[str]) -> None:
     """Rewrite convolutions, each with the bias, the sum and the activation that alone follow on it.
 
     Args:
         nodes: The nodes of a step by name.
-        sums: The additions that broadcast nothing; see `plain_sums`.
+        sums: The additions that broadcast nothing; see `sums_without_broadcast`.
         names: The convolutions.
         outputs: The nodes whose values the step returns.
-
-    Returns:
-        The convolutions on which a bias follows, which alone are rewritten.
     """
     rewriting = _Rewriting(nodes, sums, outputs)
-    rewritten = [name for name in names if rewriting.rewrite(nodes[name])]
+    for name in names:
+        rewriting.rewrite(nodes[name])
     rewriting.rename()
-    return rewritten
 
 
-def plain_sums(ops: Iterable[tf.Operation], values: FrozenValues) -> set[str]:
-    """Return the names of the additions of two tensors of one shape: of known sizes, but perhaps for the batch.
+def sums_without_broadcast(ops: Iterable[tf.Operation], values: FrozenValues) -> set[str]:
+    """Return the names of the additions of two tensors of one shape.
+
+    All sizes are known but perhaps that of the batch, which is the same if both are computed, example by example, of
+    one tensor.
 
     Args:
         ops: The ops of a step, each after those whose outputs it takes.
-        values: What of it is frozen, and has no batch.
+        values: The frozen tensors, which have no batch.
     """
-    batch_of: dict[str, str] = {}  # by tensor, the tensor whose batch it has
+    source_of: dict[str, str] = {}  # by tensor, the tensor of which it is computed example by example
     found = set()
     for op in ops:
-        taken = [tensor for tensor in op.inputs if tensor.name not in values.names]
-        batches = {batch_of.get(tensor.name, tensor.name) for tensor in taken}
-        # A kernel that trains is no tensor with a batch.
-        of_first = op.type in _WITHIN_EXAMPLES and batch_of.get(op.inputs[0].name, op.inputs[0].name)
-        keeps = {of_first} if of_first else batches if op.type in _PAIRWISE else set()
-        if len(keeps) == 1:
-            batch_of |= dict.fromkeys([output.name for output in op.outputs], *keeps)
-        if op.type == "AddV2" and len(taken) == 2:
-            one, other = (tensor.shape for tensor in taken)
-            is_known = bool(one.rank) and one.rank == other.rank
-            is_known = is_known and one[1:].is_fully_defined() and one[1:] == other[1:]
-            if is_known and (one[0] == other[0] if one[0] is not None else len(batches) == 1):
-                found.add(op.name)
+        moving = [tensor for tensor in op.inputs if tensor.name not in values.names]
+        sources = {source_of.get(tensor.name, tensor.name) for tensor in moving}
+        if op.type in _WITHIN_EXAMPLES:
+            # The first input has the examples; a kernel or bias that trains has none.
+            first = op.inputs[0].name
+            source_of[op.outputs[0].name] = source_of.get(first, first)
+        elif op.type in _PAIRWISE and len(sources) == 1:
+            (source_of[op.outputs[0].name],) = sources
+        if op.type == "AddV2" and len(moving) == 2 and _has_one_shape(*moving, of_one_source=len(sources) == 1):
+            found.add(op.name)
     return found
+
+
+def _has_one_shape(one: tf.Tensor, other: tf.Tensor, *, of_one_source: bool) -> bool:
+    if not one.shape.rank or one.shape.rank != other.shape.rank:
+        return False
+    rest, batch = one.shape[1:], one.shape[0]
+    has_one_batch = of_one_source if batch is None else batch == other.shape[0]
+    return bool(rest.is_fully_defined() and rest == other.shape[1:] and has_one_batch)
 
 
 class _Rewriting:
@@ -91,11 +94,11 @@ class _Rewriting:
             for taken in node.input if node.op != "Shape" else ():
                 self._takers[taken].append(node)
 
-    def rewrite(self, node: Any) -> bool:
-        """Rewrite a convolution, if a bias follows on it, and tell whether one did."""
+    def rewrite(self, node: Any) -> None:
+        """Rewrite a convolution."""
         bias = self._follower(node, {"BiasAdd"})
-        if bias is None:
-            return False
+        if bias is None:  # it waits for something
+            return
         added = self._follower(bias, {"AddV2"})
         # The other summand may be computed by what waits for this one, and would come before itself.
         is_free = self._watched.isdisjoint({node.name, bias.name})
@@ -116,24 +119,24 @@ class _Rewriting:
         self._renamed |= {part.name: parts[-1].name for part in parts[:-1]}
         node.name = parts[-1].name
         self._nodes[node.name] = node
-        return True
 
     def rename(self) -> None:
-        """Have those that look at the shape of what is gone, or wait for it, do so with what stands for it."""
+        """Have nodes that look at the shape of a removed node, or wait for it, do so with the one in its place."""
         for node in self._nodes.values():
             renamed = [self._new_name(name) for name in node.input]
             del node.input[:]
             node.input.extend(renamed)
 
     def _new_name(self, name: str) -> str:
-        bare = name.lstrip("^")
-        return name.replace(bare, self._renamed.get(bare, bare))
+        bare = name.removeprefix("^")
+        return ("^" if name[0] == "^" else "") + self._renamed.get(bare, bare)
 
     def _follower(self, node: Any, kinds: Collection[str]) -> Any:
-        """Return what alone takes the value of a node, if it is of some kind."""
+        """Return the node that alone takes the value of another, if it is of some kind and waits for nothing."""
         takers = self._takers[node.name]
-        alone = len(takers) == 1 and node.name not in self._outputs and takers[0].op in kinds
-        # One that stands for several by now has the name of the last of them.
-        is_there = alone and self._nodes.get(takers[0].name) is takers[0]
-        waits = is_there and any(name[0] == "^" for name in takers[0].input)
-        return takers[0] if is_there and not waits else None
+        if len(takers) != 1 or node.name in self._outputs or takers[0].op not in kinds:
+            return None
+        (taker,) = takers
+        # A sum that another convolution has taken in is there no more, though a node has its name.
+        is_there = self._nodes.get(taker.name) is taker
+        return taker if is_there and not any(name[0] == "^" for name in taker.input) else None

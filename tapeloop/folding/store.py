@@ -107,22 +107,21 @@ class FoldedPart:
         self._interventions = interventions
         self._seen = interventions.count
         self._built_of = fingerprint(weights)
-        self._is_tried = False
+        self._has_run = False
         for value in values:
             value.weights = self._built_of
 
-    def is_right(self) -> bool:
-        """Tell whether the step has kept the kernels that it was built with; asked after its first run."""
-        # Data may run code of the user's while the step runs first.
-        is_right = self._is_tried or not self.keeps_filters or fingerprint(self._weights) == self._built_of
-        self._is_tried = True
-        return is_right
+    def has_current_kernels(self) -> bool:
+        """Tell whether the kernels that the step keeps are those that it was built with; call it after each run."""
+        # The first run alone copies kernels, and data may run code of the user's meanwhile.
+        is_first, self._has_run = not self._has_run, True
+        return not (is_first and self.keeps_filters) or fingerprint(self._weights) == self._built_of
 
     def refresh(self) -> bool:
         """Compute the values anew if the weights have moved since they were computed.
 
         Returns:
-            Whether the step may go on. It may not if it keeps kernels of the weights as they were.
+            Whether the step may run. It may not if it keeps kernels, and weights have moved.
         """
         if self._seen == self._interventions.count:
             return True

@@ -8,7 +8,7 @@ import logging
 import math
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
@@ -91,7 +91,7 @@ class CompiledStep:
         counts, failure = _with_stop(StepCounts.of(self._counts), failure)
         # The counts are noted before each batch is drawn, so that they hold also if the step or the data has raised.
         cursor.advance(counts.batches)
-        self._forget_kept(values.is_right() for values in self._folded)
+        self._check_kernels()
         return counts, failure and cursor.error_behind(failure)
 
     def run_on_batch(self, batch: Any, before: tf.Tensor) -> tuple[StepCounts, dict[str, Any], BaseException | None]:
@@ -121,7 +121,7 @@ class CompiledStep:
         """Return what a step that predicts gives for a batch."""
         self._counts.assign(before)
         outputs = self._run_from_host(lambda: spec_of(batch), batch)
-        self._forget_kept(values.is_right() for values in self._folded)
+        self._check_kernels()
         return outputs
 
     def trace(self, cursor: BatchCursor) -> None:
@@ -179,13 +179,18 @@ class CompiledStep:
 
     def refresh(self) -> None:
         """Bring folded values up to date, if weights may have moved since the last step."""
-        self._forget_kept(values.refresh() for values in self._folded)
+        if not all(part.refresh() for part in self._folded):
+            self._give_up_kernels()
 
-    def _forget_kept(self, right: Iterable[bool]) -> None:
-        """Have the step built anew of the same trace, if it keeps kernels that are not the weights' any more."""
-        if not all(right):
-            self._folding.store.have_moved = True
-            self._forget_built()
+    def _check_kernels(self) -> None:
+        """Build the step anew if weights have moved while it ran first."""
+        if not all(part.has_current_kernels() for part in self._folded):
+            self._give_up_kernels()
+
+    def _give_up_kernels(self) -> None:
+        """Have the step built anew of the same trace, with convolutions that keep no kernels."""
+        self._folding.store.have_moved = True
+        self._forget_built()
 
     def split_at(self, plan_rest: Callable[[Any], StepPlan]) -> None:
         """Run on features if a cursor gives them: `plan_rest` plans the rest of the step for their signature."""

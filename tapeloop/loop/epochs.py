@@ -161,8 +161,7 @@ class EpochLoop:
         evaluation = self.evaluation()
         loader = data.validation(evaluation)
         averages = self._validation.values == "ema"
-        # A step of the user's may move what no step of ours would.
-        if averages or not self.steps.parts.is_plain() or self.steps.parts.compilation.autograph:
+        if averages or self.steps.parts.runs_user_code:
             self.steps.parts.interventions.note()
         with self.state.averages.swap(self.state.step) if averages else contextlib.nullcontext():
             logs = self.evaluate(evaluation, loader, display, "  validation", self._listeners)

@@ -101,7 +101,7 @@ class Objective:
     def reset(self) -> None:
         """Start the metrics anew."""
         for metric in self._stand_in.metrics:
-            # One of Keras' own stands for all that the trainer was made with.
+            # Keras keeps the metrics that the trainer was made with inside one of its own.
             inner = getattr(metric, "metrics", ()) if is_keras_own(metric) else ()
             for each in inner or [metric]:
                 reset(each)

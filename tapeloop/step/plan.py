@@ -129,6 +129,12 @@ class StepParts:
     def __post_init__(self) -> None:
         self.counts = new_counts(self.masks)
 
+    @property
+    def runs_user_code(self) -> bool:
+        """Whether some step runs code of the user's own, which may move what no step of the trainer's would."""
+        # AutoGraph is on if the user's class overrides a method of some step; `is_plain` speaks of training alone.
+        return self.compilation.autograph or not self.is_plain()
+
     @contextlib.contextmanager
     def acting(self, context: StepContext) -> Iterator[None]:
         """Have the trainer's verbs act on a step inside this context."""

@@ -5,8 +5,9 @@ import pytest
 
 import tapeloop as tl
 from tapeloop.tuning import candidates
-from tapeloop.tuning.candidates import OPTIONS, Facts, facts_of
+from tapeloop.tuning.candidates import OPTIONS, facts_of
 from tests.support import tuned
+from tests.support.tuned import facts
 
 Row = tl.TuningRow
 NOW, XLA, FOLD, ONE, HALF, REMAT = (
@@ -17,22 +18,6 @@ NOW, XLA, FOLD, ONE, HALF, REMAT = (
     {"frozen_dtype": "bfloat16"},
     {"remat": "blocks/*"},
 )
-PLAIN = Facts(
-    on_gpu=False,
-    uses_xla=False,
-    folds=False,
-    steps_per_call="auto",
-    frozen_dtype=None,
-    remats=False,
-    is_frozen=False,
-    can_lower=False,
-    blocks=(),
-    draws=False,
-)
-
-
-def facts(**others):
-    return Facts(**{**vars(PLAIN), **others})
 
 
 @pytest.mark.parametrize(
@@ -114,7 +99,7 @@ def facts_about(trainer):
 
 
 def test_the_facts_of_a_trainer():
-    assert facts_about(tl.Trainer(tuned.mlp(), loss="mse", fold_frozen=True)) == PLAIN
+    assert facts_about(tl.Trainer(tuned.mlp(), loss="mse", fold_frozen=True)) == facts()
     found = facts_about(tl.Trainer(tuned.mlp(keras.layers.Dropout(0.5)), tl.Freeze("base"), jit_compile=True))
     assert found == facts(uses_xla=True, folds=True, is_frozen=True, can_lower=True, draws=True)
     found = facts_about(tl.Trainer(tuned.mlp(), tl.Freeze("base"), frozen_dtype="bfloat16", remat="base"))

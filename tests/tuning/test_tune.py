@@ -14,7 +14,7 @@ import pytest
 import tensorflow as tf
 
 import tapeloop as tl
-from tapeloop.tuning import candidates, environment, measurement, server, tune
+from tapeloop.tuning import environment, measurement, server, tune
 from tapeloop.tuning.importable import Main, Unsendable
 from tests.support import tuned
 from tests.support.snapshot import snapshot
@@ -78,20 +78,7 @@ class Answers:
         self.closed = True
 
 
-FACTS = {
-    "facts": candidates.Facts(
-        on_gpu=False,
-        uses_xla=False,
-        folds=True,
-        steps_per_call="auto",
-        frozen_dtype=None,
-        remats=False,
-        is_frozen=True,
-        can_lower=True,
-        blocks="blocks/*",
-        draws=False,
-    )
-}
+FACTS = {"facts": tuned.facts(folds=True, is_frozen=True, can_lower=True, blocks="blocks/*")}
 
 
 def measured(step_ms, *, losses=(1.0, 0.5), **others):
