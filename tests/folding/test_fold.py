@@ -139,8 +139,10 @@ def test_kernels_are_kept_until_weights_move():
 
 def test_weights_moved_while_a_step_runs_first_and_put_back_are_noticed():
     losses = []
-    for trainer in pair(optimizer=keras.optimizers.SGD(0.0)):
-        steps, kernel = trainer._loop.steps, trainer.model.get_layer("base").layers[0].kernel
+    # A kernel that no chain takes in is kept as it is.
+    below = [lambda: layers.Conv2D(3, 3, padding="same", name="below")]
+    for trainer in pair(before=below, optimizer=keras.optimizers.SGD(0.0)):
+        steps, kernel = trainer._loop.steps, trainer.model.get_layer("below").kernel
         first, moved = kernel.numpy(), []
 
         def draw(x, y, steps=steps, kernel=kernel, first=first, moved=moved):
