@@ -6,11 +6,16 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
+import tensorflow as tf
+
 from tapeloop._validation import whole_number
 from tapeloop.checkpoint.contents import RunContents
 from tapeloop.checkpoint.verbs import SavesRuns
 from tapeloop.data.arguments import joined
 from tapeloop.data.loader import DataSpec
+from tapeloop.distribution.adoption import adopt
+from tapeloop.distribution.reduction import Reduction
+from tapeloop.distribution.replicas import Replicas
 from tapeloop.feature_cache.report import Frontier, frontier_of
 from tapeloop.feature_cache.storage import Memory
 from tapeloop.fitting import Fits
@@ -88,6 +93,7 @@ class Trainer(Fits, SavesRuns, ShowsItself, TunesItself, UserStep):
         jit_compile: bool | Literal["auto"] = "auto",
         run_eagerly: bool = False,
         steps_per_call: int | Literal["auto"] = "auto",
+        strategy: tf.distribute.Strategy | None = None,
         fold_frozen: bool | Literal["auto"] = "auto",
         frozen_dtype: Literal["bfloat16"] | None = None,
         log_updates: bool = False,
@@ -122,6 +128,9 @@ class Trainer(Fits, SavesRuns, ShowsItself, TunesItself, UserStep):
             run_eagerly: Whether steps run op by op in Python, for breakpoints and prints.
             steps_per_call: The number of steps that the loop in the graph runs before the host looks; `"auto"`: for
                 about 0.2 s.
+            strategy: The `OneDeviceStrategy`, `MirroredStrategy` or `MultiWorkerMirroredStrategy` in whose scope the
+                model was made: each batch is shared out among its devices, and the gradients of what trains are
+                averaged. The trainer itself is made outside of the scope.
             fold_frozen: Whether what the frozen part computes of its weights alone is computed once and not in each
                 step, and BatchNormalization goes into the convolution before it; `"auto"`: where a step runs 50 times
                 or more in a row. Losses then differ by rounding, about 1e-6; weights that are set by hand are noticed.
@@ -135,11 +144,15 @@ class Trainer(Fits, SavesRuns, ShowsItself, TunesItself, UserStep):
 
         Raises:
             TypeError: An argument is of the wrong type.
-            ValueError: An option has a value that it cannot have, the model has a step of its own, or it was made
-                under a distribution strategy.
+            ValueError: An option has a value that it cannot have, the model has a step of its own, or it was not made
+                in the scope of the strategy.
         """
         # Told by the class: a method that is replaced later on the object is called all the same, without AutoGraph.
         overridden = {name for name in OVERRIDABLE if getattr(type(self), name) is not vars(UserStep)[name]}
+        replicas = Replicas(strategy)
+        replicas.check_outside()
+        given = [optimizer, *(optimizer.values() if isinstance(optimizer, Mapping) else ())]
+        adopt(Tree.of(model), given, tf.nest.flatten([metrics, weighted_metrics]), replicas)
         check_one_device(Tree.of(model))
         if not ignore_model_step:
             check_own_step(model, overridden, type(self).__name__)
@@ -155,7 +168,14 @@ class Trainer(Fits, SavesRuns, ShowsItself, TunesItself, UserStep):
         parts = StepParts(
             bodies={"train": self.train_step, "eval": self.eval_step, "predict": self._predict_step},
             objective=objective,
-            updates=Updates(state.optimizers, Clipping(clip_norm), state.averages, state.loss_scale, statistics),
+            updates=Updates(
+                state.optimizers,
+                Clipping(clip_norm),
+                state.averages,
+                state.loss_scale,
+                statistics,
+                Reduction(replicas) if replicas.are_several else None,
+            ),
             attributes=UserAttributes(vars(self), model, type(self)),
             # Python's `if` and `for` over tensors are the user's to write; converting our own code costs a second.
             compilation=Compilation(bool(overridden), jit_compile, run_eagerly, steps_per_call),
@@ -165,6 +185,7 @@ class Trainer(Fits, SavesRuns, ShowsItself, TunesItself, UserStep):
             nonfinite=nonfinite,
             max_consecutive=handler.max_consecutive,
             masks=runs_on_gpu(),
+            replicas=replicas,
         )
         # From here on the methods of a step find what they act on.
         super().__init__(model, parts)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from tapeloop.data.batch import map_tensors, open_spec_of, tensors_in
+from tapeloop.data.batch import Share, map_tensors, open_spec_of, tensors_in
 from tapeloop.data.class_weight import ClassWeights, with_class_weights
 from tapeloop.data.cursor import BatchCursor, IteratorReader, layout_of
 from tapeloop.data.sampler import Sampler
@@ -43,14 +43,16 @@ class ArrayReader(NamedTuple):
         # Data of another length, or with a validation split, then runs in the trace that there is.
         return self._replace(tensors=open_spec_of(self.tensors), order=open_spec_of(self.order))
 
-    def read(self, number: tf.Tensor) -> Any:
-        """Return the batch of this number, counted from 0."""
+    def read(self, number: tf.Tensor, share: Share | None = None) -> Any:
+        """Return the batch of this number, counted from 0, or the share of one device of it."""
         # Arrays that lie with the host are gathered there: only the batch is copied to the device of the steps.
         with tf.device(self.device):
             if self.batch_size is None:  # then the shape of a batch is static, as XLA needs it
                 indices = tf.gather(self.order, number)
             else:
                 indices = self.order[number * self.batch_size : (number + 1) * self.batch_size]
+            # Of the indices: what other devices compute is not gathered here.
+            indices = indices if share is None else share.rows(indices)
             batch = map_tensors(lambda tensor: tf.gather(tensor, indices), self.tensors)
         return with_class_weights(batch, self.class_weights)
 

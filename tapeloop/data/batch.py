@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import keras
@@ -91,6 +92,39 @@ def rows_of(value: Any, start: Any, size: Any) -> Any:
     # By size and not from start to stop: XLA slices from anywhere, but no other number than one that is known.
     rest = [tf.shape(value)[axis] if length is None else length for axis, length in enumerate(value.shape)][1:]
     return tf.slice(value, [start, *[0] * len(rest)], [size, *rest])
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of the examples of a batch one of several devices computes: they differ by one at most.
+
+    Attributes:
+        number: The number of the device, counted from 0.
+        of: How many devices share the batch.
+    """
+
+    number: int
+    of: int
+
+    def bounds(self, examples: Any) -> tuple[Any, Any]:
+        """Return the first example of the share and the first behind it, of so many: a number, or a tensor."""
+        return self.number * examples // self.of, (self.number + 1) * examples // self.of
+
+    def sizes(self, examples: int) -> set[int]:
+        """Return the sizes that the shares of all devices have, of so many examples."""
+        return {stop - start for start, stop in (Share(n, self.of).bounds(examples) for n in range(self.of))}
+
+    def rows(self, batch: Any) -> Any:
+        """Return the share's examples of a batch; what has no dimensions is in every share."""
+        if self.of == 1:
+            return batch
+        start, stop = self.bounds(examples_of(batch))
+
+        def part_of(value: Any) -> Any:
+            is_scalar = not isinstance(value, tf.SparseTensor) and not value.shape.rank
+            return value if is_scalar else rows_of(value, start, stop - start)
+
+        return map_tensors(part_of, batch)
 
 
 def examples_of(batch: Any) -> Any:

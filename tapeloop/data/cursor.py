@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import tensorflow as tf
 
 from tapeloop._backend.assertions import came_up_drawing
-from tapeloop.data.batch import map_tensors, spec_of
+from tapeloop.data.batch import Share, map_tensors, spec_of
 from tapeloop.data.class_weight import ClassWeights, with_class_weights
 
 
@@ -20,8 +20,8 @@ class Reader(Protocol):
     def signature(self) -> Any:
         """Return the signature of readers of any number of examples."""
 
-    def read(self, number: tf.Tensor) -> Any:
-        """Return a batch, whose number counts from 0."""
+    def read(self, number: tf.Tensor, share: Share | None = None) -> Any:
+        """Return a batch, whose number counts from 0, or the share of one device of it."""
 
 
 class IteratorReader(NamedTuple):
@@ -55,8 +55,8 @@ class IteratorReader(NamedTuple):
         """Return the signature of such readers."""
         return self
 
-    def read(self, number: tf.Tensor) -> Any:
-        """Return the next batch, whatever its number is.
+    def read(self, number: tf.Tensor, share: Share | None = None) -> Any:
+        """Return the next batch, whatever its number is, or the share of one device of it.
 
         Raises:
             tf.errors.OutOfRangeError: There is none.
@@ -65,7 +65,7 @@ class IteratorReader(NamedTuple):
         batch = self.iterator.get_next()
         if self.layout is not None:
             batch = map_tensors(batch.__getitem__, self.layout)
-        return with_class_weights(batch, self.class_weights)
+        return with_class_weights(batch if share is None else share.rows(batch), self.class_weights)
 
 
 # Compared by identity: a compiled loop remembers the cursor that it was traced for.

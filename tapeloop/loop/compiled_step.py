@@ -6,6 +6,7 @@ import contextlib
 import functools
 import logging
 import math
+import time
 import warnings
 import weakref
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from tapeloop._backend.assertions import DRAWING, has_stopped, xla_refusal
 from tapeloop._backend.tracing import clock
 from tapeloop.data.batch import Features, after, examples_of, open_spec_of, spec_of, tensors_in
 from tapeloop.data.cursor import BatchCursor, IteratorReader, Reader, layout_of
+from tapeloop.distribution.spread import Spread
 from tapeloop.folding.fold import fold
 from tapeloop.folding.option import Folding
 from tapeloop.folding.store import FoldedPart
@@ -58,7 +60,8 @@ class CompiledStep:
         self._microbatches = microbatches if self.kind == "train" else Microbatches(1)
         self._folding = folding
         self._counts = planner.parts.counts
-        self._uses_xla = planner.parts.compilation.uses_xla
+        self._uses_xla = planner.parts.compilation.uses_xla and not planner.parts.replicas.are_several
+        self._spread = Spread(planner.parts.replicas, planner.parts.copies, self._counts)
         self._plan_rest: Callable[[Any], StepPlan] | None = None
         self._is_tried = False
         self.forget()
@@ -77,22 +80,29 @@ class CompiledStep:
         """
         start, most = tf.constant(cursor.position, tf.int64), 1 if self._is_on_trial else most
         limit = limits(most, self.planner.parts.max_consecutive)
-        seconds = tf.constant(self.pace.seconds, tf.float64)
+        # Workers that stopped by clocks of their own would wait for each other.
+        seconds = tf.constant(math.inf if self._spread.is_on else self.pace.seconds, tf.float64)
         self._counts.assign(before)
         failure: BaseException | None = None
         try:
             args = cursor.reader, start, before, limit, seconds
             if self._is_driven:
-                self._loop(functools.partial(self._run_from_host, cursor.spec), *args)
+                loop = functools.partial(self._loop, functools.partial(self._run_from_host, cursor.spec))
             else:
-                self._loop_over(cursor)(*args)
+                loop = self._loop_over(cursor)
+            self._spread.begin(id(self), weakref.ref(cursor), self.planner.parts.interventions.count)
+            began = time.perf_counter()
+            loop(*args)
         except BaseException as error:
             failure = error
         counts, failure = _with_stop(StepCounts.of(self._counts), failure)
         # The counts are noted before each batch is drawn, so that they hold also if the step or the data has raised.
         cursor.advance(counts.batches)
+        failure = failure and cursor.error_behind(failure)
+        if failure is None:
+            self.pace.adapt(counts.batches, self._spread.end(time.perf_counter() - began))
         self._check_kernels()
-        return counts, failure and cursor.error_behind(failure)
+        return counts, failure
 
     def run_on_batch(self, batch: Any, before: tf.Tensor) -> tuple[StepCounts, dict[str, Any], BaseException | None]:
         """Run one step on a batch in tensors.
@@ -111,7 +121,9 @@ class CompiledStep:
                 step = functools.partial(self._run_from_host, lambda: spec_of(batch))
                 counts, logs = self._alone(step, batch, counts)
             else:
-                counts, logs = self._single(batch)(batch, counts)
+                single = self._single(batch)
+                self._spread.renew(id(self), self.planner.parts.interventions.count)
+                counts, logs = single(batch, counts)
         except BaseException as error:
             failure = error
         ended, failure = _with_stop(StepCounts.of(counts), failure)
@@ -246,8 +258,14 @@ class CompiledStep:
         if key not in self._steps:
             self.trace_count += f"{spec}" not in self._counted
             self._counted.add(f"{spec}")
+            is_spread = self._spread.is_on and self.kind != "predict"
+            spec = self._spread.spec_of_share(spec) if is_spread else spec
             plan = self.plan(spec, folds=folds)
             step = atomic.build(self.planner, plan) if self.kind == "train" else self.planner.build_evaluation(plan)
+            if is_spread:
+                logged, alike = self.planner.logged_variables(), atomic.variables_of_updates(self.planner)
+                known = [*atomic.movable_variables(self.planner), *logged]
+                step = self._spread.add(step, spec, known, logged, alike)
             self._steps[key] = tf.function(step, autograph=False, jit_compile=True) if self._uses_xla else step
         return self._steps[key]
 
@@ -287,7 +305,12 @@ class CompiledStep:
             spec = open_spec_of(batch)
             # Between two batches anything may be set by hand, such as the weights of a target network.
             step = self._step(spec, folds=False)
-            alone = tf.function(lambda batch, counts: self._alone(step, batch, counts), autograph=False)
+            share = self._spread.of_worker
+
+            def run_alone(batch: Any, counts: tf.Tensor) -> tuple[tf.Tensor, dict[str, Any]]:
+                return self._alone(step, batch if share is None else share.rows(batch), counts)
+
+            alone = tf.function(run_alone, autograph=False)
             self._singles[key] = alone.get_concrete_function(spec, tf.TensorSpec([6], tf.int64))
         return self._singles[key]
 
@@ -321,7 +344,7 @@ class CompiledStep:
             with tf.device("CPU:0"):
                 noted, number = [] if self._counts_itself else [self._counts.assign(counts)], start + counts[0]
             with tf.control_dependencies(noted), tf.name_scope(DRAWING):
-                batch = reader.read(number)
+                batch = reader.read(number, self._spread.of_worker)
             # At the end of an iterator, what depends on nothing in the batch (a counter, a seed) would run once too
             # often. A control edge from the batch itself is not enough: TensorFlow drops it, since the step takes the
             # batch anyway.
@@ -344,7 +367,9 @@ class CompiledStep:
         with tf.device("CPU:0"):
             noted = self._counts.assign(counts)
         with tf.control_dependencies([noted]):
+            self._spread.begin_in_graph()
             outcome = step(batch)
+            self._spread.end_in_graph()
         with tf.device("CPU:0"):
             return counted(counts, outcome), self.planner.pop_logs()
 

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import math
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -371,9 +370,7 @@ class EpochLoop:
         # Between the call and the bookkeeping of it, Ctrl-C would leave the two apart.
         with deferred_interrupt():
             step.refresh()
-            began = time.perf_counter()
             counts, failure = step.run_steps(cursor, most, self._before())
-            step.pace.adapt(counts.batches, time.perf_counter() - began)
             if step.kind == "train":
                 assert self.state.under_way is not None
                 self.state.under_way.drawn += counts.batches

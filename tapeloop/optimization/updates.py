@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import tensorflow as tf
 
+from tapeloop.distribution.reduction import Reduction
 from tapeloop.model.selection import Selection
 from tapeloop.model.tree import VariableInfo
 from tapeloop.optimization.clipping import Clipping
@@ -106,6 +107,7 @@ class Updates:
         averages: The exponential moving averages of what trains.
         loss_scale: The number by which losses are multiplied, if a layer computes in float16.
         statistics: How large gradients and updates are, if the user asked.
+        reduction: Averages gradients over devices; None if there is only one.
     """
 
     optimizers: Optimizers
@@ -113,6 +115,7 @@ class Updates:
     averages: MovingAverages
     loss_scale: LossScale
     statistics: UpdateStatistics = field(default_factory=UpdateStatistics)
+    reduction: Reduction | None = None
 
     def prepare(self, selection: Selection, step: int, *, changing: bool) -> None:
         """Make all that training with a selection needs, before anything is traced.
@@ -136,6 +139,12 @@ class Updates:
         """Return the gradient of a loss for each variable that `tape` watches."""
         gradients = gradients_of(tape, loss, self.loss_scale.value, allow_unconnected=allow_unconnected)
         return list(zip(gradients, tape.variables))
+
+    def averaged(
+        self, gradients: Gradients, loss: tf.Tensor | None, examples: tf.Tensor
+    ) -> tuple[Gradients, tf.Tensor | None]:
+        """Return the gradients and the loss of the whole batch, of which this device has computed so many examples."""
+        return (gradients, loss) if self.reduction is None else self.reduction.averaged(gradients, loss, examples)
 
     def make(self, selection: Selection, gradients: Gradients) -> tf.Tensor:
         """Give variables their new values."""

@@ -98,6 +98,7 @@ def _finish(
 ) -> StepOutcome | None:
     """Make the updates that wait, take in the logs, and roll back a step that was not finite."""
     guard = context.guard
+    planner.note_examples(context, batch)
     total = context.make_deferred(computed) if context.deferred else computed.checksums
     # The logs stand beside the updates and not behind them, so that the graph need not wait for one to do the other.
     planner.parts.means["train"].update(computed.mean["logs"], examples_of(batch), guard.is_counted(total))
@@ -138,11 +139,16 @@ def _bookkeeping(planner: Planner) -> list[tf.Variable]:
     return [parts.counts, *parts.updates.loss_scale.variables, *check, *parts.means["train"].variables]
 
 
+def variables_of_updates(planner: Planner) -> list[tf.Variable]:
+    """List what the updates of a training step move, and what keeps count of them: the same on all devices."""
+    return [*planner.parts.updates.moved(planner.selection, planner.selection.trained), *_bookkeeping(planner)]
+
+
 def movable_variables(planner: Planner) -> list[tf.Variable]:
     """List everything that a training step may move: what it trains, what it is rolled back in, what keeps count."""
     parts, selection = planner.parts, planner.selection
     model = [variable.tf_variable for variable in selection.tree.variables]
-    mine = [*parts.updates.moved(selection, selection.trained), *parts.objective.variables, *_bookkeeping(planner)]
+    mine = [*variables_of_updates(planner), *parts.objective.variables]
     touched = [reference.deref() for reference in planner.touched]
     found = (*model, *mine, *touched, *parts.attributes.all_variables())
     return list({variable.ref(): variable for variable in found}.values())

@@ -59,6 +59,7 @@ class StepContext:
         numbers: The numbers among the trainer's attributes that the step has read: they become constants.
         assigned: The variables of the model that the user's part itself assigns to.
         used: The identities of the handles of the variables that are used as if they trained.
+        examples: How many examples the batch has, of which the step computes.
     """
 
     def __init__(self, kind: str, selection: Selection, counts: tf.Variable) -> None:
@@ -67,6 +68,7 @@ class StepContext:
         self.numbers: dict[str, Any] = {}
         self.assigned: set[VariableInfo] = set()
         self.used: set[int] = set()
+        self.examples: Any = None
         self._counts = counts
 
     def step(self) -> tf.Tensor:
@@ -291,6 +293,8 @@ class Training(StepContext):
         self, update: PendingUpdate, gradients: Gradients, loss: tf.Tensor | None, checksums: list[tf.Tensor]
     ) -> None:
         """Make an update, unless something in it, or in an update before it, is not finite."""
+        # First of all: what is looked at, clipped and applied is the update of the whole batch, on every device.
+        gradients, loss = self._updates.averaged(gradients, loss, self.examples)
         check = self.guard.check
         if check is not None:
             found = check.checksums(loss, gradients)

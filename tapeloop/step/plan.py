@@ -21,8 +21,10 @@ from tapeloop._backend.autograph import converted
 from tapeloop._backend.patching import inlined_functions
 from tapeloop._backend.traced_graph import moves_more_than_variables
 from tapeloop.data.batch import examples_of
+from tapeloop.distribution.adoption import Copies
+from tapeloop.distribution.replicas import Replicas
 from tapeloop.model.selection import Selection
-from tapeloop.model.tree import Model
+from tapeloop.model.tree import Model, raw
 from tapeloop.optimization import untracked_variables
 from tapeloop.optimization.finite_check import FiniteCheck, Guard, guard_for
 from tapeloop.optimization.updates import Updates
@@ -100,7 +102,9 @@ class StepParts:
         nonfinite: What an Inf or a NaN does: `"raise"`, `"skip"` or `"ignore"`.
         max_consecutive: The number of bad steps in a row after which training goes on.
         masks: Whether bad steps are masked if they can be; see `Masking`.
+        replicas: The devices that train together.
         policy: What trains; the loop resolves it for each phase.
+        copies: The copies of variables on the other devices of this process.
         interventions: Counts when code other than that of steps ran.
         counts: Where the loop in the graph keeps how far the run has come; see `new_counts`.
         means: The running means of what the steps of each kind return.
@@ -119,7 +123,9 @@ class StepParts:
     nonfinite: str
     max_consecutive: int
     masks: bool
+    replicas: Replicas
     policy: Any = None
+    copies: Copies = field(init=False)
     interventions: Interventions = field(default_factory=Interventions)
     counts: tf.Variable = field(init=False)
     means: dict[str, RunningMeans] = field(default_factory=lambda: {"train": RunningMeans(), "eval": RunningMeans()})
@@ -128,6 +134,7 @@ class StepParts:
 
     def __post_init__(self) -> None:
         self.counts = new_counts(self.masks)
+        self.copies = Copies(self.replicas)
 
     @property
     def runs_user_code(self) -> bool:
@@ -211,6 +218,7 @@ class Planner:
         ends = (
             self.check is not None
             and not self.masks
+            and not parts.replicas.are_several
             and parts.nonfinite == "raise"
             and parts.updates.loss_scale.value is None
         )
@@ -274,6 +282,7 @@ class Planner:
     def compute(self, context: StepContext, batch: Any) -> Any:
         """Run the user's part on a batch, and return what it computes: for `"predict"`, what it returns."""
         parts, tree = self.parts, self.selection.tree
+        self.note_examples(context, batch)
         # Losses that a call outside of the step has left on a layer are none of this step's.
         for submodel in tree.layers:
             keras_internals.forget_added_losses(submodel.object)
@@ -290,6 +299,18 @@ class Planner:
         compiled = parts.objective.results() if self.metrics.uses_compiled else ()
         logs = self.metrics.scalars(self.kind, result, watch, compiled)
         return context.computed(logs) if isinstance(context, Training) else logs
+
+    def note_examples(self, context: StepContext, batch: Any) -> None:
+        """Note how many examples gradients are about to be computed of, if they are averaged over devices by that."""
+        if self.parts.updates.reduction is not None:
+            context.examples = examples_of(batch)
+
+    def logged_variables(self) -> list[tf.Variable]:
+        """Return the variables that its steps add their logs up in: those of the logs, and of the metrics."""
+        parts, tree = self.parts, self.selection.tree
+        metrics = [*parts.attributes.metrics(), *layer_metrics(tree), *self.metrics.by_name.values()]
+        found = [raw(variable) for metric in dict.fromkeys(metrics) for variable in metric.variables]
+        return [*parts.means[self.kind].variables, *parts.objective.variables, *found]
 
     def warn_if_nothing_updates(self, context: StepContext) -> None:
         """Say once that a training step updates nothing: a call of `update` is likely missing."""

@@ -1,0 +1,123 @@
+"""Taking over what was made in the scope of a strategy, and keeping a copy of it on each device."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+
+import keras
+import tensorflow as tf
+
+from tapeloop._backend.collectives import leave_strategy, put_in
+from tapeloop.distribution.replicas import Replicas
+from tapeloop.errors import listed
+from tapeloop.model.tree import Tree, raw
+
+
+def adopt(tree: Tree, optimizers: Iterable[object], metrics: Iterable[object], replicas: Replicas) -> None:
+    """Have a model, its optimizers and its metrics keep their values in variables of one device.
+
+    TensorFlow makes a variable in the scope of a strategy as one that knows the copies of all devices, the same on each
+    worker. The trainer keeps the copies itself: so the model can be used anywhere, and all that is known of a step holds
+    for one device.
+
+    Args:
+        tree: The model.
+        optimizers: The user's optimizers.
+        metrics: The user's metrics.
+        replicas: Who trains.
+
+    Raises:
+        ValueError: The model was made outside of the strategy's scope, or has not made its variables.
+    """
+    strategy = replicas.strategy
+    if strategy is None:
+        return
+    unbuilt = [submodel.path or "the model itself" for submodel in tree.layers if not submodel.object.built]
+    if unbuilt and not isinstance(strategy, tf.distribute.OneDeviceStrategy):
+        raise ValueError(
+            f"Under a strategy the model must have made its variables, so that all workers begin with the same. "
+            f"{listed(unbuilt)} of it has none yet: call it once on an input within `strategy.scope()`, or use "
+            "`keras.Input`."
+        )
+    _check_scope(tree, strategy)
+    for variable in tree.variables:
+        _take_over(variable.variable)
+    for optimizer in optimizers:
+        if isinstance(optimizer, keras.optimizers.Optimizer):
+            for each in optimizer.variables:
+                _take_over(each)
+            leave_strategy(optimizer)
+    for metric in metrics:
+        for each in metric.variables if isinstance(metric, keras.metrics.Metric) else ():
+            _take_over(each)
+
+
+def _check_scope(tree: Tree, strategy: tf.distribute.Strategy) -> None:
+    if isinstance(strategy, tf.distribute.OneDeviceStrategy):
+        return
+    kind = type(strategy).__name__
+    outside, other, bare = [], [], []
+    for variable in tree.variables:
+        value = variable.tf_variable
+        if not isinstance(value, tf.distribute.DistributedValues):
+            outside.append(variable.path)
+        elif value.distribute_strategy is not strategy:
+            other.append(variable.path)
+        elif not isinstance(variable.variable, keras.Variable):
+            bare.append(variable.path)
+    if outside or other:
+        where = "outside of the scope of the strategy" if outside else "in the scope of another strategy"
+        raise ValueError(
+            f"The trainer was given a {kind}, and {listed(outside or other)} of the model were made {where}. Make the "
+            "model within it: `with strategy.scope(): model = ...`."
+        )
+    if bare:
+        raise ValueError(
+            f"Under a {kind} a trainer can take over Keras variables alone, and {listed(bare)} are TensorFlow's own. "
+            "Make them by `self.add_weight` of a Keras layer."
+        )
+
+
+def _take_over(variable: keras.Variable) -> None:
+    """Have a Keras variable keep its value in a variable of one device."""
+    value = raw(variable)
+    if isinstance(value, tf.distribute.DistributedValues):
+        first = value.values[0]
+        with tf.device(first.device):
+            put_in(variable, tf.Variable(first.read_value(), trainable=value.trainable, name=variable.name))
+
+
+class Copies:
+    """The copies of variables on the other devices of this process, made when they are first asked for."""
+
+    def __init__(self, replicas: Replicas) -> None:
+        self._devices = replicas.devices
+        # References: TensorFlow's variables have no hash.
+        self._copies: dict[object, list[tf.Variable]] = {}
+        self._renewed_at: Hashable = None
+
+    def of(self, variable: tf.Variable, replica: int) -> tf.Variable:
+        """Return the variable itself for the first device, and its copy for another."""
+        if not replica:
+            return variable
+        if variable.ref() not in self._copies:
+            made = []
+            for device in self._devices[1:]:
+                with tf.init_scope(), tf.device(device):
+                    made.append(tf.Variable(variable.read_value(), trainable=False, name="copy"))
+            self._copies[variable.ref()] = made
+        return self._copies[variable.ref()][replica - 1]
+
+    def all_of(self, variable: tf.Variable) -> list[tf.Variable]:
+        """Return the variable, and its copies on the other devices."""
+        return [self.of(variable, replica) for replica in range(len(self._devices))]
+
+    def renew(self, moment: Hashable) -> None:
+        """Give all copies the values that their variables have, unless this was done at the same moment."""
+        if moment == self._renewed_at:
+            return
+        self._renewed_at = moment
+        for reference, copies in self._copies.items():
+            value = reference.deref().read_value()  # type: ignore[attr-defined]
+            for copy in copies:
+                copy.assign(value, read_value=False)

@@ -1,0 +1,118 @@
+"""The devices that train together: those of this process, and those of other workers."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import tensorflow as tf
+
+from tapeloop._backend.collectives import Group, all_gathered
+from tapeloop.data.batch import Share
+
+SUPPORTED = tf.distribute.OneDeviceStrategy, tf.distribute.MirroredStrategy, tf.distribute.MultiWorkerMirroredStrategy
+# Collective ops find each other by two numbers, which all workers count up alike: they run the same program. TensorFlow
+# itself counts the keys of groups from 1 on, in the same table.
+_keys = itertools.count(1)
+_FIRST_GROUP = 7_000
+_groups: dict[tuple[str, ...], int] = {}
+
+
+class Replicas:
+    """The devices that train together, each on its share of every batch.
+
+    Attributes:
+        strategy: The user's strategy; None: one device, without any of this.
+        devices: The devices of this process.
+        workers: The number of processes.
+        worker: Which of them this is; the first is the chief.
+    """
+
+    def __init__(self, strategy: tf.distribute.Strategy | None = None) -> None:
+        """Look at a strategy.
+
+        Raises:
+            TypeError: It is none that a trainer can train under.
+        """
+        if strategy is not None and not isinstance(strategy, SUPPORTED):
+            names = ", ".join(f"`{kind.__name__}`" for kind in SUPPORTED)
+            raise TypeError(f"`strategy` must be one of {names}. Received: {strategy!r} of type {type(strategy)}.")
+        self.strategy = strategy
+        self.devices: tuple[str, ...] = () if strategy is None else tuple(strategy.extended.worker_devices)
+        self.workers = 1 if strategy is None else strategy.num_replicas_in_sync // len(self.devices)
+        self.worker = 0 if strategy is None or self.workers == 1 else _worker(strategy.cluster_resolver)
+        hint = "nccl" if all("GPU" in device for device in self.devices) and not _are_virtual() else "ring"
+        self._all = Group(_group_key(f"{self.workers}", *self.devices), self.count, hint)
+        self._first = Group(_group_key(f"{self.workers}", "first", *self.devices[:1]), self.workers, "ring")
+
+    @property
+    def count(self) -> int:
+        """How many devices train together."""
+        return self.workers * max(1, len(self.devices))
+
+    @property
+    def are_several(self) -> bool:
+        """Whether there is more than one."""
+        return self.count > 1
+
+    @property
+    def is_chief(self) -> bool:
+        """Whether this process is the one that writes files and shows progress."""
+        return self.worker == 0
+
+    @property
+    def of_worker(self) -> Share | None:
+        """The share that this process has of a batch; None: all of it."""
+        return Share(self.worker, self.workers) if self.workers > 1 else None
+
+    def of_replica(self, number: int) -> Share:
+        """Return the share that one device of this process has of the process's share."""
+        return Share(number, len(self.devices))
+
+    def group(self) -> tuple[Group, int]:
+        """Return the group of all devices, and the number of a new collective op of it."""
+        return self._all, next(_keys)
+
+    def gathered(self, values: Any) -> Any:
+        """Return what all workers give, of shape `[workers, ...]`: each waits for the others.
+
+        Args:
+            values: A list of whole numbers, as many on each worker.
+        """
+        given = tf.constant(values, tf.int64)
+        if self.workers == 1:
+            return given[None].numpy()
+        with tf.device(self.devices[0]):
+            rows = all_gathered(given[None], self._first, next(_keys))
+        return rows.numpy()
+
+    def from_chief(self, number: int) -> int:
+        """Return the number that the chief gives."""
+        return int(self.gathered([number])[0, 0])
+
+    def check_outside(self) -> None:
+        """Check that no scope of a strategy is open: what a trainer makes is none of the strategy's.
+
+        Raises:
+            RuntimeError: One is.
+        """
+        if tf.distribute.has_strategy() and not isinstance(tf.distribute.get_strategy(), tf.distribute.OneDeviceStrategy):
+            raise RuntimeError(
+                "The trainer is used within `strategy.scope()`. Only the model, its optimizer and its metrics are made "
+                "there: make the trainer, and call it, after the `with` block."
+            )
+
+
+def _worker(resolver: Any) -> int:
+    """Return the number of this process among the workers, the chief first."""
+    has_chief = "chief" in resolver.cluster_spec().jobs
+    return int(resolver.task_id or 0) + (has_chief and resolver.task_type != "chief")
+
+
+def _are_virtual() -> bool:
+    """Tell whether several logical GPUs share one, for which NCCL has no ring."""
+    return len(tf.config.list_physical_devices("GPU")) < len(tf.config.list_logical_devices("GPU"))
+
+
+def _group_key(*names: str) -> int:
+    return _FIRST_GROUP + _groups.setdefault(names, len(_groups))

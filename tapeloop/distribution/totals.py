@@ -1,0 +1,66 @@
+"""What devices add up on their own while a call of the loop runs, put together when it ends."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import tensorflow as tf
+
+from tapeloop._backend.collectives import all_reduced
+from tapeloop.distribution.adoption import Copies
+from tapeloop.distribution.replicas import Replicas
+
+
+class Totals:
+    """Sums and averages over all devices, between which nothing goes over the wire.
+
+    Sums, such as those of logs and metrics, go on from what they were on the chief's first device, and from zero on
+    all others: so their sum is that of all batches, whoever has seen them. What each device moves by itself, such as
+    batch statistics, becomes its mean: a moving average of means is the mean of the moving averages.
+    """
+
+    def __init__(
+        self, sums: Sequence[tf.Variable], averaged: Sequence[tf.Variable], replicas: Replicas, copies: Copies
+    ) -> None:
+        self._replicas, self._copies = replicas, copies
+        self._sums = sums
+        self._token = tf.Variable(0.0, trainable=False, name="token")
+        self._by_dtype: dict[tf.DType, list[tuple[tf.Variable, float]]] = {tf.float64: []}
+        for variables, share in ((sums, 1.0), (averaged, 1.0 / replicas.count)):
+            for variable in variables:
+                self._by_dtype.setdefault(variable.dtype, []).append((variable, share))
+        for variable in (self._token, *sums, *averaged):
+            copies.all_of(variable)
+        self.begin = tf.function(self._begin, autograph=False)
+        self.end = tf.function(self._end, autograph=False, input_signature=[tf.TensorSpec((), tf.float64)])
+
+    def _begin(self) -> None:
+        """Have each sum go on from what it is on the first of all devices alone."""
+        for variable in self._sums:
+            for replica, copy in enumerate(self._copies.all_of(variable)):
+                if replica or not self._replicas.is_chief:
+                    copy.assign(tf.zeros_like(copy))
+
+    def _end(self, seconds: tf.Tensor) -> tf.Tensor:
+        """Give every device the sums and the averages of all, and return the mean of the seconds that a call took."""
+        seconds = seconds / self._replicas.count
+        for dtype, pairs in self._by_dtype.items():
+            told = [seconds] if dtype == tf.float64 else []
+            if not pairs and not told:
+                continue
+            group, instance = self._replicas.group()
+            sizes = [math.prod(variable.shape) for variable, _ in pairs] + [1] * len(told)
+            for replica, device in enumerate(self._replicas.devices):
+                with tf.device(device):
+                    own = [(self._copies.of(variable, replica), share) for variable, share in pairs]
+                    # A share of 1 is left out: whole numbers have no others.
+                    parts = [copy if share == 1 else copy * tf.cast(share, dtype) for copy, share in own]
+                    flat = tf.concat([tf.reshape(part, [-1]) for part in (*parts, *told)], 0)
+                    token = self._copies.of(self._token, replica)
+                    added = tf.split(all_reduced(flat, group, instance, token=token), sizes)
+                    for (copy, _), value in zip(own, added):
+                        copy.assign(tf.reshape(value, copy.shape))
+                    if told and not replica:
+                        seconds_of_all = tf.reshape(added[-1], ())
+        return seconds_of_all
