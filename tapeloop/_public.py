@@ -13,6 +13,7 @@ from tapeloop.errors import (
     NonFiniteError,
     PolicyError,
     TapeloopError,
+    WorkerError,
 )
 from tapeloop.feature_cache.report import Frontier
 from tapeloop.learning_rate_search.search import LearningRateSearch, find_learning_rate
@@ -64,6 +65,7 @@ __all__ = [
     "TuningRow",
     "VariableInfo",
     "VariablePolicy",
+    "WorkerError",
     "find_learning_rate",
     "first",
     "glob",

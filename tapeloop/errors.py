@@ -106,6 +106,15 @@ class CheckpointError(TapeloopError):
     """
 
 
+class WorkerError(TapeloopError, ConnectionError):
+    """Workers that train together do not agree on what they train, or one of them is gone.
+
+    Example:
+        >>> issubclass(tl.WorkerError, tl.TapeloopError)
+        True
+    """
+
+
 class DataError(TapeloopError, ValueError):
     """The data is empty, or does not fit the model.
 

@@ -8,11 +8,14 @@ import os
 from collections.abc import Collection, Mapping
 from typing import Any, Literal, NoReturn, overload
 
+import keras
 import numpy as np
 import tensorflow as tf
 
+from tapeloop._backend.fingerprint import fingerprint
 from tapeloop._keras_names import check_no_others
 from tapeloop._validation import whole_number
+from tapeloop._version import __version__
 from tapeloop.callbacks.keras_callbacks import KerasCallbacks
 from tapeloop.checkpoint.checkpoints import Checkpoints
 from tapeloop.checkpoint.contents import RunContents
@@ -21,6 +24,7 @@ from tapeloop.data.arguments import check_validation_data, is_array, joined, pac
 from tapeloop.data.batch import as_tensors, check_examples, examples_of, open_spec_of, tensors_in
 from tapeloop.data.loader import DataLoader, DataSpec
 from tapeloop.data.sampler import Sampler
+from tapeloop.distribution.agreement import require_agreement
 from tapeloop.dry_run import DryRun
 from tapeloop.dry_run import dry_run as trace_phases
 from tapeloop.feature_cache.cache import CachedData, FeatureCache
@@ -30,7 +34,8 @@ from tapeloop.loop.fit_data import FitData, Validation
 from tapeloop.loop.history import History
 from tapeloop.loop.progress import ProgressDisplay
 from tapeloop.loop.state import Resumption, TrainerState
-from tapeloop.model.tree import Model
+from tapeloop.model.tree import Model, Tree
+from tapeloop.policies.recorded import described
 from tapeloop.step.plan import StepParts
 
 
@@ -184,10 +189,10 @@ class Fits:
             self.state.averages.check_exists()
         spec = DataSpec("x", data, batch_size, ("steps_per_epoch", steps_per_epoch), class_weight, shuffle)
         cache = FeatureCache(self._features, feature_cache, feature_cache_views)
-        display = ProgressDisplay(verbose)
+        display = self._display(verbose)
         if dry_run:
             return self._dry_run(spec, validation_spec, epochs)
-        with opened(checkpoint, self._contents) as session:
+        with opened(checkpoint, self._contents, is_chief=self._parts.replicas.is_chief) as session:
             fit_data, span = self._prepare(spec, validation_spec, epochs, cache, session)
             listener.check_groups(self._loop.phases.groups_to_come)
             listener.set_params(epochs=epochs, steps=fit_data.loader.batches_per_epoch, verbose=verbose)
@@ -236,9 +241,11 @@ class Fits:
         """
         check_no_others(self.evaluate, others)
         self._loop.check_idle()
-        listener, display = self._keras_callbacks(callbacks), ProgressDisplay(verbose)
+        listener, display = self._keras_callbacks(callbacks), self._display(verbose)
         loader = self._loader(joined(x, y, sample_weight), batch_size, steps)
+        self._parts.replicas.require_examples(loader.name, loader.smallest_batch)
         self._loop.steps.build(self.model, loader.specs)
+        require_agreement(self._parts.replicas, {"the batches": loader.batches_per_epoch})
         listener.set_params(epochs=1, steps=loader.batches_per_epoch, verbose=verbose)
         self._parts.interventions.note()  # whoever calls this may have set weights, such as a callback within a fit
         step, averages = self._loop.evaluation(), self.state.averages
@@ -278,6 +285,7 @@ class Fits:
             check_examples([tensor for tensor in tensors_in(batch) if tensor.shape.rank], "the batch")
         if self.state.microbatches.count > 1:
             self.state.microbatches.require_examples(tf.get_static_value(examples_of(batch)))
+        self._parts.replicas.require_examples("the batch", tf.get_static_value(examples_of(batch)))
         self._loop.steps.build(self.model, lambda: iter([open_spec_of(batch)]))
         return self._loop.train_on_batch(batch)
 
@@ -311,7 +319,7 @@ class Fits:
             (8, 2)
         """
         check_no_others(self.predict, others)
-        listener, display = self._keras_callbacks(callbacks), ProgressDisplay(verbose)
+        listener, display = self._keras_callbacks(callbacks), self._display(verbose)
         # A list of arrays is several inputs, as Keras has it: of targets there is no need.
         data = (x,) if isinstance(x, list) and all(map(is_array, x)) else joined(x)
         loader = self._loader(data, batch_size, steps)
@@ -346,6 +354,11 @@ class Fits:
     @stop_training.setter
     def stop_training(self, value: bool) -> None:
         self._loop.stop_training = bool(value)
+
+    def _display(self, verbose: int | str) -> ProgressDisplay:
+        """Return where progress is shown: by the chief alone, if there are several workers."""
+        display = ProgressDisplay(verbose)
+        return display if self._parts.replicas.is_chief else ProgressDisplay(0)
 
     def _keras_callbacks(self, callbacks: Any) -> KerasCallbacks:
         return KerasCallbacks(callbacks, self.model, self._loop, self._parts.objective)
@@ -382,10 +395,17 @@ class Fits:
             session: The folder of checkpoints, if there is one.
         """
         span, resumption = self.state.plan_fit(epochs, None if session is None else session.resumption)
+        replicas = self._parts.replicas
+        # First what decides how often workers wait for each other from here on.
+        found = None if resumption is None else (resumption.epoch, resumption.progress)
+        require_agreement(replicas, {**self._described(), "epochs": span, "the checkpoint": found})
         seed = Sampler(spec.shuffle, self._seed).seed if resumption is None else resumption.shuffle_seed
+        seed = seed if seed is None else replicas.from_chief(seed)
         spec = dataclasses.replace(spec, seed=seed)
         fit_data = self._fit_data(spec, validation_spec, span, resumption, cache)
-        self.state.microbatches.require_examples(fit_data.loader.smallest_batch)
+        self.state.microbatches.require_examples(replicas.smallest_share(fit_data.loader.smallest_batch))
+        for loader in fit_data.loaders:
+            replicas.require_examples(loader.name, loader.smallest_batch)
         # Whatever is wrong with the options is said before the model is built, which costs a trace.
         is_eager, is_saved = self._parts.compilation.run_eagerly, session is not None
         specs = [spec] if validation_spec is None else [spec, validation_spec]
@@ -395,10 +415,29 @@ class Fits:
             session.resume(span)
         # A policy is asked about variables, which a model that was not called before has only now.
         self._loop.phases.resolve_to_come()
+        require_agreement(replicas, {"the data": fit_data.described(), "the weights": self._fingerprint()})
         self.state.begin_fit(span, fit_data.resumption, seed)
         if self.state.is_of_later_fit:
             fit_data.pass_over(epochs)
         return fit_data, span
+
+    def _described(self) -> dict[str, object]:
+        """Return what workers that train together must have in common, by what it is called."""
+        tree, state = Tree.of(self.model), self.state
+        return {
+            "the versions": {"tapeloop": __version__, "tensorflow": tf.__version__, "keras": keras.__version__},
+            "the class": f"{type(self).__module__}.{type(self).__name__}",
+            "the model": [(v.path, v.shape, v.dtype, v.trainable) for v in tree.variables],
+            "the policy": described(self._parts.policy),
+            "the optimizers": state.optimizers.settings(None),
+            "the options": [self._parts.compilation, self._parts.nonfinite, state.microbatches.count],
+            "the step": (state.step, state.epoch),
+        }
+
+    def _fingerprint(self) -> str:
+        if self._parts.replicas.workers == 1:
+            return ""
+        return fingerprint([variable.tf_variable for variable in Tree.of(self.model).variables]).hex()
 
     def _fit_data(
         self,

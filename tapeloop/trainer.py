@@ -14,6 +14,7 @@ from tapeloop.checkpoint.verbs import SavesRuns
 from tapeloop.data.arguments import joined
 from tapeloop.data.loader import DataSpec
 from tapeloop.distribution.adoption import adopt
+from tapeloop.distribution.options import check_options
 from tapeloop.distribution.reduction import Reduction
 from tapeloop.distribution.replicas import Replicas
 from tapeloop.feature_cache.report import Frontier, frontier_of
@@ -29,7 +30,7 @@ from tapeloop.loop.state import TrainerState
 from tapeloop.loop.step_cache import StepCache
 from tapeloop.loop.steps_per_call import Pace
 from tapeloop.model.filters import FilterLike
-from tapeloop.model.suitability import check_one_device, check_own_step
+from tapeloop.model.suitability import check_own_step
 from tapeloop.model.tree import AnyModel, Tree
 from tapeloop.optimization.clipping import Clipping
 from tapeloop.optimization.ema import MovingAverages
@@ -153,7 +154,6 @@ class Trainer(Fits, SavesRuns, ShowsItself, TunesItself, UserStep):
         replicas.check_outside()
         given = [optimizer, *(optimizer.values() if isinstance(optimizer, Mapping) else ())]
         adopt(Tree.of(model), given, tf.nest.flatten([metrics, weighted_metrics]), replicas)
-        check_one_device(Tree.of(model))
         if not ignore_model_step:
             check_own_step(model, overridden, type(self).__name__)
         Pace(steps_per_call)  # raises if the number is wrong
@@ -163,7 +163,10 @@ class Trainer(Fits, SavesRuns, ShowsItself, TunesItself, UserStep):
         self.state = TrainerState(Optimizers(optimizer), MovingAverages(ema), LossScale(), Microbatches(microbatches))
         # Found now and not in the first step: it is a matter of the options alone.
         if self.state.microbatches.adapts or self.state.microbatches.count > 1:
-            objective.check_averages()
+            objective.check_averages("Micro-batches", "set `microbatches=1`")
+        if replicas.are_several:
+            check_options(Tree.of(model), microbatches, jit_compile, run_eagerly=run_eagerly)
+            objective.check_averages("Devices", "train on one device")
         state, statistics = self.state, UpdateStatistics(is_on=log_updates)
         parts = StepParts(
             bodies={"train": self.train_step, "eval": self.eval_step, "predict": self._predict_step},

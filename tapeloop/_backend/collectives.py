@@ -83,3 +83,9 @@ def leave_strategy(optimizer: keras.optimizers.Optimizer) -> None:
     """
     optimizer._distribution_strategy = tf.distribute.get_strategy()
 
+
+def is_lost(error: BaseException) -> bool:
+    """Tell whether an error says that a device of a group is gone: TensorFlow aborts the ops of the others then."""
+    names = "UnavailableError", "AbortedError", "CancelledError", "DeadlineExceededError"
+    is_internal = isinstance(error, tf.errors.InternalError) and "ollective" in str(error)
+    return is_internal or isinstance(error, tuple(getattr(tf.errors, name) for name in names))

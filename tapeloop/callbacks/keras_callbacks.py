@@ -22,6 +22,8 @@ from tapeloop.step.objective import Objective
 
 # Keras' callbacks that save the optimizer of a compiled model, which a trainer's model has not.
 REFUSED = "BackupAndRestore", "OrbaxCheckpoint"
+# Keras' callbacks that write files, of which the chief's are enough.
+WRITING = (keras.callbacks.ModelCheckpoint, keras.callbacks.CSVLogger, keras.callbacks.TensorBoard)
 OF_TRAIN_BATCHES = "on_batch_begin", "on_batch_end", "on_train_batch_begin", "on_train_batch_end"
 OF_TEST_BATCHES = "on_test_batch_begin", "on_test_batch_end"
 
@@ -85,12 +87,15 @@ class KerasCallbacks(FitListener):
         # Keras' own averages are those of its optimizers; the trainer swaps its own.
         self.swaps_averages = any(isinstance(each, keras.callbacks.SwapEMAWeights) for _, each in pairs)
         pairs = [pair for pair in pairs if not isinstance(pair[1], keras.callbacks.SwapEMAWeights)]
+        # What all workers go by is the same on all, those included that one worker alone runs.
+        self._looks_at_steps = any(keras_internals.needs_batches(each, OF_TRAIN_BATCHES) for _, each in pairs)
+        self._looks_at_tests = any(keras_internals.needs_batches(each, OF_TEST_BATCHES) for _, each in pairs)
+        if not loop.steps.parts.replicas.is_chief:
+            pairs = [pair for pair in pairs if not isinstance(pair[1], WRITING)]
         self._loop = loop
         self._callbacks = [callback for _, callback in pairs]
         self._groups = [group for group, _ in pairs]
         self._views = [ModelView(model, loop, objective, group) for group, _ in pairs]
-        self._looks_at_steps = any(keras_internals.needs_batches(each, OF_TRAIN_BATCHES) for each in self._callbacks)
-        self._looks_at_tests = any(keras_internals.needs_batches(each, OF_TEST_BATCHES) for each in self._callbacks)
         self._is_testing = False
         self._at_start: list[dict[str, Any]] = []
         self._saved: tuple[Any, Callable[[str], Any]] | None = None

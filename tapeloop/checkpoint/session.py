@@ -43,15 +43,17 @@ class CheckpointSession(FitListener):
         found: The checkpoint that the fit goes on from, or None.
     """
 
-    def __init__(self, options: Checkpoints, contents: RunContents) -> None:
+    def __init__(self, options: Checkpoints, contents: RunContents, *, is_chief: bool = True) -> None:
         """Choose the folder.
 
         Args:
             options: The user's options.
             contents: What the run is made of.
+            is_chief: Whether this is the worker that writes; the others resume from what is there, and keep its times.
         """
         self.found: SavedRun | None = None
         self._options = options
+        self._is_chief = is_chief
         # Once and for all: the program may change its working directory.
         self._folder = options.path.absolute()
         self._contents = contents
@@ -82,6 +84,8 @@ class CheckpointSession(FitListener):
         within = "" if drawn is None else f" and {format_count(drawn, 'batch', 'batches')}"
         trained = f"{format_count(epoch, 'epoch')}{within}"
         rest = "" if epoch < epochs.stop else f". All {len(epochs)} epochs of the fit are trained already"
+        if not self._is_chief:
+            return
         # A warning, since Python shows no others unless it is told to, and nobody should have to guess.
         _LOG.warning("Resuming from %s: step %s, after %s%s.", self.found.folder, step, trained, rest)
 
@@ -100,7 +104,7 @@ class CheckpointSession(FitListener):
 
         return found.record["callbacks"], read
 
-    def take_folder(self) -> FolderLock:
+    def take_folder(self) -> FolderLock | None:
         """Take the folder, and look for a checkpoint to go on from.
 
         Raises:
@@ -112,15 +116,18 @@ class CheckpointSession(FitListener):
                 f"{folder} is a checkpoint, and no directory of a run. Give its parent to go on there, or call "
                 "`trainer.load` with it and give `fit` a new directory."
             )
+        lock = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            lock = FolderLock(folder)
+            if self._is_chief:
+                lock = FolderLock(folder)
         except OSError as error:
             raise CheckpointError(
                 f"{folder} cannot be written: {error.strerror}. Choose a directory that this process may write."
             ) from None
         try:
-            files.remove_leftovers(folder)
+            if self._is_chief:
+                files.remove_leftovers(folder)
             found = self._store.newest(self._contents.require_readable)
             if found is None and options.resume == "must":
                 raise CheckpointError(f"`resume` is 'must', and there is no checkpoint in {folder}.")
@@ -142,7 +149,8 @@ class CheckpointSession(FitListener):
                         "newest."
                     )
         except BaseException:
-            lock.release()
+            if lock is not None:
+                lock.release()
             raise
         return lock
 
@@ -202,7 +210,7 @@ class CheckpointSession(FitListener):
             _LOG.warning(
                 "`keep_best` is %r, and the numbers that the epoch logged are %s: no best is kept.", best, said
             )
-        is_best = any(map(self._is_best, known.values()))
+        is_best = self._is_chief and any(map(self._is_best, known.values()))
         if is_best or (every is not None and self._contents.loop.state.epoch % every == 0):
             self._save()
 
@@ -215,6 +223,8 @@ class CheckpointSession(FitListener):
 
     def on_stop(self, stop: BaseException) -> None:
         """Save the run before a signal ends it, and say so."""
+        if not self._is_chief:
+            return
         name = "Ctrl-C" if isinstance(stop, KeyboardInterrupt) else signal.Signals(stop.args[0]).name
         # A run that has not come to where it was yet stands on the disk as it is.
         if not self._contents.loop.is_resuming:
@@ -248,6 +258,9 @@ class CheckpointSession(FitListener):
 
     def _save(self) -> None:
         """Save the run as it is now; files are written while training goes on."""
+        if not self._is_chief:
+            self._saved_at, self._saved = time.monotonic(), self._now()
+            return
         # One copy of the state at a time: a second would take as much memory as the first.
         self._writer.wait()
         contents = self._contents
@@ -310,13 +323,14 @@ def _require_state(policy: VariablePolicy) -> None:
 
 @contextlib.contextmanager
 def opened(
-    options: Checkpoints | str | os.PathLike[str] | None, contents: RunContents
+    options: Checkpoints | str | os.PathLike[str] | None, contents: RunContents, *, is_chief: bool = True
 ) -> Iterator[CheckpointSession | None]:
     """Hold a folder of checkpoints inside this context, for a fit to go on from and to save itself in.
 
     Args:
         options: The user's options, or the folder alone; None: the fit is not saved.
         contents: What the run is made of.
+        is_chief: Whether this is the worker that writes.
 
     Raises:
         CheckpointError: The folder cannot be written, another run uses it, or `resume` forbids what is there.
@@ -326,9 +340,11 @@ def opened(
         return
     if not isinstance(options, (Checkpoints, str, os.PathLike)):
         raise TypeError(f"`checkpoint` must be a directory or `tl.Checkpoints(...)`. Received: {options!r}.")
-    session = CheckpointSession(options if isinstance(options, Checkpoints) else Checkpoints(options), contents)
+    given = options if isinstance(options, Checkpoints) else Checkpoints(options)
+    session = CheckpointSession(given, contents, is_chief=is_chief)
     lock = session.take_folder()
     try:
         yield session
     finally:
-        lock.release()
+        if lock is not None:
+            lock.release()

@@ -11,6 +11,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tapeloop._backend.assertions import require
 from tapeloop.errors import DataError
 
 
@@ -101,24 +102,31 @@ class Share:
     Attributes:
         number: The number of the device, counted from 0.
         of: How many devices share the batch.
+        least: How many examples the batch must have: each device computes on one or more.
     """
 
     number: int
     of: int
+    least: int = 1
 
     def bounds(self, examples: Any) -> tuple[Any, Any]:
         """Return the first example of the share and the first behind it, of so many: a number, or a tensor."""
         return self.number * examples // self.of, (self.number + 1) * examples // self.of
 
-    def sizes(self, examples: int) -> set[int]:
-        """Return the sizes that the shares of all devices have, of so many examples."""
-        return {stop - start for start, stop in (Share(n, self.of).bounds(examples) for n in range(self.of))}
-
     def rows(self, batch: Any) -> Any:
         """Return the share's examples of a batch; what has no dimensions is in every share."""
         if self.of == 1:
             return batch
-        start, stop = self.bounds(examples_of(batch))
+        examples = examples_of(batch)
+        if not isinstance(examples, int):
+            check = require(
+                examples >= self.least, "A batch of", examples, f"cannot be shared by {self.least} devices."
+            )
+            with tf.control_dependencies([check]):
+                examples = tf.identity(examples)
+        elif examples < self.least:
+            raise DataError(f"A batch of {examples} cannot be shared by {self.least} devices. Make it larger.")
+        start, stop = self.bounds(examples)
 
         def part_of(value: Any) -> Any:
             is_scalar = not isinstance(value, tf.SparseTensor) and not value.shape.rank

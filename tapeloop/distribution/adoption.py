@@ -16,9 +16,9 @@ from tapeloop.model.tree import Tree, raw
 def adopt(tree: Tree, optimizers: Iterable[object], metrics: Iterable[object], replicas: Replicas) -> None:
     """Have a model, its optimizers and its metrics keep their values in variables of one device.
 
-    TensorFlow makes a variable in the scope of a strategy as one that knows the copies of all devices, the same on each
-    worker. The trainer keeps the copies itself: so the model can be used anywhere, and all that is known of a step holds
-    for one device.
+    TensorFlow makes a variable in the scope of a strategy as one that knows the copies of all devices, the same on
+    each worker. The trainer keeps the copies itself: so the model can be used anywhere, and what is known of a step
+    holds for one device.
 
     Args:
         tree: The model.
@@ -27,10 +27,12 @@ def adopt(tree: Tree, optimizers: Iterable[object], metrics: Iterable[object], r
         replicas: Who trains.
 
     Raises:
-        ValueError: The model was made outside of the strategy's scope, or has not made its variables.
+        ValueError: The model was made outside of the strategy's scope, or has not made its variables; or it was made in
+            one, and there is none.
     """
     strategy = replicas.strategy
     if strategy is None:
+        _check_plain(tree)
         return
     unbuilt = [submodel.path or "the model itself" for submodel in tree.layers if not submodel.object.built]
     if unbuilt and not isinstance(strategy, tf.distribute.OneDeviceStrategy):
@@ -50,6 +52,16 @@ def adopt(tree: Tree, optimizers: Iterable[object], metrics: Iterable[object], r
     for metric in metrics:
         for each in metric.variables if isinstance(metric, keras.metrics.Metric) else ():
             _take_over(each)
+
+
+def _check_plain(tree: Tree) -> None:
+    for variable in tree.variables:
+        if isinstance(variable.tf_variable, tf.distribute.DistributedValues):
+            kind = type(variable.tf_variable.distribute_strategy).__name__
+            raise ValueError(
+                f"`{variable.path}` of the model was made in the scope of a {kind}, and the trainer was given none. "
+                "Pass `strategy=strategy`, or make the model outside of the scope to train on one device."
+            )
 
 
 def _check_scope(tree: Tree, strategy: tf.distribute.Strategy) -> None:

@@ -19,8 +19,8 @@ MOST_BYTES = 2**25  # of one message: smaller ones are put together, a larger gr
 class Reduction:
     """Averages the gradients of all devices by the examples that each has computed them of.
 
-    A loss is a mean over examples, so that the mean of the devices' gradients, weighted by their numbers of examples, is
-    the gradient of the whole batch, however uneven the shares are.
+    A loss is a mean over examples, so that the mean of the devices' gradients, weighted by their numbers of examples,
+    is the gradient of the whole batch, however uneven the shares are.
 
     Source: Goyal et al., Accurate, Large Minibatch SGD, section 3, https://arxiv.org/abs/1706.02677
 

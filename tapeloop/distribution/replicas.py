@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import tensorflow as tf
 
-from tapeloop._backend.collectives import Group, all_gathered
+from tapeloop._backend.collectives import Group, all_gathered, is_lost
 from tapeloop.data.batch import Share
+from tapeloop.errors import DataError, WorkerError
 
 SUPPORTED = tf.distribute.OneDeviceStrategy, tf.distribute.MirroredStrategy, tf.distribute.MultiWorkerMirroredStrategy
 # Collective ops find each other by two numbers, which all workers count up alike: they run the same program. TensorFlow
@@ -63,11 +66,11 @@ class Replicas:
     @property
     def of_worker(self) -> Share | None:
         """The share that this process has of a batch; None: all of it."""
-        return Share(self.worker, self.workers) if self.workers > 1 else None
+        return Share(self.worker, self.workers, self.count) if self.workers > 1 else None
 
     def of_replica(self, number: int) -> Share:
         """Return the share that one device of this process has of the process's share."""
-        return Share(number, len(self.devices))
+        return Share(number, len(self.devices), len(self.devices))
 
     def group(self) -> tuple[Group, int]:
         """Return the group of all devices, and the number of a new collective op of it."""
@@ -79,16 +82,55 @@ class Replicas:
         Args:
             values: A list of whole numbers, as many on each worker.
         """
-        given = tf.constant(values, tf.int64)
-        if self.workers == 1:
-            return given[None].numpy()
-        with tf.device(self.devices[0]):
-            rows = all_gathered(given[None], self._first, next(_keys))
-        return rows.numpy()
+        given = tf.constant([values], tf.int64)
+        with self.noticing_loss(), tf.device(self.devices[0]):
+            return all_gathered(given, self._first, next(_keys)).numpy()
 
     def from_chief(self, number: int) -> int:
         """Return the number that the chief gives."""
-        return int(self.gathered([number])[0, 0])
+        return number if self.workers == 1 else int(self.gathered([number])[0, 0])
+
+    def any_of_workers(self, value: bool) -> bool:
+        """Tell whether a value is true on any worker."""
+        return value if self.workers == 1 else bool(self.gathered([value]).any())
+
+    def lost(self, failure: BaseException) -> WorkerError | None:
+        """Return the error that says that another worker is gone, if that is what a failure comes from."""
+        if self.workers == 1 or not is_lost(failure):
+            return None
+        return WorkerError(
+            f"Worker {self.worker} of {self.workers} had to stop: another worker is gone, or cannot be reached. Look "
+            "at its log, and start all workers again: with `fit(checkpoint=...)` the run resumes from the last "
+            "checkpoint, with as many workers or another number."
+        )
+
+    @contextlib.contextmanager
+    def noticing_loss(self) -> Iterator[None]:
+        """Say inside this context that another worker is gone, where TensorFlow says that an op was aborted."""
+        try:
+            yield
+        except tf.errors.OpError as error:
+            raise self.lost(error) or error from None
+
+    def require_examples(self, name: str, examples: int | None) -> None:
+        """Check that each device gets an example of a batch of so many, if that is known.
+
+        Raises:
+            DataError: It does not.
+        """
+        if examples is not None and examples < self.count:
+            raise DataError(
+                f"`{name}` has a batch of {examples} for {self.count} devices, each of which computes a share of it. "
+                "Choose another `batch_size`, or leave out the examples that are left over."
+            )
+
+    def smallest_share(self, examples: int | None) -> int | None:
+        """Return how many examples of a batch of so many the device with the fewest gets, if that is known."""
+        return examples if examples is None or self.count == 1 else examples // self.workers // len(self.devices)
+
+    def on_first(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which ops run on the first device of this process."""
+        return tf.device(self.devices[0]) if self.devices else contextlib.nullcontext()
 
     def check_outside(self) -> None:
         """Check that no scope of a strategy is open: what a trainer makes is none of the strategy's.
@@ -96,7 +138,9 @@ class Replicas:
         Raises:
             RuntimeError: One is.
         """
-        if tf.distribute.has_strategy() and not isinstance(tf.distribute.get_strategy(), tf.distribute.OneDeviceStrategy):
+        if tf.distribute.has_strategy() and not isinstance(
+            tf.distribute.get_strategy(), tf.distribute.OneDeviceStrategy
+        ):
             raise RuntimeError(
                 "The trainer is used within `strategy.scope()`. Only the model, its optimizer and its metrics are made "
                 "there: make the trainer, and call it, after the `with` block."

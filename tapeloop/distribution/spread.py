@@ -161,13 +161,24 @@ class Spread:
             self._copies.renew(moment)
             self._totals.begin()
 
-    def end(self, seconds: float) -> float:
-        """Put together what the devices have added up in a call, and return the mean of the seconds that it took."""
-        return seconds if self._totals is None else float(self._totals.end(tf.constant(seconds, tf.float64)))
+    def end(self, seconds: float, is_stopping: bool) -> tuple[float, bool]:
+        """Put together what the devices have added up in a call.
 
-    def renew(self, *moment: Hashable) -> None:
-        """Give the other devices of this process the values that the first has, as `begin` does."""
-        self._copies.renew(moment)
+        Args:
+            seconds: How long it took here.
+            is_stopping: Whether this process is about to end.
+
+        Returns:
+            How long it took on average, and whether any process is about to end: the same on all.
+        """
+        if self._totals is None:
+            return seconds, is_stopping
+        mean, stopping = self._totals.end(tf.constant([seconds, is_stopping], tf.float64)).numpy()
+        return float(mean), bool(stopping)
+
+    def renew(self) -> None:
+        """Give the other devices of this process the values that the first has, whatever was set since."""
+        self._copies.renew(object())
 
     def begin_in_graph(self) -> None:
         """Have the logs of a single step begin, in the graph that runs it."""
@@ -177,7 +188,7 @@ class Spread:
     def end_in_graph(self) -> None:
         """Put together the logs of a single step, in the graph that runs it."""
         if self._totals is not None:
-            self._totals.end(tf.zeros((), tf.float64))
+            self._totals.end(tf.zeros(2, tf.float64))
 
 
 def _once(variables: Iterable[tf.Variable]) -> Iterator[tf.Variable]:

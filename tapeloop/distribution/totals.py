@@ -33,7 +33,7 @@ class Totals:
         for variable in (self._token, *sums, *averaged):
             copies.all_of(variable)
         self.begin = tf.function(self._begin, autograph=False)
-        self.end = tf.function(self._end, autograph=False, input_signature=[tf.TensorSpec((), tf.float64)])
+        self.end = tf.function(self._end, autograph=False, input_signature=[tf.TensorSpec([2], tf.float64)])
 
     def _begin(self) -> None:
         """Have each sum go on from what it is on the first of all devices alone."""
@@ -42,25 +42,23 @@ class Totals:
                 if replica or not self._replicas.is_chief:
                     copy.assign(tf.zeros_like(copy))
 
-    def _end(self, seconds: tf.Tensor) -> tf.Tensor:
-        """Give every device the sums and the averages of all, and return the mean of the seconds that a call took."""
-        seconds = seconds / self._replicas.count
+    def _end(self, told: tf.Tensor) -> tf.Tensor:
+        """Give every device the sums and the averages of all, and return the means of two numbers that each tells."""
+        means = told / self._replicas.count
         for dtype, pairs in self._by_dtype.items():
-            told = [seconds] if dtype == tf.float64 else []
-            if not pairs and not told:
-                continue
+            own_numbers = [means] if dtype == tf.float64 else []
             group, instance = self._replicas.group()
-            sizes = [math.prod(variable.shape) for variable, _ in pairs] + [1] * len(told)
+            sizes = [math.prod(variable.shape) for variable, _ in pairs] + [2] * len(own_numbers)
             for replica, device in enumerate(self._replicas.devices):
                 with tf.device(device):
                     own = [(self._copies.of(variable, replica), share) for variable, share in pairs]
                     # A share of 1 is left out: whole numbers have no others.
                     parts = [copy if share == 1 else copy * tf.cast(share, dtype) for copy, share in own]
-                    flat = tf.concat([tf.reshape(part, [-1]) for part in (*parts, *told)], 0)
+                    flat = tf.concat([tf.reshape(part, [-1]) for part in (*parts, *own_numbers)], 0)
                     token = self._copies.of(self._token, replica)
                     added = tf.split(all_reduced(flat, group, instance, token=token), sizes)
                     for (copy, _), value in zip(own, added):
                         copy.assign(tf.reshape(value, copy.shape))
-                    if told and not replica:
-                        seconds_of_all = tf.reshape(added[-1], ())
-        return seconds_of_all
+                    if own_numbers and not replica:
+                        result = added[-1]
+        return result

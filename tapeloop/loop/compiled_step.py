@@ -66,17 +66,20 @@ class CompiledStep:
         self._is_tried = False
         self.forget()
 
-    def run_steps(self, cursor: BatchCursor, most: int, before: tf.Tensor) -> tuple[StepCounts, BaseException | None]:
+    def run_steps(
+        self, cursor: BatchCursor, most: int, before: tf.Tensor, is_stopping: Callable[[], bool] = lambda: False
+    ) -> tuple[StepCounts, BaseException | None, bool]:
         """Run steps on the next batches of a cursor, until the host has something to do.
 
         Args:
             cursor: Where batches come from.
             most: The highest number of steps.
             before: How far the run has come; see `counts_before`.
+            is_stopping: Tells whether this process is about to end.
 
         Returns:
-            How the steps ended, and the exception that ended the loop, if there was one: that of the last step, which
-            then does not count, or of the data.
+            How the steps ended; the exception that ended the loop, if there was one: that of the last step, which then
+            does not count, or of the data; and whether any process that trains is about to end.
         """
         start, most = tf.constant(cursor.position, tf.int64), 1 if self._is_on_trial else most
         limit = limits(most, self.planner.parts.max_consecutive)
@@ -99,10 +102,13 @@ class CompiledStep:
         # The counts are noted before each batch is drawn, so that they hold also if the step or the data has raised.
         cursor.advance(counts.batches)
         failure = failure and cursor.error_behind(failure)
+        stops = False
         if failure is None:
-            self.pace.adapt(counts.batches, self._spread.end(time.perf_counter() - began))
+            with self.planner.parts.replicas.noticing_loss():
+                seconds, stops = self._spread.end(time.perf_counter() - began, is_stopping())
+            self.pace.adapt(counts.batches, seconds)
         self._check_kernels()
-        return counts, failure
+        return counts, failure, stops
 
     def run_on_batch(self, batch: Any, before: tf.Tensor) -> tuple[StepCounts, dict[str, Any], BaseException | None]:
         """Run one step on a batch in tensors.
@@ -122,7 +128,7 @@ class CompiledStep:
                 counts, logs = self._alone(step, batch, counts)
             else:
                 single = self._single(batch)
-                self._spread.renew(id(self), self.planner.parts.interventions.count)
+                self._spread.renew()
                 counts, logs = single(batch, counts)
         except BaseException as error:
             failure = error

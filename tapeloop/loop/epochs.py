@@ -19,7 +19,7 @@ from tapeloop.errors import DataError, TapeloopError
 from tapeloop.loop.compiled_step import CompiledStep
 from tapeloop.loop.fit_data import FitData, Validation
 from tapeloop.loop.history import History, LazyLogs, Phase
-from tapeloop.loop.interrupts import StopRequested, deferred_interrupt
+from tapeloop.loop.interrupts import CommonEnd, StopRequested, deferred_interrupt
 from tapeloop.loop.listener import FitListener
 from tapeloop.loop.nonfinite import NonFiniteHandler
 from tapeloop.loop.phases import ActivePhase, PhaseTracker
@@ -64,6 +64,7 @@ class EpochLoop:
         self._validation = Validation()
         self._data_is_new = True
         self._read_logs: Callable[[], tuple[dict[str, Any], int]] = lambda: ({}, 0)
+        self._end = CommonEnd(steps.parts.replicas.workers)
 
     def fit(
         self,
@@ -99,7 +100,10 @@ class EpochLoop:
                     listener.before_epoch(number - epochs.start)
                 if self.stop_training:
                     break
-                logs = self._run_epoch(data, display, f"epoch {number + 1 - epochs.start}/{len(epochs)}", history)
+                with self._end.held():
+                    logs = self._run_epoch(data, display, f"epoch {number + 1 - epochs.start}/{len(epochs)}", history)
+                    # A callback that goes by more than the logs may have ended it on one worker alone.
+                    self.stop_training = self.steps.parts.replicas.any_of_workers(self.stop_training)
                 # An interrupt comes before all of this, or after it.
                 with deferred_interrupt():
                     state.epoch, state.logs, state.under_way = number + 1, logs, None
@@ -109,6 +113,8 @@ class EpochLoop:
                     listener.after_epoch(logs)
             for listener in listeners:
                 listener.after_fit(logs)
+            # What the chief has written by now, the next fit of each worker finds.
+            self.steps.parts.replicas.any_of_workers(False)
         except BaseException as error:
             if isinstance(error, (KeyboardInterrupt, StopRequested)):
                 for listener in listeners:
@@ -233,7 +239,7 @@ class EpochLoop:
             counts, logs, failure = step.run_on_batch(batch, self._before())
             self._take_in(step, counts)
         if failure is not None:
-            raise refusal(failure) or failure
+            raise refusal(failure) or self.steps.parts.replicas.lost(failure) or failure
         self._is_reset = step
         return {name: on_the_host(value) for name, value in logs.items()}
 
@@ -275,11 +281,12 @@ class EpochLoop:
             )
 
     def check_idle(self) -> None:
-        """Check that no epoch is under way.
+        """Check that no epoch is under way, and no scope of a strategy is open.
 
         Raises:
-            RuntimeError: An epoch is under way.
+            RuntimeError: An epoch is under way, or a scope is open.
         """
+        self.steps.parts.replicas.check_outside()
         if self.runs:
             raise RuntimeError(
                 "`fit` or `evaluate` was called within an epoch of the same trainer, whose metrics it would start "
@@ -370,15 +377,17 @@ class EpochLoop:
         # Between the call and the bookkeeping of it, Ctrl-C would leave the two apart.
         with deferred_interrupt():
             step.refresh()
-            counts, failure = step.run_steps(cursor, most, self._before())
+            counts, failure, stops = step.run_steps(cursor, most, self._before(), self._end.is_asked)
             if step.kind == "train":
                 assert self.state.under_way is not None
                 self.state.under_way.drawn += counts.batches
                 self._take_in(step, counts)
         if failure is not None:
-            failure = refusal(failure) or failure
+            failure = refusal(failure) or self.steps.parts.replicas.lost(failure) or failure
             _locate(failure, f"batch {cursor.number} of `{loader.name}` (the first is 0)", cursor.number)
             raise failure
+        if stops:
+            self._end.come()
         return counts.batches
 
     def _phase_on_batch(self) -> ActivePhase:

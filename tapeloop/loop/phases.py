@@ -243,6 +243,9 @@ class PhaseTracker:
             changing = type(self.policy).at is not VariablePolicy.at
             self._steps.parts.updates.prepare(selection, self._state.step, changing=changing)
             warn_zero_terms(selection)
+            if self._steps.parts.replicas.are_several:
+                self._steps.parts.interventions.note()  # rates were set, on one device alone
+                interventions += 1
             self._prepared = selection, interventions
         # Asked no more often than needed: at the largest common divisor of all that the policies say.
         every_steps = math.gcd(*(each.every for each in policies if each.every is not None))

@@ -6,9 +6,6 @@ from collections.abc import Collection
 from typing import Any
 
 import keras
-import tensorflow as tf
-
-from tapeloop.model.tree import Tree
 
 # What a Keras model may override for its own `fit`.
 FIT_METHODS = ("train_step", "compute_loss", "compute_metrics", "test_step")
@@ -37,21 +34,3 @@ def check_own_step(model: Any, overridden: Collection[str], trainer: str) -> Non
                 f"trainer has its own step. Subclass `Trainer` and write it as `{step}` or `compute_loss` there, or "
                 "pass `ignore_model_step=True` to train with the trainer's step and loss all the same."
             )
-
-
-def check_one_device(tree: Tree) -> None:
-    """Check that a model was not made under a distribution strategy.
-
-    Raises:
-        ValueError: It was.
-    """
-    # A model shows its strategy by its variables, wherever the trainer is made.
-    strategy = tf.distribute.get_strategy() if tf.distribute.has_strategy() else None
-    for variable in tree.variables:
-        if isinstance(variable.tf_variable, tf.distribute.DistributedValues):
-            strategy = variable.tf_variable.distribute_strategy
-    if strategy is not None and not isinstance(strategy, tf.distribute.OneDeviceStrategy):
-        raise ValueError(
-            f"The model was made under {type(strategy).__name__}, or the trainer is made within its scope. A trainer "
-            "trains on one device: make both outside of `strategy.scope()`."
-        )

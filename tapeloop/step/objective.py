@@ -106,8 +106,12 @@ class Objective:
             for each in inner or [metric]:
                 reset(each)
 
-    def check_averages(self) -> None:
-        """Check that the losses are means over examples, as averaging over pieces of a batch takes them to be.
+    def check_averages(self, parts: str, remedy: str) -> None:
+        """Check that the losses are means over examples, as averaging over parts of a batch takes them to be.
+
+        Args:
+            parts: Who computes a part of a batch.
+            remedy: What else the user can do.
 
         Raises:
             ValueError: One of them is not.
@@ -117,8 +121,8 @@ class Objective:
             # The first is a sum, the second is divided by weights of the piece: neither is a mean over examples.
             if reduction in ("sum", "mean_with_sample_weight"):
                 raise ValueError(
-                    f"Micro-batches average losses by examples, which the reduction {reduction!r} of {loss!r} is not "
-                    "made for. Take 'sum_over_batch_size', or set `microbatches=1`."
+                    f"{parts} average losses by examples, which the reduction {reduction!r} of {loss!r} is not "
+                    f"made for. Take 'sum_over_batch_size', or {remedy}."
                 )
 
     @property

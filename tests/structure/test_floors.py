@@ -15,6 +15,7 @@ FLOORS = (
     ("_backend",),
     ("data",),
     ("model",),
+    ("distribution",),
     ("plots", "policies", "optimization"),
     ("step",),
     ("folding",),
