@@ -243,7 +243,6 @@ class Fits:
         self._loop.check_idle()
         listener, display = self._keras_callbacks(callbacks), self._display(verbose)
         loader = self._loader(joined(x, y, sample_weight), batch_size, steps)
-        self._parts.replicas.require_examples(loader.name, loader.smallest_batch)
         self._loop.steps.build(self.model, loader.specs)
         require_agreement(self._parts.replicas, {"the batches": loader.batches_per_epoch})
         listener.set_params(epochs=1, steps=loader.batches_per_epoch, verbose=verbose)
@@ -404,8 +403,7 @@ class Fits:
         spec = dataclasses.replace(spec, seed=seed)
         fit_data = self._fit_data(spec, validation_spec, span, resumption, cache)
         self.state.microbatches.require_examples(replicas.smallest_share(fit_data.loader.smallest_batch))
-        for loader in fit_data.loaders:
-            replicas.require_examples(loader.name, loader.smallest_batch)
+        replicas.require_examples("x", fit_data.loader.smallest_batch)
         # Whatever is wrong with the options is said before the model is built, which costs a trace.
         is_eager, is_saved = self._parts.compilation.run_eagerly, session is not None
         specs = [spec] if validation_spec is None else [spec, validation_spec]

@@ -63,14 +63,17 @@ class Replicas:
         """Whether this process is the one that writes files and shows progress."""
         return self.worker == 0
 
-    @property
-    def of_worker(self) -> Share | None:
-        """The share that this process has of a batch; None: all of it."""
-        return Share(self.worker, self.workers, self.count) if self.workers > 1 else None
+    def of_worker(self, *, trains: bool) -> Share | None:
+        """Return the share that this process has of a batch; None: all of it.
 
-    def of_replica(self, number: int) -> Share:
+        Args:
+            trains: Whether each device needs an example of every batch.
+        """
+        return Share(self.worker, self.workers, self.count * trains) if self.workers > 1 else None
+
+    def of_replica(self, number: int, *, trains: bool) -> Share:
         """Return the share that one device of this process has of the process's share."""
-        return Share(number, len(self.devices), len(self.devices))
+        return Share(number, len(self.devices), len(self.devices) * trains)
 
     def group(self) -> tuple[Group, int]:
         """Return the group of all devices, and the number of a new collective op of it."""

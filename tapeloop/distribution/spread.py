@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from tapeloop._backend.collectives import called_with
 from tapeloop._backend.traced_graph import TracedGraph
-from tapeloop.data.batch import Share, open_spec_of, sized_spec_of, tensors_in
+from tapeloop.data.batch import Share, examples_of, open_spec_of, sized_spec_of, tensors_in
 from tapeloop.distribution.adoption import Copies
 from tapeloop.distribution.replicas import Replicas
 from tapeloop.distribution.totals import Totals
@@ -30,6 +30,8 @@ class SpreadStep:
         shared: tf.Variable,
         replicas: Replicas,
         copies: Copies,
+        *,
+        may_skip: bool,
     ) -> None:
         """Trace the step for one device, and make the copies for the others.
 
@@ -40,12 +42,13 @@ class SpreadStep:
             shared: The one variable of which there are no copies: it says how far the run has come.
             replicas: Who trains.
             copies: The copies of the other variables.
+            may_skip: Whether a device without an example has nothing to do.
 
         Raises:
             ValueError: It uses something that cannot be copied to several devices.
         """
         self._function = tf.function(step, autograph=False).get_concrete_function(spec)
-        self._replicas, self._copies = replicas, copies
+        self._replicas, self._copies, self._may_skip = replicas, copies, may_skip
         graph = TracedGraph(self._function, known)
         variables = [graph.variables.get(name) for name in graph.captures]
         self._variables = [None if variable is shared else variable for variable in variables]
@@ -74,7 +77,8 @@ class SpreadStep:
         def on_replica() -> list[tf.Tensor]:
             numbered = tf.distribute.get_replica_context().replica_id_in_sync_group
             number = int(tf.get_static_value(numbered)) % devices
-            returned.append(self._on(number, self._replicas.of_replica(number).rows(batch)))
+            share = self._replicas.of_replica(number, trains=not self._may_skip).rows(batch)
+            returned.append(self._on(number, share))
             return [value for value in tf.nest.flatten(returned[-1]) if value is not None]
 
         results = strategy.experimental_local_results(strategy.run(on_replica))
@@ -87,6 +91,13 @@ class SpreadStep:
         return tf.nest.pack_sequence_as(returned[0], structure)
 
     def _on(self, replica: int, batch: Any) -> Any:
+        """Run the step on the share of one device; an evaluation leaves out a device that has no example."""
+        examples = examples_of(batch) if self._may_skip else 1
+        if isinstance(examples, int):
+            return self._run(replica, batch) if examples else None
+        return tf.cond(examples > 0, lambda: self._run(replica, batch), lambda: None)
+
+    def _run(self, replica: int, batch: Any) -> Any:
         captures = [
             outer if variable is None else self._copies.of(variable, replica).handle
             for outer, variable in zip(self._function.captured_inputs, self._variables)
@@ -97,15 +108,16 @@ class SpreadStep:
 class Spread:
     """The steps of one kind for one selection, spread over the devices that train together."""
 
-    def __init__(self, replicas: Replicas, copies: Copies, shared: tf.Variable) -> None:
+    def __init__(self, replicas: Replicas, copies: Copies, shared: tf.Variable, *, trains: bool) -> None:
         """Keep what the steps are spread over.
 
         Args:
             replicas: Who trains.
             copies: The copies of variables on the other devices of this process.
             shared: The variable of which there are none.
+            trains: Whether the steps train, so that each device needs an example of every batch.
         """
-        self._replicas, self._copies, self._shared = replicas, copies, shared
+        self._replicas, self._copies, self._shared, self._trains = replicas, copies, shared, trains
         self._written: dict[Any, tf.Variable] = {}
         self._totals: Totals | None = None
 
@@ -117,7 +129,7 @@ class Spread:
     @property
     def of_worker(self) -> Share | None:
         """The share that this process has of a batch; None: all of it."""
-        return self._replicas.of_worker
+        return self._replicas.of_worker(trains=self._trains)
 
     def spec_of_share(self, spec: Any) -> Any:
         """Return the signature of the share that one device has of batches of a signature.
@@ -144,7 +156,7 @@ class Spread:
             logged: Those that it adds its logs up in.
             alike: Those that it moves in the same way on all devices.
         """
-        spread = SpreadStep(step, spec, known, self._shared, self._replicas, self._copies)
+        spread = SpreadStep(step, spec, known, self._shared, self._replicas, self._copies, may_skip=not self._trains)
         settled = {variable.ref() for variable in (*logged, *alike, self._shared)}
         own = {variable.ref(): variable for variable in spread.written if variable.dtype.is_floating}
         self._written |= {reference: variable for reference, variable in own.items() if reference not in settled}

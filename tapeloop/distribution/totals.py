@@ -25,11 +25,8 @@ class Totals:
     ) -> None:
         self._replicas, self._copies = replicas, copies
         self._sums = sums
+        self._shares = [*((each, 1.0) for each in sums), *((each, 1.0 / replicas.count) for each in averaged)]
         self._token = tf.Variable(0.0, trainable=False, name="token")
-        self._by_dtype: dict[tf.DType, list[tuple[tf.Variable, float]]] = {tf.float64: []}
-        for variables, share in ((sums, 1.0), (averaged, 1.0 / replicas.count)):
-            for variable in variables:
-                self._by_dtype.setdefault(variable.dtype, []).append((variable, share))
         for variable in (self._token, *sums, *averaged):
             copies.all_of(variable)
         self.begin = tf.function(self._begin, autograph=False)
@@ -44,21 +41,18 @@ class Totals:
 
     def _end(self, told: tf.Tensor) -> tf.Tensor:
         """Give every device the sums and the averages of all, and return the means of two numbers that each tells."""
-        means = told / self._replicas.count
-        for dtype, pairs in self._by_dtype.items():
-            own_numbers = [means] if dtype == tf.float64 else []
-            group, instance = self._replicas.group()
-            sizes = [math.prod(variable.shape) for variable, _ in pairs] + [2] * len(own_numbers)
-            for replica, device in enumerate(self._replicas.devices):
-                with tf.device(device):
-                    own = [(self._copies.of(variable, replica), share) for variable, share in pairs]
-                    # A share of 1 is left out: whole numbers have no others.
-                    parts = [copy if share == 1 else copy * tf.cast(share, dtype) for copy, share in own]
-                    flat = tf.concat([tf.reshape(part, [-1]) for part in (*parts, *own_numbers)], 0)
-                    token = self._copies.of(self._token, replica)
-                    added = tf.split(all_reduced(flat, group, instance, token=token), sizes)
-                    for (copy, _), value in zip(own, added):
-                        copy.assign(tf.reshape(value, copy.shape))
-                    if own_numbers and not replica:
-                        result = added[-1]
-        return result
+        group, instance = self._replicas.group()
+        sizes = [math.prod(variable.shape) for variable, _ in self._shares] + [2]
+        results = []
+        for replica, device in enumerate(self._replicas.devices):
+            with tf.device(device):
+                own = [(self._copies.of(variable, replica), share) for variable, share in self._shares]
+                # All in one message: float64 holds whole numbers and float32 as they are.
+                parts = [tf.reshape(tf.cast(copy, tf.float64) * share, [-1]) for copy, share in own]
+                flat = tf.concat([*parts, told / self._replicas.count], 0)
+                token = self._copies.of(self._token, replica)
+                *added, means = tf.split(all_reduced(flat, group, instance, token=token), sizes)
+                for (copy, _), value in zip(own, added):
+                    copy.assign(tf.cast(tf.reshape(value, copy.shape), copy.dtype))
+                results.append(means)
+        return results[0]

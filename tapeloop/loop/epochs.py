@@ -100,7 +100,7 @@ class EpochLoop:
                     listener.before_epoch(number - epochs.start)
                 if self.stop_training:
                     break
-                with self._end.held():
+                with self._end.held(), self.steps.parts.replicas.on_first():
                     logs = self._run_epoch(data, display, f"epoch {number + 1 - epochs.start}/{len(epochs)}", history)
                     # A callback that goes by more than the logs may have ended it on one worker alone.
                     self.stop_training = self.steps.parts.replicas.any_of_workers(self.stop_training)
@@ -255,7 +255,8 @@ class EpochLoop:
             for batch in loader:
                 step.refresh()
                 try:
-                    outputs = step.predict(batch, self._before())
+                    with self.steps.parts.replicas.on_first():
+                        outputs = step.predict(batch, self._before())
                 except tf.errors.OpError as error:
                     if (refused := refusal(error)) is None:
                         raise
@@ -451,7 +452,8 @@ class EpochLoop:
     def _running(self) -> Iterator[None]:
         self.runs = True
         try:
-            yield
+            with self.steps.parts.replicas.on_first():
+                yield
         finally:
             self.runs = False
 

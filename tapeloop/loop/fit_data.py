@@ -88,13 +88,9 @@ class FitData:
     @property
     def runs_python(self) -> bool:
         """Whether code of the user's may make the batches, which may also set weights and flags of the model."""
+        loaders = [self.loader] if self._validation is None else [self.loader, self._validation]
         # A dataset of `tf.data` may call a generator, and does not say so.
-        return not all(isinstance(loader.source, (ArraySource, SparseSource)) for loader in self.loaders)
-
-    @property
-    def loaders(self) -> list[DataLoader]:
-        """The data to train on, and that to validate on, if there is any."""
-        return [self.loader] if self._validation is None else [self.loader, self._validation]
+        return not all(isinstance(loader.source, (ArraySource, SparseSource)) for loader in loaders)
 
     def close(self) -> None:
         """Let go of the data, such as of generators of the user's, whose `finally` then runs."""
