@@ -23,9 +23,7 @@ class Group(NamedTuple):
     hint: str
 
 
-def all_reduced(
-    tensor: tf.Tensor, group: Group, instance: int, merge: str = "Add", token: tf.Variable | None = None
-) -> tf.Tensor:
+def all_reduced(tensor: tf.Tensor, group: Group, instance: int, token: tf.Variable, merge: str = "Add") -> tf.Tensor:
     """Return the sum, or the largest, of what all devices of a group give.
 
     `ReplicaContext.all_reduce`, the public counterpart, cannot stand in a function that is called within a step: it
@@ -35,16 +33,16 @@ def all_reduced(
         tensor: What this device gives: all give as many numbers.
         group: The devices.
         instance: What tells this op from the others of the group: the same number on all devices.
+        token: A variable of this device: in a function that has the ops of several devices, stateful ops would wait
+            for each other, but for those that take other resources.
         merge: `"Add"` or `"Max"`.
-        token: A variable of this device, where one function has the ops of several devices: TensorFlow has stateful
-            ops of one function wait for each other, but for those that take other resources.
     """
     return tf.raw_ops.CollectiveReduceV2(
         input=tensor,
         group_size=group.size,
         group_key=group.key,
         instance_key=instance,
-        ordering_token=[] if token is None else [token.handle],
+        ordering_token=[token.handle],
         merge_op=merge,
         final_op="Id",
         communication_hint=group.hint,

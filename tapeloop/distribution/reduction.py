@@ -67,7 +67,7 @@ class Reduction:
             self.bytes_sent += flat.shape[0] * flat.dtype.size
             # One after the other, or two devices might begin with different ones, and wait for each other.
             with tf.control_dependencies(before):
-                flat = all_reduced(flat, *self._replicas.group(), merge)
+                flat = all_reduced(flat, *self._replicas.group(), self._replicas.token, merge)
             before = [flat]
             parts = tf.split(flat, [math.prod(tensors[number].shape) for number in numbers])
             results |= {number: tf.reshape(part, tensors[number].shape) for number, part in zip(numbers, parts)}

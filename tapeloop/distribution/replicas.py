@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -74,6 +75,12 @@ class Replicas:
     def of_replica(self, number: int, *, trains: bool) -> Share:
         """Return the share that one device of this process has of the process's share."""
         return Share(number, len(self.devices), len(self.devices) * trains)
+
+    @functools.cached_property
+    def token(self) -> tf.Variable:
+        """What puts the collective ops of the first device in an order; see `all_reduced`."""
+        with tf.init_scope():
+            return tf.Variable(0.0, trainable=False, name="token")
 
     def group(self) -> tuple[Group, int]:
         """Return the group of all devices, and the number of a new collective op of it."""

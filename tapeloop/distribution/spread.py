@@ -156,7 +156,15 @@ class Spread:
             logged: Those that it adds its logs up in.
             alike: Those that it moves in the same way on all devices.
         """
-        spread = SpreadStep(step, spec, known, self._shared, self._replicas, self._copies, may_skip=not self._trains)
+        spread = SpreadStep(
+            step,
+            spec,
+            [*known, self._replicas.token],
+            self._shared,
+            self._replicas,
+            self._copies,
+            may_skip=not self._trains,
+        )
         settled = {variable.ref() for variable in (*logged, *alike, self._shared)}
         own = {variable.ref(): variable for variable in spread.written if variable.dtype.is_floating}
         self._written |= {reference: variable for reference, variable in own.items() if reference not in settled}

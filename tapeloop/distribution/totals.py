@@ -26,8 +26,7 @@ class Totals:
         self._replicas, self._copies = replicas, copies
         self._sums = sums
         self._shares = [*((each, 1.0) for each in sums), *((each, 1.0 / replicas.count) for each in averaged)]
-        self._token = tf.Variable(0.0, trainable=False, name="token")
-        for variable in (self._token, *sums, *averaged):
+        for variable in (replicas.token, *sums, *averaged):
             copies.all_of(variable)
         self.begin = tf.function(self._begin, autograph=False)
         self.end = tf.function(self._end, autograph=False, input_signature=[tf.TensorSpec([2], tf.float64)])
@@ -50,8 +49,8 @@ class Totals:
                 # All in one message: float64 holds whole numbers and float32 as they are.
                 parts = [tf.reshape(tf.cast(copy, tf.float64) * share, [-1]) for copy, share in own]
                 flat = tf.concat([*parts, told / self._replicas.count], 0)
-                token = self._copies.of(self._token, replica)
-                *added, means = tf.split(all_reduced(flat, group, instance, token=token), sizes)
+                token = self._copies.of(self._replicas.token, replica)
+                *added, means = tf.split(all_reduced(flat, group, instance, token), sizes)
                 for (copy, _), value in zip(own, added):
                     copy.assign(tf.cast(tf.reshape(value, copy.shape), copy.dtype))
                 results.append(means)
