@@ -1,0 +1,77 @@
+"""Runs on two devices, and on two and four workers, end as those on one device."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests.support import distributed, workers
+
+OF_FOUR = "head", "two_groups", "unfreezing", "micro_batches", "clipping", "ragged", "gan", "ema"
+
+
+@functools.cache
+def alone(name):
+    """What a run ends with on one device."""
+    trainer, weights, logs = distributed.fitted(name, None)
+    return weights, logs, trainer.step
+
+
+def check(folder, name, worker):
+    """Compare what a worker has ended with with the same on one device."""
+    weights, logs, step = alone(name)
+    said = json.loads((folder / f"{name}-{worker}.json").read_text())
+    assert said["step"] == step
+    assert said["logs"].keys() == logs.keys()
+    for log, values in logs.items():
+        np.testing.assert_allclose(said["logs"][log], values, rtol=1e-5, atol=1e-6, err_msg=f"{name} {log}")
+    with np.load(folder / f"{name}-{worker}.npz") as found:
+        assert set(found.files) == set(weights)
+        for path, value in weights.items():
+            np.testing.assert_allclose(found[path], value, rtol=1e-5, atol=1e-6, err_msg=f"{name} {path}")
+    return said
+
+
+def test_two_devices_of_one_process(tmp_path):
+    arguments = ["-m", "tests.support.distributed", str(tmp_path), *distributed.RUNS]
+    environment = {**os.environ, "PYTHONPATH": str(workers.ROOT)}
+    subprocess.run([sys.executable, *arguments], env=environment, cwd=workers.ROOT, check=True, timeout=300)
+    for name in distributed.RUNS:
+        check(tmp_path, name, 0)
+
+
+def test_two_workers(tmp_path):
+    said = workers.ran(2, "-m", "tests.support.distributed", tmp_path, *distributed.RUNS)
+    for name in distributed.RUNS:
+        # Every worker has the same weights and logs in the end, whichever of them the user looks at.
+        for worker in range(2):
+            check(tmp_path, name, worker)
+    assert not [line for output in said for line in output.splitlines() if "topological" in line]
+
+
+def test_four_workers(tmp_path):
+    workers.ran(4, "-m", "tests.support.distributed", tmp_path, *OF_FOUR)
+    for name in OF_FOUR:
+        check(tmp_path, name, 3)
+
+
+def test_only_gradients_of_what_trains_go_over_the_wire(tmp_path):
+    workers.ran(2, "-m", "tests.support.distributed", tmp_path, "head", "unfreezing")
+    sent = {name: json.loads((tmp_path / f"{name}-0.json").read_text())["bytes"] for name in ("head", "unfreezing")}
+    head, all_of_it = 8 * 3 + 3, (6 * 16 + 16) + (16 * 8 + 8) + (8 * 3 + 3)
+    told = 2  # the loss, and the number of examples
+    assert sent == {"head": 4 * (head + told), "unfreezing": 4 * (all_of_it + told)}
+
+
+@pytest.mark.parametrize("name", ["head"])
+def test_a_run_differs_where_the_weights_do(tmp_path, name):
+    """The comparison above would notice."""
+    weights, _, _ = alone(name)
+    np.savez(tmp_path / f"{name}-0.npz", **{path: value + 1e-3 for path, value in weights.items()})
+    (tmp_path / f"{name}-0.json").write_text(json.dumps({"step": alone(name)[2], "logs": alone(name)[1]}))
+    with pytest.raises(AssertionError):
+        check(tmp_path, name, 0)
