@@ -15,6 +15,7 @@ import typer
 
 from tapeloop._version import __version__
 from tapeloop.cli import benchmarks, checkpoints
+from tapeloop.cli import launch as launching
 from tapeloop.cli.answer import Answer, BadUsage
 from tapeloop.cli.references import error_line
 from tapeloop.errors import TapeloopError
@@ -28,6 +29,7 @@ app.add_typer(saved, name="checkpoints")
 MODEL = "`package.module:name` or `file.py:name` of a model, or of a function that makes one and takes no arguments."
 POLICY = 'What trains: a policy in tapeloop\'s names, such as `Freeze("backbone")`, or the `module:name` of one.'
 GLOB = "A path glob, as policies take it; without one, all paths are shown."
+SCRIPT = "The path of a script, or with `-m` the name of a module."
 DIRECTORY = "The directory of a run, as `fit(checkpoint=...)` was given it, or a single checkpoint."
 Model = Annotated[str, typer.Argument(help=MODEL, metavar="MODEL", show_default=False)]
 Policy = Annotated[str, typer.Option(help=POLICY)]
@@ -193,6 +195,45 @@ def bench(context: typer.Context) -> None:
         status = benchmarks.run(context.args)
     except BadUsage as error:
         typer.echo(str(error), err=True)
+        status = 2
+    raise typer.Exit(status)
+
+
+@app.command(context_settings={"allow_interspersed_args": False})
+def launch(
+    script: Annotated[str, typer.Argument(help=SCRIPT, metavar="SCRIPT", show_default=False)],
+    workers: Annotated[int, typer.Option("--workers", "-n", min=1, help="How many workers.", show_default=False)],
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(help="What the script is given, options too.", metavar="[ARGUMENTS]...", show_default=False),
+    ] = None,
+    is_module: Annotated[bool, typer.Option("--module", "-m", help="Run a module, as `python -m` does.")] = False,
+    grace: Annotated[
+        float, typer.Option(min=0, help="Seconds to save itself that a worker has when another one has failed.")
+    ] = 30,
+) -> None:
+    """Start a script as several workers on this machine.
+
+    Each is a process of its own with a `TF_CONFIG` of its own, which `tf.distribute.MultiWorkerMirroredStrategy()`
+    reads. What they print is joined, each line with the number of its worker before it.
+
+    \b
+    tapeloop launch --workers 2 train.py
+    tapeloop launch -n 2 train.py --epochs 10 --name 'second try'
+    tapeloop launch -n 2 --grace 120 -m mypackage.train --epochs 10
+
+    When a worker fails, the others get SIGTERM, with which `fit(checkpoint=...)` saves itself, and SIGKILL if they have
+    not ended after the grace period. Ctrl-C and SIGTERM are passed on to each worker once; a second Ctrl-C kills.
+    Processes that a worker has started end with it.
+
+    Exit status: 0 if all workers ended well; otherwise that of the first that failed, 128 and the number of the signal
+    if one ended it. 2 also if they cannot be started.
+    """
+    try:
+        command = launching.worker_command(script, arguments or (), is_module=is_module)
+        status = launching.launch(command, workers, grace)
+    except (BadUsage, OSError) as error:
+        typer.echo(str(error) if isinstance(error, BadUsage) else error_line(error), err=True)
         status = 2
     raise typer.Exit(status)
 

@@ -17,7 +17,7 @@ from tapeloop.cli.app import app
 from tests.support.commands import ask
 
 ROOT = pathlib.Path(__file__).parents[2]
-COMMANDS = "", "paths", "explain", "frontier", "checkpoints list", "checkpoints verify", "checkpoints show"
+COMMANDS = "", "paths", "explain", "frontier", "checkpoints list", "checkpoints verify", "checkpoints show", "launch"
 
 
 def test_the_version():
