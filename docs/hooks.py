@@ -8,7 +8,8 @@ from typing import Any
 
 from mkdocs.structure.files import File, Files
 
-SHOWN = "benchmarks/results/*.json*", "benchmarks/results/*/*.png", "benchmarks/results/*/report.md", "examples/*.ipynb"
+RESULTS = "benchmarks/results/*.json*", "benchmarks/results/*/*.png", "benchmarks/results/*/report.md"
+SHOWN = *RESULTS, "examples/*.ipynb", "examples/kubernetes/*.yaml"
 # In the repository a link leaves `docs/` by one `../` more than in the site, which holds these folders itself.
 OUTSIDE = re.compile(r"(\]\((?:\.\./)*)\.\./((?:examples|benchmarks)/)")
 EXAMPLE = re.compile(r"(\]\([^)]*examples/[\w/]+)\.py\)")
