@@ -402,8 +402,8 @@ class Fits:
         seed = seed if seed is None else replicas.from_chief(seed)
         spec = dataclasses.replace(spec, seed=seed)
         fit_data = self._fit_data(spec, validation_spec, span, resumption, cache)
-        self.state.microbatches.require_examples(replicas.smallest_share(fit_data.loader.smallest_batch))
         replicas.require_examples("x", fit_data.loader.smallest_batch)
+        self.state.microbatches.require_examples(replicas.smallest_share(fit_data.loader.smallest_batch))
         # Whatever is wrong with the options is said before the model is built, which costs a trace.
         is_eager, is_saved = self._parts.compilation.run_eagerly, session is not None
         specs = [spec] if validation_spec is None else [spec, validation_spec]
