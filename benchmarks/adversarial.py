@@ -11,27 +11,17 @@ import tensorflow as tf
 import tapeloop as tl
 from benchmarks.workloads import NOISE
 
-
-def noise(real: tf.Tensor) -> tf.Tensor:
-    """Return as much noise as there are images: numbers of theirs, so that all arms have the same."""
-    return tf.reshape(real, [tf.shape(real)[0], -1])[:, :NOISE]
+NAMES = ("discriminator", "generator")  # in the order of their updates
 
 
-def discriminator_loss(networks: dict[str, keras.Model], real: tf.Tensor) -> tf.Tensor:
-    """Return how badly the discriminator tells images from the generator's."""
-    made = networks["generator"](noise(real), training=True)
+def loss_of(name: str, networks: dict[str, keras.Model], real: tf.Tensor) -> tf.Tensor:
+    """Return how badly one of the two does, told by the discriminator (Goodfellow et al., 2014, section 3)."""
+    noise = tf.reshape(real, [tf.shape(real)[0], -1])[:, :NOISE]  # numbers of the images: all arms have the same
+    made = networks["generator"](noise, training=True)
+    if name == "generator":
+        return tf.reduce_mean(tf.nn.softplus(-networks["discriminator"](made, training=True)))
     told = [networks["discriminator"](images, training=True) for images in (real, made)]
     return tf.reduce_mean(tf.nn.softplus(-told[0])) + tf.reduce_mean(tf.nn.softplus(told[1]))
-
-
-def generator_loss(networks: dict[str, keras.Model], real: tf.Tensor) -> tf.Tensor:
-    """Return how well the discriminator tells the generator's images (Goodfellow et al., 2014, section 3)."""
-    return tf.reduce_mean(
-        tf.nn.softplus(-networks["discriminator"](networks["generator"](noise(real), training=True), training=True))
-    )
-
-
-LOSSES = {"discriminator": discriminator_loss, "generator": generator_loss}
 
 
 class AdversarialTrainer(tl.Trainer):
@@ -40,37 +30,37 @@ class AdversarialTrainer(tl.Trainer):
     def train_step(self, batch: Any) -> dict[str, tf.Tensor]:
         """Train both on one batch of images."""
         total = 0.0
-        for name, loss_of in LOSSES.items():
+        for name in NAMES:
             with self.tape(name) as tape:
-                loss = loss_of(self.model, batch)
+                loss = loss_of(name, self.model, batch)
             self.update(tape, loss)
             total += loss
         return {"loss": total}
 
 
 def by_hand(
-    networks: dict[str, keras.Model], optimizers: dict[str, Any], *, takes_all: bool, xla: bool
+    networks: dict[str, keras.Model], optimizers: dict[str, Any], *, takes_all: bool
 ) -> Callable[[tf.Tensor], tf.Tensor]:
     """Return a step by hand, which may take gradients of both networks in each update, not of the updated one alone."""
-    trained = {name: networks[name].trainable_variables for name in LOSSES}
+    trained = {name: networks[name].trainable_variables for name in NAMES}
     for name, optimizer in optimizers.items():
         optimizer.build(trained[name])
     unused = tf.Variable(0.0)
 
     def compute(real: tf.Tensor) -> tf.Tensor:
         total = 0.0
-        for name, loss_of in LOSSES.items():
-            taken = [v for other in LOSSES for v in trained[other] if takes_all or other == name]
+        for name in NAMES:
+            others = [variable for other in NAMES if takes_all and other != name for variable in trained[other]]
+            sources = [variable.value for variable in (*trained[name], *others)]
             with tf.GradientTape(watch_accessed_variables=False) as tape:
-                tape.watch([variable.value for variable in taken])
-                loss = loss_of(networks, real)
-            found = tape.gradient(loss, [variable.value for variable in taken])
-            gradients = {id(variable): gradient for variable, gradient in zip(taken, found)}
-            optimizers[name].apply([gradients.pop(id(variable)) for variable in trained[name]], trained[name])
-            for gradient in gradients.values():  # kept, or the graph would not compute it
-                if gradient is not None:
-                    unused.assign(tf.reduce_sum(gradient))
+                tape.watch(sources)
+                loss = loss_of(name, networks, real)
+            gradients = tape.gradient(loss, sources)
+            count = len(trained[name])
+            optimizers[name].apply(gradients[:count], trained[name])
+            for gradient in filter(lambda one: one is not None, gradients[count:]):
+                unused.assign(tf.reduce_sum(gradient))  # or the graph would not compute it
             total += loss
         return total
 
-    return tf.function(compute, jit_compile=True, autograph=False) if xla else compute
+    return compute

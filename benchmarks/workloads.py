@@ -14,15 +14,23 @@ from benchmarks.cases import TRANSFORMERS, UNFREEZE, Case, Transformer
 
 layers = keras.layers
 
-# By workload: the name in `keras.applications`, what comes first, and what comes last before the head.
 APPLICATIONS = {
-    "mobilenetv2": ("MobileNetV2", ["*Conv1", "expanded_conv*"], ["block_16_*", "Conv_1*"]),
-    "resnet50": ("ResNet50", ["conv1_*"], ["conv5_block3*"]),
-    "efficientnetv2b0": ("EfficientNetV2B0", ["stem*"], ["block6h*", "top*"]),
-    "efficientnetv2s": ("EfficientNetV2S", ["stem*"], ["block6o*", "top*"]),
+    "mobilenetv2": "MobileNetV2", "resnet50": "ResNet50", "efficientnetv2b0": "EfficientNetV2B0",
+    "efficientnetv2s": "EfficientNetV2S",
+}  # fmt: skip
+# By workload: what comes first, and what comes last before the head.
+ENDS = {
+    "mlp": (["dense_0"], ["dense_1"]),
+    "lstm": (["embedding"], ["lstm_1"]),
+    "unet": (["down_0_*"], ["up_0_*"]),
+    "mobilenetv2": (["backbone/*Conv1", "backbone/expanded_conv*"], ["backbone/block_16_*", "backbone/Conv_1*"]),
+    "resnet50": (["backbone/conv1_*"], ["backbone/conv5_block3*"]),
+    "resnet50-blocks": (["backbone/block0_0"], ["backbone/block3_2"]),
+    "efficientnetv2b0": (["backbone/stem*"], ["backbone/block6h*", "backbone/top*"]),
+    "efficientnetv2s": (["backbone/stem*"], ["backbone/block6o*", "backbone/top*"]),
 }
 # What `unfreeze-3` trains of a MobileNetV2 beside the stage before, what `unfreeze-4` adds, and so on.
-STAGES = ["block_1[345]_*", "block_1[012]_*", "block_[6789]_*", "block_[345]_*", "block_[12]_*"]
+STAGES = [f"backbone/block_{stage}_*" for stage in ("1[345]", "1[012]", "[6789]", "[345]", "[12]")]
 NOISE = 64  # numbers that a generator makes an image of
 
 
@@ -54,36 +62,52 @@ def make(case: Case) -> Workload:
     """Build what a case measures, on the data of one long round."""
     keras.config.set_dtype_policy("mixed_bfloat16" if case.dtype == "bfloat16" else "float32")
     keras.utils.set_random_seed(0)
-    count, name = case.batch * case.steps, case.workload
-    if name == "gan":
-        (real, _), networks = images(count, case.size), gan(case.size)
-        return Workload(networks, tf.tanh(real), None, tl.Groups({name: name for name in networks}))
+    count, size, name = case.batch * case.steps, case.size, case.workload
     frozen_first = None
-    if name in APPLICATIONS or name == "resnet50-blocks":
-        model, data = classifier(case), images(count, case.size)
-        frozen_first = _frozen_first(model) if case.selection == "head" else None
-    elif name == "mlp":
-        model, data = mlp(int(128 * case.width)), _drawn((count, 64), count)
-    elif name == "unet":
-        model = unet(case.size, max(8, int(64 * case.scale)))
-        data = images(count, case.size)[0], _whole((count, case.size, case.size), 10)
+    if name == "gan":
+        networks = gan(size)
+        policy = tl.Groups({name: name for name in networks})
+        return Workload(networks, tf.tanh(_drawn((count, size, size, 3))), None, policy)
+    if name == "mlp":
+        model, x, y = mlp(int(128 * case.width)), _drawn((count, 64)), _whole((count,), 10)
     elif name == "lstm":
-        model, data = lstm(case.size), texts(count, case.size, 1000)
-    else:
+        model, x, y = lstm(size), _whole((count, size), 1000, tf.int32), _whole((count,), 10)
+    elif name in TRANSFORMERS:
         of = Transformer.of(case)
-        model = transformer(of, case.size, case.selection == "adapters")
-        data = texts(count, case.size, of.vocabulary, of.is_causal) if of.vocabulary else images(count, case.size)
+        model = transformer(of, size, case.selection == "adapters")
+        x = _whole((count, size), of.vocabulary, tf.int32) if of.vocabulary else _drawn((count, size, size, 3))
+        y = _whole((count, size), of.vocabulary) if of.is_causal else _whole((count,), 10)
         if case.selection == "lora":
             adapt(model)
-    return Workload(model, data, cross_entropy(), policy_of(case), frozen_first)
+    else:
+        model = unet(size, max(8, int(64 * case.scale))) if name == "unet" else classifier(case)
+        x, y = _drawn((count, size, size, 3)), _whole((count, size, size) if name == "unet" else (count,), 10)
+        if name != "unet" and case.selection == "head":
+            backbone, head = model.get_layer("backbone"), model.get_layer("head")
+
+            def frozen_first(x: Any, training: bool) -> Any:
+                return head(backbone(x, training=False), training=training)
+
+    return Workload(model, (x, y), cross_entropy(), policy_of(case), frozen_first)
+
+
+# Drawn by TensorFlow: what NumPy draws is copied into its memory or not, by where it happens to lie; and as tensors,
+# since to make them of NumPy arrays costs each fit a copy, which is no step's.
+def _drawn(shape: Sequence[int]) -> tf.Tensor:
+    return tf.random.stateless_normal(shape, (0, 1))
+
+
+def _whole(shape: Sequence[int], below: int, dtype: tf.DType = tf.int64) -> tf.Tensor:
+    return tf.random.stateless_uniform(shape, (0, 2), 0, below, dtype)
 
 
 def policy_of(case: Case) -> tl.VariablePolicy:
     """Return the policy that trains a selection of a workload."""
-    first, last = _ends(case)
-    if case.selection in UNFREEZE[1:]:
-        more = STAGES[: UNFREEZE.index(case.selection) - 1]
-        return tl.TrainOnly("head", *last, *(f"backbone/{glob}" for glob in more))
+    if case.workload in TRANSFORMERS:
+        of = Transformer.of(case)
+        first, last = ["embedding" if of.vocabulary else "patches", "block_0"], [f"block_{of.depth - 1}"]
+    else:
+        first, last = ENDS[case.workload]
     policies = {
         "all": tl.TrainAll(),
         "head": tl.TrainOnly("head"),
@@ -94,24 +118,9 @@ def policy_of(case: Case) -> tl.VariablePolicy:
         "adapters": tl.TrainOnly("**/adapter*", "head"),
         "lora": tl.TrainOnly(tl.named("lora_kernel_a", "lora_kernel_b"), "head"),
         "middle": tl.TrainOnly(*first, "head"),
+        **{name: tl.TrainOnly("head", *last, *STAGES[:count]) for count, name in enumerate(UNFREEZE[1:])},
     }
     return policies[case.selection]
-
-
-def _ends(case: Case) -> tuple[list[str], list[str]]:
-    """Return globs of what comes first in a workload, and of what comes last before its head."""
-    if case.workload in APPLICATIONS:
-        first, last = ([f"backbone/{glob}" for glob in globs] for globs in APPLICATIONS[case.workload][1:])
-        return first, last
-    if case.workload in TRANSFORMERS:
-        of = Transformer.of(case)
-        return ["embedding" if of.vocabulary else "patches", "block_0"], [f"block_{of.depth - 1}"]
-    return {
-        "mlp": (["dense_0"], ["dense_1"]),
-        "lstm": (["embedding"], ["lstm_1"]),
-        "unet": (["down_0_*"], ["up_0_*"]),
-        "resnet50-blocks": (["backbone/block0_0"], ["backbone/block3_2"]),
-    }[case.workload]
 
 
 def mlp(width: int = 128) -> keras.Model:
@@ -126,7 +135,7 @@ def classifier(case: Case) -> keras.Model:
     if case.workload == "resnet50-blocks":
         backbone = resnet_of_blocks(shape)
     else:
-        application = getattr(keras.applications, APPLICATIONS[case.workload][0])
+        application = getattr(keras.applications, APPLICATIONS[case.workload])
         backbone = application(input_shape=shape, include_top=False, weights=None, pooling="avg")
     backbone.name = "backbone"
     inputs = keras.Input(shape)
@@ -153,11 +162,6 @@ def resnet_of_blocks(shape: tuple[int, ...]) -> keras.Model:
         for number in range(count):
             x = block(x.shape[1:], filters, 2 if stage and not number else 1, f"block{stage}_{number}")(x)
     return keras.Model(inputs, layers.GlobalAveragePooling2D()(x))
-
-
-def _frozen_first(model: keras.Model) -> Callable[[Any], Any]:
-    backbone, head = model.get_layer("backbone"), model.get_layer("head")
-    return lambda x, training: head(backbone(x, training=False), training=training)
 
 
 class Positions(layers.Layer):
@@ -253,38 +257,13 @@ def lstm(length: int, width: int = 128) -> keras.Model:
 
 def gan(size: int) -> dict[str, keras.Model]:
     """Build a generator and a discriminator of images (after Radford et al., 2016)."""
-    small = size // 4
-    generator = keras.Sequential(
-        [
-            keras.Input((NOISE,)),
-            layers.Dense(small * small * 64),
-            layers.Reshape((small, small, 64)),
-            layers.Conv2DTranspose(32, 4, strides=2, padding="same", activation="relu"),
-            layers.Conv2DTranspose(3, 4, strides=2, padding="same", activation="tanh", dtype="float32"),
-        ]
-    )
-    convolutions = [layers.Conv2D(width, 4, strides=2, padding="same", activation="relu") for width in (32, 64)]
-    discriminator = keras.Sequential(
-        [keras.Input((size, size, 3)), *convolutions, layers.Flatten(), layers.Dense(1, dtype="float32")]
-    )
-    return {"generator": generator, "discriminator": discriminator}
-
-
-def images(count: int, size: int) -> tuple[tf.Tensor, tf.Tensor]:
-    """Draw images and labels, as tensors: to make them of NumPy arrays costs each fit a copy, which is no step's."""
-    return _drawn((count, size, size, 3), count)
-
-
-def texts(count: int, length: int, vocabulary: int, is_causal: bool = False) -> tuple[tf.Tensor, tf.Tensor]:
-    """Draw sequences of tokens, and a label for each, or for each token."""
-    labels = _whole((count, length), vocabulary) if is_causal else _whole((count,), 10)
-    return _whole((count, length), vocabulary, tf.int32), labels
-
-
-# Drawn by TensorFlow: what NumPy draws is copied into its memory or not, by where it happens to lie.
-def _drawn(shape: tuple[int, ...], count: int) -> tuple[tf.Tensor, tf.Tensor]:
-    return tf.random.stateless_normal(shape, (0, 1)), _whole((count,), 10)
-
-
-def _whole(shape: Sequence[int], below: int, dtype: tf.DType = tf.int64) -> tf.Tensor:
-    return tf.random.stateless_uniform(shape, (0, 2), 0, below, dtype)
+    small, halved = size // 4, {"kernel_size": 4, "strides": 2, "padding": "same"}
+    made = [layers.Dense(small * small * 64), layers.Reshape((small, small, 64))]
+    made += [layers.Conv2DTranspose(32, **halved, activation="relu")]
+    made += [layers.Conv2DTranspose(3, **halved, activation="tanh", dtype="float32")]
+    told = [layers.Conv2D(width, **halved, activation="relu") for width in (32, 64)]
+    told += [layers.Flatten(), layers.Dense(1, dtype="float32")]
+    return {
+        "generator": keras.Sequential([keras.Input((NOISE,)), *made]),
+        "discriminator": keras.Sequential([keras.Input((size, size, 3)), *told]),
+    }
