@@ -18,7 +18,7 @@ import keras
 import tensorflow as tf
 
 import tapeloop as tl
-from benchmarks import adversarial, own, workloads
+from benchmarks import adversarial, workloads
 from benchmarks.cases import Case
 from benchmarks.workloads import Workload
 
@@ -43,14 +43,9 @@ class Arm:
         return self.run(steps)
 
 
-def make_work(case: Case) -> Workload:
-    """Build what a case measures."""
-    return own.make(case) if case.own else workloads.make(case)
-
-
 def make_arm(case: Case, work: Workload | None = None) -> Arm:
     """Build an arm, of another workload than that of the case if it is given."""
-    work = work or make_work(case)
+    work = work or workloads.make(case)
     if case.workload == "gan":
         return _adversarial(case, work)
     if case.base == "forward":

@@ -14,9 +14,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from benchmarks.arms import Arm, make_arm, make_work
+from benchmarks.arms import Arm, make_arm
 from benchmarks.cases import Case, is_there
 from benchmarks.steps import set_up
+from benchmarks.workloads import make
 
 REFERENCE = "hand"
 ARMS = ("hand+guard", "tapeloop", "tapeloop+cache", "tapeloop+fold", "keras")
@@ -81,7 +82,7 @@ def compared(case: Case, arms: Sequence[str]) -> dict[str, Any]:
 
 def _stepped(case: Case) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
     """Run an arm, and return its last gradients and all weights, by the number of the variable in the model."""
-    arm: Arm = make_arm(case, dataclasses.replace(make_work(case), optimizer=Recording))
+    arm: Arm = make_arm(case, dataclasses.replace(make(case), optimizer=Recording))
     for _ in range(STEPS):
         arm(1)
     (optimizer,) = arm.optimizers

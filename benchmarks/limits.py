@@ -14,10 +14,10 @@ import numpy as np
 import tensorflow as tf
 
 import tapeloop as tl
-from benchmarks.arms import make_arm, make_work
+from benchmarks.arms import make_arm
 from benchmarks.cases import Case
 from benchmarks.steps import set_up
-from benchmarks.workloads import Workload, cross_entropy
+from benchmarks.workloads import Workload, cross_entropy, make
 
 LARGEST_BATCH = 65_536
 ACCURACY = 0.95
@@ -118,7 +118,7 @@ def _taught(case: Case, digits: Any, is_head: bool) -> keras.Model:
 def checkpoint(case: Case) -> dict[str, Any]:
     """Measure a checkpoint after the first: its bytes, and the seconds to load it."""
     set_up(case)
-    work = make_work(case)
+    work = make(case)
     trainer = tl.Trainer(work.model, work.policy, loss=work.loss, optimizer=work.optimizer())
     with tempfile.TemporaryDirectory() as folder:
         saved = tl.Checkpoints(pathlib.Path(folder), every_epochs=1)

@@ -1,7 +1,10 @@
-"""The models and the data that benchmarks share, and what a selection means for each."""
+"""The models and the data that benchmarks share, what a selection means for each, and a user's own model."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -59,11 +62,18 @@ class Workload:
 
 
 def make(case: Case) -> Workload:
-    """Build what a case measures, on the data of one long round."""
+    """Build what a case measures, on the data of one long round.
+
+    Raises:
+        ValueError: Of a user's own model a function, the policy, the loss or the optimizer cannot be had, or its data
+            is unknown or too little.
+    """
     keras.config.set_dtype_policy("mixed_bfloat16" if case.dtype == "bfloat16" else "float32")
     keras.utils.set_random_seed(0)
     count, size, name = case.batch * case.steps, case.size, case.workload
     frozen_first = None
+    if case.own:
+        return own(dict(case.own), count)
     if name == "gan":
         networks = gan(size)
         policy = tl.Groups({name: name for name in networks})
@@ -79,11 +89,15 @@ def make(case: Case) -> Workload:
         y = _whole((count, size), of.vocabulary) if of.is_causal else _whole((count,), 10)
         if case.selection == "lora":
             adapt(model)
+    elif name == "unet":
+        model = unet(size, max(8, int(64 * case.scale)))
+        x, y = _drawn((count, size, size, 3)), _whole((count, size, size), 10)
     else:
-        model = unet(size, max(8, int(64 * case.scale))) if name == "unet" else classifier(case)
-        x, y = _drawn((count, size, size, 3)), _whole((count, size, size) if name == "unet" else (count,), 10)
-        if name != "unet" and case.selection == "head":
-            backbone, head = model.get_layer("backbone"), model.get_layer("head")
+        backbone, head = backbone_of(name, (size, size, 3)), layers.Dense(10, name="head", dtype="float32")
+        inputs = keras.Input((size, size, 3))
+        model = keras.Model(inputs, head(backbone(inputs)))
+        x, y = _drawn((count, size, size, 3)), _whole((count,), 10)
+        if case.selection == "head":
 
             def frozen_first(x: Any, training: bool) -> Any:
                 return head(backbone(x, training=False), training=training)
@@ -129,17 +143,15 @@ def mlp(width: int = 128) -> keras.Model:
     return keras.Sequential([keras.Input((64,)), *dense, layers.Dense(10, name="head", dtype="float32")])
 
 
-def classifier(case: Case) -> keras.Model:
-    """Nest an architecture with random weights under a ten-class head."""
-    shape = (case.size, case.size, 3)
-    if case.workload == "resnet50-blocks":
+def backbone_of(name: str, shape: tuple[int, ...]) -> keras.Model:
+    """Build an architecture with random weights, without its head."""
+    if name == "resnet50-blocks":
         backbone = resnet_of_blocks(shape)
     else:
-        application = getattr(keras.applications, APPLICATIONS[case.workload])
+        application = getattr(keras.applications, APPLICATIONS[name])
         backbone = application(input_shape=shape, include_top=False, weights=None, pooling="avg")
     backbone.name = "backbone"
-    inputs = keras.Input(shape)
-    return keras.Model(inputs, layers.Dense(10, name="head", dtype="float32")(backbone(inputs)))
+    return backbone
 
 
 def resnet_of_blocks(shape: tuple[int, ...]) -> keras.Model:
@@ -267,3 +279,85 @@ def gan(size: int) -> dict[str, keras.Model]:
         "generator": keras.Sequential([keras.Input((NOISE,)), *made]),
         "discriminator": keras.Sequential([keras.Input((size, size, 3)), *told]),
     }
+
+
+def own(options: dict[str, str], count: int) -> Workload:
+    """Build a user's own model: its data, loss, optimizer and policy are asked for, not guessed."""
+    model = function_of("--model", options["model"])()
+    if not isinstance(model, keras.Model):
+        raise ValueError(f"`{options['model']}` must return a Keras model. It returned {model!r}.")
+    x, y = _given(options["data"], count) if options.get("data") else _drawn_for(model, count)
+    if not model.built:
+        model(tf.nest.map_structure(lambda part: part[:1], x))
+    try:
+        policy = eval(options["policy"], {"__builtins__": {}}, {name: getattr(tl, name) for name in tl.__all__})
+    except Exception as error:
+        asked = f"`--policy` must be a policy such as `Freeze('backbone')`. Received: {options['policy']!r}."
+        raise ValueError(asked) from error
+    said = "a class of `keras.losses`, such as `MeanSquaredError`"
+    loss = _asked("--loss", options.get("loss") or "MeanSquaredError", keras.losses.get, said)
+    optimizer: Callable[[], Any] = adam
+    if name := options.get("optimizer"):
+        optimizer = functools.partial(
+            _asked, "--optimizer", name, keras.optimizers.get, "the name of a Keras optimizer"
+        )
+        optimizer()  # that it cannot be had is better said now
+    return Workload(model, (x, y), loss, policy, optimizer=optimizer)
+
+
+def function_of(option: str, text: str) -> Callable[..., Any]:
+    """Return the function that an option names as `package.module:function`.
+
+    Raises:
+        ValueError: There is no such function.
+    """
+    module, _, name = text.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"`{option}` must be `package.module:function`. Received: {text!r} ({error}).") from error
+
+
+def _asked(option: str, text: str, find: Callable[[str], Any], said: str) -> Any:
+    """Return what an option asks for, by the name that Keras has for it or by a function of the user's."""
+    if ":" in text:
+        return function_of(option, text)()
+    with contextlib.suppress(ValueError):
+        found = find(text)
+        if isinstance(found, (keras.losses.Loss, keras.optimizers.Optimizer)):
+            return found
+    raise ValueError(f"`{option}` must be {said}, or `package.module:function`. Received: {text!r}.")
+
+
+def _drawn_for(model: keras.Model, count: int) -> tuple[Any, Any]:
+    """Draw data for the inputs and outputs of a model that says what they are."""
+
+    def unknown(why: str) -> ValueError:
+        return ValueError(
+            f"The model {model.name!r} {why}. Give data: `--data package.module:function` names what returns inputs "
+            "and targets for a number of examples, of the sizes and values that you train on."
+        )
+
+    if not getattr(model, "inputs", None):
+        raise unknown("does not say what its inputs are, as a subclassed one does not")
+    sides = []
+    for specs in (model.inputs, model.outputs):
+        for spec in specs:
+            if None in spec.shape[1:]:
+                raise unknown(f"has a dimension that it does not know: {spec.name!r} is of shape {tuple(spec.shape)}")
+            if tf.as_dtype(spec.dtype).is_integer:
+                raise unknown(f"has {spec.name!r}, which is of whole numbers, and which of them is unknown")
+        parts = [tf.cast(_drawn([count, *spec.shape[1:]]), spec.dtype) for spec in specs]
+        sides.append(parts[0] if len(parts) == 1 else tuple(parts))
+    return sides[0], sides[1]
+
+
+def _given(text: str, count: int) -> tuple[Any, Any]:
+    found = function_of("--data", text)(count)
+    if not isinstance(found, tuple) or len(found) != 2:
+        raise ValueError(f"`--data` must name what returns `(inputs, targets)`. `{text}` returned {type(found)}.")
+    found = tf.nest.map_structure(tf.convert_to_tensor, found)
+    lengths = {len(part) for part in tf.nest.flatten(found)}
+    if len(lengths) != 1 or min(lengths) < count:
+        raise ValueError(f"`{text}({count})` must return {count} examples. Received: {sorted(lengths)}.")
+    return tf.nest.map_structure(lambda part: part[:count], found)

@@ -240,7 +240,7 @@ def test_every_workload_trains_when_it_is_shrunk(workload, selection, arm):
 )
 def test_what_an_own_model_does_not_say_is_asked_for(model, options, said):
     with pytest.raises((ValueError, TypeError), match=said):
-        arms.make_work(own("", **{"model": model, **options}))
+        make(own("", **{"model": model, **options}))
 
 
 def test_an_own_model_comes_with_its_data_loss_and_optimizer():

@@ -3,7 +3,7 @@
 import tensorflow as tf
 
 import tapeloop as tl
-from benchmarks import arms, steps
+from benchmarks import arms, steps, workloads
 
 
 class Doubled(tl.Trainer):
@@ -17,7 +17,7 @@ class Doubled(tl.Trainer):
 
 def make_arm(case):
     """An arm of such a trainer."""
-    work = arms.make_work(case)
+    work = workloads.make(case)
     optimizer = work.optimizer()
     return arms.Arm(arms.tapeloop(case, work, optimizer, Doubled), work, (optimizer,))
 
