@@ -55,14 +55,7 @@ SELECTIONS = {
     "gan": ("all",),
     "digits": ("all", "head"),  # which are learnt until they are known (`accuracy`)
 }
-KINDS = {
-    "step": "benchmarks.steps:step",
-    "memory": "benchmarks.steps:memory",
-    "equivalence": "benchmarks.equivalence:equivalence",
-    "capacity": "benchmarks.limits:capacity",
-    "accuracy": "benchmarks.limits:accuracy",
-    "checkpoint": "benchmarks.limits:checkpoint",
-}
+KINDS = ("step", "memory", "equivalence", "capacity", "accuracy", "checkpoint")  # functions of `benchmarks/kinds.py`
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import tensorflow as tf
 
 import tapeloop as tl
-from benchmarks import arms, steps, workloads
+from benchmarks import arms, kinds, workloads
 
 
 class Doubled(tl.Trainer):
@@ -24,11 +24,11 @@ def make_arm(case):
 
 def step(case):
     """Time it."""
-    steps.make_arm = make_arm
-    return (yield from steps.step(case))
+    kinds.make_arm = make_arm
+    return (yield from kinds.step(case))
 
 
 def memory(case):
     """Measure its memory, and count its nodes."""
-    steps.make_arm = make_arm
-    return steps.memory(case)
+    kinds.make_arm = make_arm
+    return kinds.memory(case)
