@@ -25,7 +25,7 @@ from benchmarks.devices import gpus
 
 ROOT = pathlib.Path(__file__).parents[1]
 # What reads results, and does not make them: a change to it leaves results as they are.
-READERS = ("__main__.py", "compare.py", "plots.py", "report.py", "results.py", "runner.py", "tables.py", "tune.py")
+READERS = ("__main__.py", "compare.py", "plots.py", "report.py", "results.py", "runner.py", "tune.py")
 PACKAGES = ("tensorflow", "keras", "numpy", "torch", "lightning")
 
 Row = dict[str, Any]
