@@ -18,11 +18,12 @@ import keras
 import tensorflow as tf
 
 import tapeloop as tl
-from benchmarks import adversarial, workloads
+from benchmarks import workloads
 from benchmarks.cases import Case
 from benchmarks.workloads import Workload
 
 METRICS = ("accuracy", "sparse_top_k_categorical_accuracy", "sparse_categorical_crossentropy")
+NETWORKS = ("discriminator", "generator")  # of a GAN, in the order of their updates
 TRAINER_OPTIONS: dict[str, dict[str, Any]] = {  # by what is changed of tapeloop's arm
     "xla": {"jit_compile": True}, "fold": {"fold_frozen": True}, "plain": {"fold_frozen": False},
     "metrics": {"metrics": list(METRICS)}, **{f"micro{number}": {"microbatches": number} for number in (2, 4, 8)},
@@ -47,7 +48,7 @@ def make_arm(case: Case, work: Workload | None = None) -> Arm:
     """Build an arm, of another workload than that of the case if it is given."""
     work = work or workloads.make(case)
     if case.workload == "gan":
-        return _adversarial(case, work)
+        return adversarial(case, work)
     if case.base == "forward":
         return Arm(forward(case, work), work)
     made, model = work.optimizer(), work.model
@@ -242,12 +243,58 @@ def looped(case: Case, step: Callable[..., Any], data: Any, seen: Any) -> Callab
     return run
 
 
-def _adversarial(case: Case, work: Workload) -> Arm:
+def adversarial_loss(name: str, networks: dict[str, keras.Model], real: tf.Tensor) -> tf.Tensor:
+    """Return how badly one of the two does, told by the discriminator (Goodfellow et al., 2014, section 3)."""
+    noise = tf.reshape(real, [tf.shape(real)[0], -1])[
+        :, : workloads.NOISE
+    ]  # numbers of the images: all arms have the same
+    made = networks["generator"](noise, training=True)
+    if name == "generator":
+        return tf.reduce_mean(tf.nn.softplus(-networks["discriminator"](made, training=True)))
+    told = [networks["discriminator"](images, training=True) for images in (real, made)]
+    return tf.reduce_mean(tf.nn.softplus(-told[0])) + tf.reduce_mean(tf.nn.softplus(told[1]))
+
+
+class AdversarialTrainer(tl.Trainer):
+    """A step of the discriminator, then one of the generator, each on its own tape."""
+
+    def train_step(self, batch: Any) -> dict[str, tf.Tensor]:
+        """Train both on one batch of images."""
+        total = 0.0
+        for name in NETWORKS:
+            with self.tape(name) as tape:
+                loss = adversarial_loss(name, self.model, batch)
+            self.update(tape, loss)
+            total += loss
+        return {"loss": total}
+
+
+def adversarial(case: Case, work: Workload) -> Arm:
+    """Build an arm of two networks. `full` takes gradients of both in each update, not of the updated one alone."""
     optimizers = {name: work.optimizer() for name in work.model}
     if case.base == "tapeloop":
-        run = tapeloop(case, work, optimizers, adversarial.AdversarialTrainer)
-    else:
-        mean = keras.metrics.Mean()
-        step = _compiled(case, adversarial.by_hand(work.model, optimizers, takes_all=case.base == "full"))
-        run = looped(case, lambda real: mean.update_state(step(real)), work.data, mean)
+        return Arm(tapeloop(case, work, optimizers, AdversarialTrainer), work, tuple(optimizers.values()))
+    trained = {name: work.model[name].trainable_variables for name in NETWORKS}
+    for name, optimizer in optimizers.items():
+        optimizer.build(trained[name])
+    mean, unused = keras.metrics.Mean(), tf.Variable(0.0)
+
+    def compute(real: tf.Tensor) -> tf.Tensor:
+        total = 0.0
+        for name in NETWORKS:
+            others = [trained[other] for other in NETWORKS if other != name and case.base == "full"]
+            sources = [variable.value for variable in sum(others, trained[name])]
+            with tf.GradientTape(watch_accessed_variables=False) as tape:
+                tape.watch(sources)
+                loss = adversarial_loss(name, work.model, real)
+            gradients = tape.gradient(loss, sources)
+            count = len(trained[name])
+            optimizers[name].apply(gradients[:count], trained[name])
+            for gradient in filter(lambda one: one is not None, gradients[count:]):
+                unused.assign(tf.reduce_sum(gradient))  # or the graph would not compute it
+            total += loss
+        return total
+
+    step = _compiled(case, compute)
+    run = looped(case, lambda real: mean.update_state(step(real)), work.data, mean)
     return Arm(run, work, tuple(optimizers.values()))

@@ -56,16 +56,14 @@ def frame(rows: Sequence[Row]) -> pd.DataFrame:
         if case.kind in ("step", "memory"):
             found.setdefault((case.group, case.arm), {"step": [], "memory": []})[case.kind].append(row)
         invalid |= {(_like(case), arm): why for arm, why in row.get("invalid", {}).items()}
-    place = {group: number for number, group in enumerate(dict.fromkeys(group for group, _ in found))}
+    place = {what: number for number, what in enumerate(dict.fromkeys([*ARMS, *(group for group, _ in found)]))}
     lines = [
         {"group": group, "arm": arm, **_figures(**found[group, arm]), "invalid": invalid.get((_like(group), arm), "")}
-        for group, arm in sorted(found, key=lambda line: (place[line[0]], *_place(line[1])))
+        for group, arm in sorted(
+            found, key=lambda line: (place[line[0]], place[line[1].split("+")[0]], line[1].count("+"), line[1])
+        )
     ]
     return _compared(pd.DataFrame(lines))
-
-
-def _place(arm: str) -> tuple[int, int, str]:
-    return list(ARMS).index(arm.split("+")[0]), arm.count("+"), arm
 
 
 def _like(case: Case) -> Any:

@@ -84,11 +84,9 @@ def make(case: Case) -> Workload:
         model, x, y = lstm(size), _whole((count, size), 1000, tf.int32), _whole((count,), 10)
     elif name in TRANSFORMERS:
         of = Transformer.of(case)
-        model = transformer(of, size, case.selection == "adapters")
+        model = transformer(of, size, case.selection)
         x = _whole((count, size), of.vocabulary, tf.int32) if of.vocabulary else _drawn((count, size, size, 3))
         y = _whole((count, size), of.vocabulary) if of.is_causal else _whole((count,), 10)
-        if case.selection == "lora":
-            adapt(model)
     elif name == "unet":
         model = unet(size, max(8, int(64 * case.scale)))
         x, y = _drawn((count, size, size, 3)), _whole((count, size, size), 10)
@@ -188,10 +186,11 @@ class Positions(layers.Layer):
         return x + keras.ops.cast(self.vectors, x.dtype)
 
 
-def transformer(of: Transformer, size: int, adapters: bool = False) -> keras.Model:
-    """Build a transformer, each block of it a model of its own, with an adapter in each or without.
+def transformer(of: Transformer, size: int, selection: str) -> keras.Model:
+    """Build a transformer, each block of it a model of its own, with what is added to be trained alone, if that is.
 
-    It is like a BERT, a vision transformer (Dosovitskiy et al., 2021) or a GPT-2 without what they have learnt.
+    It is like a BERT, a vision transformer (Dosovitskiy et al., 2021) or a GPT-2 without what they have learnt. LoRA
+    (Hu et al., 2021) is Keras' own, of the queries and values.
     """
     if of.vocabulary:
         inputs = keras.Input((size,), dtype="int32")
@@ -201,16 +200,22 @@ def transformer(of: Transformer, size: int, adapters: bool = False) -> keras.Mod
         x = layers.Conv2D(of.width, of.patch, strides=of.patch, name="patches")(inputs)
         x = layers.Reshape((-1, of.width))(x)
     x = Positions(name="positions")(x) if of.positions else x
-    for number in range(of.depth):
-        x = _block(of, x.shape[1:], adapters, f"block_{number}")(x)
+    blocks = [_block(of, x.shape[1:], selection == "adapters", f"block_{number}") for number in range(of.depth)]
+    for block in blocks:
+        x = block(x)
     x = layers.LayerNormalization(name="norm")(x) if of.is_first_normed else x
-    if of.is_causal:
-        return keras.Model(inputs, layers.Dense(of.vocabulary, name="head", dtype="float32")(x))
-    return keras.Model(inputs, layers.Dense(10, name="head", dtype="float32")(layers.GlobalAveragePooling1D()(x)))
+    x = x if of.is_causal else layers.GlobalAveragePooling1D()(x)
+    head = layers.Dense(of.vocabulary if of.is_causal else 10, name="head", dtype="float32")
+    model = keras.Model(inputs, head(x))
+    for block in blocks * (selection == "lora"):
+        attention = block.get_layer("attention")
+        attention.query_dense.enable_lora(8)
+        attention.value_dense.enable_lora(8)
+    return model
 
 
-def _block(of: Transformer, shape: tuple[int, ...], adapters: bool, name: str) -> keras.Model:
-    """Build a block: attention, then two dense layers, and what adapters come after them (Houlsby et al., 2019)."""
+def _block(of: Transformer, shape: tuple[int, ...], has_adapter: bool, name: str) -> keras.Model:
+    """Build a block: attention, then two dense layers, and an adapter after them or none (Houlsby et al., 2019)."""
     attention = layers.MultiHeadAttention(of.heads, of.width // of.heads, name="attention")
     norms = [layers.LayerNormalization(name=f"norm_{letter}") for letter in "ab"]
     up, down = layers.Dense(4 * of.width, activation="gelu", name="up"), layers.Dense(of.width, name="down")
@@ -222,19 +227,10 @@ def _block(of: Transformer, shape: tuple[int, ...], adapters: bool, name: str) -
     else:
         x = norms[0](x + attention(x, x, use_causal_mask=of.is_causal))
         x = norms[1](x + down(up(x)))
-    if adapters:
+    if has_adapter:
         adapted = layers.Dense(16, activation="gelu", name="adapter_a")(x)
         x = x + layers.Dense(of.width, name="adapter_b")(adapted)
     return keras.Model(inputs, x, name=name)
-
-
-def adapt(model: keras.Model, rank: int = 8) -> None:
-    """Give the queries and values of all attention low-rank adapters (Hu et al., 2021, LoRA), by Keras' own means."""
-    for block in model.layers:
-        if isinstance(block, keras.Model):
-            attention = block.get_layer("attention")
-            attention.query_dense.enable_lora(rank)
-            attention.value_dense.enable_lora(rank)
 
 
 def unet(size: int, width: int, depth: int = 4) -> keras.Model:
