@@ -118,8 +118,6 @@ class Transformer:
     def of(cls, case: Case) -> Transformer:
         """Return those of a case: shallow and narrow where it is shrunk."""
         full = TRANSFORMERS[case.workload]
-        if case.scale == 1:
-            return full
         width = max(full.heads * 4, int(full.width * case.scale) // full.heads * full.heads)
         vocabulary = full.vocabulary and max(100, int(full.vocabulary * case.scale))
         return dataclasses.replace(full, width=width, depth=max(2, int(full.depth * case.scale)), vocabulary=vocabulary)

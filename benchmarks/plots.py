@@ -7,7 +7,6 @@ import pathlib
 from typing import Any
 
 import matplotlib
-import numpy as np
 import pandas as pd
 
 matplotlib.use("Agg")
@@ -62,27 +61,23 @@ def _bars(frame: pd.DataFrame, what: str, label: str) -> Any:
     some = some[some.groupby("group", sort=False)["arm"].transform("count") > 1]
     if some.empty:
         return None
-    arms = list(dict.fromkeys(some["arm"]))
-    ends = ("least", "most") if what == "/ full" else (what, what)
-    table, low, high = (
-        some.assign(name=some["group"].map(str)).pivot_table(column, "name", "arm", sort=False, dropna=False)
-        .astype(float).reindex(columns=arms) for column in (what, *ends)
-    )  # fmt: skip
-    drawn = table.clip(upper=CUT)
-    low, high = (end.reindex_like(table).fillna(table).clip(upper=CUT) for end in (low, high))
-    errors = np.stack([(drawn - low).abs().T, (high - drawn).abs().T], axis=1)  # as pandas takes them: arm, side, group
-    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.16 * len(table) * (len(arms) + 1)), layout="constrained")
-    shades = [colour(frame, arm) for arm in arms]
-    drawn.plot.barh(
-        ax=axes, xerr=errors, error_kw={"elinewidth": 0.6}, color=shades, width=0.85, fontsize=8, legend=False
-    )
-    for container, arm in zip([c for c in axes.containers if hasattr(c, "patches")], arms):
-        said = ["" if np.isnan(value) else f"{value:.2f}" + " //" * bool(value > CUT) for value in table[arm]]
-        axes.bar_label(container, said, padding=2, fontsize=6)
+    arms, names = list(dict.fromkeys(some["arm"])), list(dict.fromkeys(map(str, some["group"])))
+    ends, height = ("least", "most") if what == "/ full" else (what, what), 0.85 / len(arms)
+    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.16 * len(names) * (len(arms) + 1)), layout="constrained")
+    for number, arm in enumerate(arms):
+        lines = some[some["arm"] == arm]
+        places = [names.index(str(group)) + (number + 0.5) * height - 0.425 for group in lines["group"]]
+        value, low, high = (lines[end].fillna(lines[what]).clip(upper=CUT) for end in (what, *ends))
+        style = {"error_kw": {"elinewidth": 0.6}, "color": colour(frame, arm), "label": arm}
+        bars = axes.barh(places, value, height, xerr=[(value - low).abs(), (high - value).abs()], **style)
+        said = [f"{ratio:.2f}" + " //" * (ratio > CUT) for ratio in lines[what]]
+        axes.bar_label(bars, said, padding=2, fontsize=6)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.tick_params(labelsize=8)
     axes.axvline(1, color="black", linewidth=1)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1.12 * min(max(1.0, table.max().max()), CUT))
-    axes.set(xlabel=f"{label} (the line at 1; // where a bar is cut)", ylabel="")
+    axes.set_xlim(0, 1.12 * min(max(1.0, some[what].max()), CUT))
+    axes.set_xlabel(f"{label} (the line at 1; // where a bar is cut)")
     figure.legend(loc="outside upper center", ncols=6, frameon=False, fontsize=8)
     return figure
 

@@ -32,12 +32,10 @@ VARIANTS = {"cached": "tapeloop+cache", "folded": "tapeloop+fold"}  # which are 
 TIMES = ("step_ms", "fixed_ms", "first_step_s", "compile_s", "examples_per_s", "joules_a_step")
 BYTES = ("peak", "persistent", "growth", "weight_bytes", "optimizer_bytes", "data_bytes", "activation_bytes", "nodes")
 SAID = {
-    "all": "training all of it", "head": "training the head", "last_block": "training the last block and the head",
-    "first_block": "training the first block", "biases": "training the biases", "norm": "training the norms",
-    "lora": "training low-rank terms (LoRA)", "adapters": "training adapters",
-    "middle": "training the first block and the head",
+    "all": "all of it", "head": "the head", "last_block": "the last block and the head", "biases": "the biases",
+    "first_block": "the first block", "middle": "the first block and the head", "norm": "the norms",
+    "lora": "low-rank terms (LoRA)",
 }  # fmt: skip
-
 HEAD = """<!doctype html><meta charset='utf-8'><title>Benchmarks</title>
 <style>body{font-family:sans-serif;max-width:72em;margin:2em auto;padding:0 1em}table{border-collapse:collapse;
 margin:1em 0;font-size:.85em}td,th{padding:.2em .7em;border-bottom:1px solid #ccc;text-align:right}
@@ -150,9 +148,11 @@ def sentences(frame: pd.DataFrame) -> list[str]:
         group, peak = line["group"], line["peak / full"]
         bounds = "" if pd.isna(line["least"]) else f" ({line['least']:.2f} to {line['most']:.2f})"
         memory = "" if pd.isna(peak) else f" and {peak:.2f} of the memory"
-        what = SAID.get(group.selection, f"training {group.selection}")
+        what = SAID.get(group.selection, group.selection)
         named = str(group).replace(f" {group.selection}", "", 1)
-        said.append(f"{named}: {what} takes {line['/ full']:.2f}{bounds} of the time{memory} of full backprop.")
+        said.append(
+            f"{named}: training {what} takes {line['/ full']:.2f}{bounds} of the time{memory} of full backprop."
+        )
     return said
 
 
