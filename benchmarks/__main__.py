@@ -11,6 +11,7 @@ python -m benchmarks run --model mypackage:make_model --policy 'Freeze("backbone
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import importlib.util
 import pathlib
@@ -22,46 +23,46 @@ from benchmarks.cases import Case
 from benchmarks.results import Row
 
 HERE = pathlib.Path("results")
+OWN = ("model", "data", "loss", "optimizer", "policy")  # what is asked of a user's own model
+FUNCTION = "PACKAGE:FUNCTION"
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        "benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    run = verbs.add_parser("run", help="measure what was not measured before, and report")
-    run.add_argument("--suite", choices=(*cases.SUITES, *cases.FEATURES), default="quick")
-    run.add_argument(
-        "--arms", nargs="+", metavar="ARM", help=f"of {', '.join(cases.ARMS)}, with +CHANGE; by default all"
-    )
-    run.add_argument("--workloads", nargs="+", metavar="NAME", help=f"of {', '.join(cases.SELECTIONS)}; by default all")
-    run.add_argument(
-        "--time-limit", type=float, metavar="SECONDS", help="begin nothing that will not fit, and end by then"
-    )
-    run.add_argument("--scale", type=float, default=1.0, help="shrink sizes to this part, to try things out")
-    run.add_argument("--processes", type=int, help="measure the first so many processes of each case alone")
-    run.add_argument("--resume", type=pathlib.Path, nargs="+", default=[], help="results whose cases are done")
-    run.add_argument("--out", type=pathlib.Path, help=f"where lines are added; by default {HERE}/SUITE.jsonl")
-    run.add_argument("--model", metavar="PACKAGE:FUNCTION", help="your own model instead of a suite")
-    run.add_argument(
-        "--data", default="", metavar="PACKAGE:FUNCTION", help="its data: `make(count)` gives inputs, targets"
-    )
-    run.add_argument("--loss", default="", help="its loss: a class of `keras.losses`, or PACKAGE:FUNCTION")
-    run.add_argument("--optimizer", default="", help="its optimizer: a name, or PACKAGE:FUNCTION")
-    run.add_argument("--policy", default="TrainAll()", help="what trains of it, in tapeloop's names")
-    run.add_argument("--batch", type=int, default=16, help="examples in a batch of it")
-    run.add_argument("--steps", type=int, default=20, help="steps in a long round of it")
-    merged = verbs.add_parser("merge", help="put results together, each case once")
-    merged.add_argument("results", type=pathlib.Path, nargs="+")
-    merged.add_argument("--out", type=pathlib.Path, required=True, help="a file that is not there yet")
-    shown = verbs.add_parser("report", help="make report.md, report.html and pictures of results")
-    shown.add_argument("results", type=pathlib.Path, nargs="+")
-    shown.add_argument("--out", type=pathlib.Path, help="the folder; by default one named as the results, beside them")
-    compared = verbs.add_parser("compare", help="say what got worse beyond the noise, and exit with 1 if anything did")
-    compared.add_argument("before", type=pathlib.Path)
-    compared.add_argument("after", type=pathlib.Path)
-    compared.add_argument("--no-remeasure", action="store_true", help="do not measure again what seems slower")
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("benchmarks", description=__doc__, formatter_class=as_written)
+    verbs = parser.add_subparsers(required=True)
+    asked = verbs.add_parser("run", help="measure what was not measured before, and report")
+    asked.set_defaults(do=run)
+    add = asked.add_argument
+    add("--suite", choices=(*cases.SUITES, *cases.FEATURES), default="quick")
+    add("--arms", nargs="+", metavar="ARM", help=f"of {', '.join(cases.ARMS)}, with +CHANGE; by default all")
+    add("--workloads", nargs="+", metavar="NAME", help=f"of {', '.join(cases.SELECTIONS)}; by default all")
+    add("--time-limit", type=float, metavar="SECONDS", help="begin nothing that will not fit, and end by then")
+    add("--scale", type=float, default=1.0, help="shrink sizes to this part, to try things out")
+    add("--processes", type=int, help="measure the first so many processes of each case alone")
+    add("--resume", type=pathlib.Path, nargs="+", default=[], help="results whose cases are done")
+    add("--out", type=pathlib.Path, help=f"where lines are added; by default {HERE}/SUITE.jsonl")
+    add("--model", metavar=FUNCTION, help="your own model instead of a suite")
+    add("--data", default="", metavar=FUNCTION, help="its data: `make(count)` gives inputs, targets")
+    add("--loss", default="", help=f"its loss: a class of `keras.losses`, or {FUNCTION}")
+    add("--optimizer", default="", help=f"its optimizer: a name, or {FUNCTION}")
+    add("--policy", default="TrainAll()", help="what trains of it, in tapeloop's names")
+    add("--batch", type=int, default=16, help="examples in a batch of it")
+    add("--steps", type=int, default=20, help="steps in a long round of it")
+    asked = verbs.add_parser("merge", help="put results together, each case once")
+    asked.set_defaults(do=merge)
+    asked.add_argument("results", type=pathlib.Path, nargs="+")
+    asked.add_argument("--out", type=pathlib.Path, required=True, help="a file that is not there yet")
+    asked = verbs.add_parser("report", help="make report.md, report.html and pictures of results")
+    asked.set_defaults(do=show)
+    asked.add_argument("results", type=pathlib.Path, nargs="+")
+    asked.add_argument("--out", type=pathlib.Path, help="the folder; by default one named as the results, beside them")
+    asked = verbs.add_parser("compare", help="say what got worse beyond the noise, and exit with 1 if anything did")
+    asked.set_defaults(do=judge)
+    asked.add_argument("before", type=pathlib.Path)
+    asked.add_argument("after", type=pathlib.Path)
+    asked.add_argument("--no-remeasure", action="store_true", help="do not measure again what seems slower")
     return parser.parse_args(arguments)
 
 
@@ -72,26 +73,24 @@ def selected(options: argparse.Namespace) -> list[Case]:
         ValueError: There is no such workload or arm, or nothing is left.
     """
     if options.model:
-        if options.batch < 1 or options.steps < 2:
-            asked = f"{options.batch}, {options.steps}"
-            raise ValueError(f"`--batch` must be 1 or more and `--steps` 2 or more. Received: {asked}.")
-        names = ("model", "data", "loss", "optimizer", "policy")
-        own = tuple((name, getattr(options, name)) for name in names)
-        fields = {"batch": options.batch, "steps": options.steps, "own": own, "rounds": 3}
-        found = [
-            Case(options.model.replace(":", "."), options.policy, arm, kind=kind, process=process, **fields)
-            for kind, processes in (("memory", 1), ("step", 3))
-            for process in range(processes) for arm in cases.OWN_ARMS
+        batch, steps = options.batch, options.steps
+        if batch < 1 or steps < 2:
+            raise ValueError(f"`--batch` must be 1 or more and `--steps` 2 or more. Received: {batch}, {steps}.")
+        own = tuple((name, getattr(options, name)) for name in OWN)
+        name = options.model.replace(":", ".")
+        check = Case(name, options.policy, "tapeloop", batch, steps=steps, rounds=3, kind="equivalence", own=own)
+        found = [check] + [
+            dataclasses.replace(check, arm=arm, kind=kind, process=process)
+            for kind, processes in (("memory", 1), ("step", 3)) for process in range(processes)
+            for arm in cases.OWN_ARMS
         ]  # fmt: skip
-        check = Case(options.model.replace(":", "."), options.policy, "tapeloop", kind="equivalence", **fields)
-        found = cases.chosen([check, *found], options.arms, None)
     else:
         if not 0 < options.scale <= 1:
             raise ValueError(f"`--scale` must be above 0, and 1 at most. Received: {options.scale}.")
-        found = cases.chosen(cases.suite(options.suite, options.scale), options.arms, options.workloads)
-    if options.processes:
-        found = [case for case in found if case.process < options.processes]
+        found = cases.suite(options.suite, options.scale)
+    found = cases.chosen(found, options.arms, None if options.model else options.workloads)
     missing = {arm for arm in cases.PEERS if not all(map(importlib.util.find_spec, {arm, "torch"}))}
+    found = [case for case in found if not options.processes or case.process < options.processes]
     for arm in sorted(missing & {case.base for case in found}):
         print(f"The arm `{arm}` is skipped: it needs the package `{arm}`, which is not installed.")
     return [case for case in found if case.base not in missing]
@@ -117,19 +116,17 @@ def run(options: argparse.Namespace) -> int:
     made, left = runner.run(found, out, before=before, limit_s=options.time_limit)
     wanted = {results.key_of(case) for case in found}
     rows = [row for row in [*before, *made] if row["key"] in wanted]
-    status = 0
-    for row in rows:
-        if row["status"] == "error" or row.get("invalid"):
-            print(f"FAILED: {runner.said(row).strip()}", file=sys.stderr)
-            status = 1
+    bad = [row for row in rows if row["status"] == "error" or row.get("invalid")]
+    for row in bad:
+        print(f"FAILED: {runner.said(row).strip()}", file=sys.stderr)
     if left:
         again = "run the same command again to go on" if made else "none was thought to fit the time limit: give more"
         print(f"{len(left)} of {len(found)} cases are left: {again}.")
     if any("step_ms" in row for row in rows):
         write_report(results.ended(rows), out.with_suffix(""), out.name)
-    elif status:
+    elif bad:
         print("Nothing could be measured.", file=sys.stderr)
-    return status
+    return int(bool(bad))
 
 
 def write_report(rows: Sequence[Row], folder: pathlib.Path, source: str) -> None:
@@ -152,6 +149,13 @@ def merge(options: argparse.Namespace) -> int:
     return 0
 
 
+def show(options: argparse.Namespace) -> int:
+    """Report results that are there."""
+    first = options.results[0]
+    write_report(results.load(*options.results), options.out or first.with_suffix(""), first.name)
+    return 0
+
+
 def judge(options: argparse.Namespace) -> int:
     """Compare results, measure again what seems slower, and return 1 if anything got worse."""
     before, after = (results.ended(results.load(path)) for path in (options.before, options.after))
@@ -160,10 +164,8 @@ def judge(options: argparse.Namespace) -> int:
     worse = verdict.worse
     if verdict.slower:
         print("\n".join(f"SUSPECTED: {text}" for text in verdict.slower.values()))
-        here = {(row["code"], str(row["environment"])) for row in after} == {
-            (results.code(), str(results.environment()))
-        }
-        if options.no_remeasure or not here:
+        here = (results.code(), results.environment())
+        if options.no_remeasure or not all((row["code"], row["environment"]) == here for row in after):
             print("Whether that is so is known when it is measured again, with this code on this machine.")
         else:
             print("They are measured again, in other processes.")
@@ -177,18 +179,10 @@ def main(arguments: list[str]) -> int:
     """Do what the command line says, and return the exit status."""
     options = parse(arguments)
     try:
-        if options.verb == "run":
-            return run(options)
-        if options.verb == "merge":
-            return merge(options)
-        if options.verb == "compare":
-            return judge(options)
-        rows = results.load(*options.results)
-        write_report(rows, options.out or options.results[0].with_suffix(""), options.results[0].name)
+        return options.do(options)
     except (ValueError, OSError, ImportError) as error:
         print(error, file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

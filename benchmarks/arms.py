@@ -6,9 +6,11 @@ a tape that watches what trains.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +18,16 @@ import keras
 import tensorflow as tf
 
 import tapeloop as tl
-from benchmarks import adversarial, own, workloads
+from benchmarks import workloads
 from benchmarks.cases import Case
 from benchmarks.workloads import Workload
 
 METRICS = ("accuracy", "sparse_top_k_categorical_accuracy", "sparse_categorical_crossentropy")
+NETWORKS = ("discriminator", "generator")  # of a GAN, in the order of their updates
+TRAINER_OPTIONS: dict[str, dict[str, Any]] = {  # by what is changed of tapeloop's arm
+    "xla": {"jit_compile": True}, "fold": {"fold_frozen": True}, "plain": {"fold_frozen": False},
+    "metrics": {"metrics": list(METRICS)}, **{f"micro{number}": {"microbatches": number} for number in (2, 4, 8)},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -37,124 +44,97 @@ class Arm:
         return self.run(steps)
 
 
-def make_work(case: Case) -> Workload:
-    """Build what a case measures."""
-    return own.make(case) if case.own else workloads.make(case)
-
-
 def make_arm(case: Case, work: Workload | None = None) -> Arm:
     """Build an arm, of another workload than that of the case if it is given."""
-    work = work or make_work(case)
+    work = work or workloads.make(case)
     if case.workload == "gan":
-        return _adversarial(case, work)
-    made = work.optimizer()
+        return adversarial(case, work)
     if case.base == "forward":
         return Arm(forward(case, work), work)
+    made, model = work.optimizer(), work.model
     if case.base == "tapeloop":
         return Arm(tapeloop(case, work, made), work, (made,))
     if case.base == "full":
-        return Arm(by_hand(case, work, work.model, work.model.trainable_variables, made), work, (made,))
-    trained = [entry.variable for entry in tl.Trainer(work.model, work.policy).selection.trained]
-    if case.base == "subset":
-        return Arm(by_hand(case, work, work.model, trained, made), work, (made,))
-    if case.base == "hand" and "features" in case.changes:
-        head = work.model.get_layer("head")
-        features = tf.random.stateless_normal((case.batch * case.steps, head.kernel.shape[0]), (0, 1))
-        work = Workload(head, (features, work.data[1]), work.loss, work.policy)
-        return Arm(by_hand(case, work, head, head.trainable_variables, made), work, (made,))
-    freeze(work.model, trained)
-    if case.base == "hand":
-        return Arm(by_hand(case, work, work.frozen_first or work.model, trained, made), work, (made,))
-    return Arm(keras_fit(case, work, made), work, (made,))
+        return Arm(by_hand(case, work, model, model.trainable_variables, made), work, (made,))
+    trained = [entry.variable for entry in tl.Trainer(model, work.policy).selection.trained]
+    if "features" in case.changes:
+        model = model.get_layer("head")
+        trained = model.trainable_variables
+        features = tf.random.stateless_normal((case.batch * case.steps, model.kernel.shape[0]), (0, 1))
+        work = dataclasses.replace(work, model=model, data=(features, work.data[1]))
+    elif case.base != "subset":
+        freeze(model, trained)
+        model = work.frozen_first or model
+    run = keras_fit(case, work, made) if case.base == "keras" else by_hand(case, work, model, trained, made)
+    return Arm(run, work, (made,))
 
 
 def freeze(model: keras.Model, trained: Sequence[keras.Variable]) -> None:
     """Set Keras' flags so that nothing but `trained` trains, and what has nothing that trains is in inference mode."""
     chosen = {id(variable) for variable in trained}
-    for layer in _leaves(model):
-        if layer.trainable_variables and not any(id(variable) in chosen for variable in layer.trainable_variables):
+    for layer in model.layers:
+        if isinstance(layer, keras.Model):
+            freeze(layer, trained)
+        elif layer.trainable_variables and chosen.isdisjoint(map(id, layer.trainable_variables)):
             layer.trainable = False
     for variable in model.trainable_variables:
         variable.trainable = id(variable) in chosen
 
 
-def _leaves(model: keras.Model) -> Iterator[keras.Layer]:
-    for layer in model.layers:
-        if isinstance(layer, keras.Model):
-            yield from _leaves(layer)
-        else:
-            yield layer
-
-
 def cuts(data: Any, batch: int) -> Callable[[int], Any]:
     """Return what gives the first so many batches of some data, the same arrays each time."""
-    there = len(tf.nest.flatten(data)[0])
 
-    @functools.cache
     def cut(steps: int) -> Any:
         count = steps * batch
-        return data if count == there else tf.nest.map_structure(lambda part: part[:count], data)
+        return tf.nest.map_structure(lambda part: part if len(part) == count else part[:count], data)
 
-    return cut
+    return functools.cache(cut)
 
 
 def datasets(data: Any, batch: int) -> Callable[[int], tf.data.Dataset]:
     """Return what gives the first so many batches as a dataset."""
-    whole = tf.data.Dataset.from_tensor_slices(data).batch(batch, drop_remainder=True)
-    return functools.cache(whole.take)
+    return functools.cache(lambda steps: tf.data.Dataset.from_tensor_slices(data).batch(batch, True).take(steps))
 
 
-class Looks(keras.callbacks.Callback):
-    """Looks at epochs."""
-
-    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Look at the logs."""
-        self.seen = logs
+def _look(self: keras.callbacks.Callback, number: int, logs: dict[str, Any] | None = None) -> None:
+    self.seen = logs
 
 
-class Watches(keras.callbacks.Callback):
-    """Looks at each batch."""
-
-    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Look at the logs."""
-        self.seen = logs
+# Callbacks that have a look at what they are told, after each epoch or after each batch.
+CALLBACKS = {
+    change: type(change, (keras.callbacks.Callback,), {event: _look})
+    for change, event in (("looks", "on_epoch_end"), ("watches", "on_train_batch_end"))
+}
 
 
 def _fitted(case: Case) -> dict[str, Any]:
     """Return the options of a fit, in tapeloop and in Keras."""
-    kinds = [kind for change, kind in (("looks", Looks), ("watches", Watches)) if change in case.changes]
-    verbose = int("metrics" in case.changes)
-    return {"verbose": verbose, "shuffle": False, "callbacks": [kind() for kind in kinds]}
+    callbacks = [kind() for change, kind in CALLBACKS.items() if change in case.changes]
+    return {"verbose": int("metrics" in case.changes), "shuffle": False, "callbacks": callbacks}
 
 
 def tapeloop(case: Case, work: Workload, optimizer: Any, trainer_type: type[tl.Trainer] = tl.Trainer) -> Any:
     """Return a trainer's run, with what comes by default but for what the case changes."""
     changes, options = case.changes, _fitted(case)
-    made: dict[str, Any] = {"loss": work.loss, "optimizer": optimizer}
-    made |= {"jit_compile": True} if "xla" in changes else {}
-    made |= {"fold_frozen": "fold" in changes} if {"fold", "plain"} & set(changes) else {}
-    made |= {"remat": "**/block*" if case.workload == "resnet50-blocks" else "block*"} if "remat" in changes else {}
-    micro = [int(change[5:]) for change in changes if change.startswith("micro")]
-    made |= {"microbatches": micro[0]} if micro else {}
-    made |= {"metrics": list(METRICS)} if "metrics" in changes else {}
+    made = {"loss": work.loss, "optimizer": optimizer}
+    for change in changes:
+        made |= TRAINER_OPTIONS.get(change, {})
+    if "remat" in changes:
+        made["remat"] = "**/block*" if case.workload == "resnet50-blocks" else "block*"
     trainer = trainer_type(work.model, work.policy, **made)
     options |= {"feature_cache": "memory"} if "cache" in changes else {}
-    from_data = datasets if "dataset" in changes else cuts
-    options |= {"batch_size": case.batch} if from_data is cuts else {}
-    some = from_data(work.data, case.batch)
+    options |= {} if "dataset" in changes else {"batch_size": case.batch}
+    batches = datasets(work.data, case.batch)
+    some = batches if "dataset" in changes else cuts(work.data, case.batch)
 
     def run(steps: int) -> float:
         if "onbatch" in changes:
-            return float(
-                [trainer.train_on_batch(*batch) for batch in datasets(work.data, case.batch)(steps)][-1]["loss"]
-            )
-        if "saved" in changes:
-            with tempfile.TemporaryDirectory() as folder:
-                checkpoints = tl.Checkpoints(folder, every_steps=50, every_epochs=None)
-                return float(trainer.fit(some(steps), checkpoint=checkpoints, **options).history["loss"][-1])
+            return float([trainer.train_on_batch(*batch) for batch in batches(steps)][-1]["loss"])
         if "epochwise" in changes:
             return float(trainer.fit(some(1), epochs=steps, **options).history["loss"][-1])
-        return float(trainer.fit(some(steps), **options).history["loss"][-1])
+        with tempfile.TemporaryDirectory() if "saved" in changes else contextlib.nullcontext() as folder:
+            saved = {"checkpoint": tl.Checkpoints(folder, every_steps=50, every_epochs=None)} if folder else {}
+            return float(trainer.fit(some(steps), **saved, **options).history["loss"][-1])
 
     return run
 
@@ -163,9 +143,8 @@ def keras_fit(case: Case, work: Workload, optimizer: Any) -> Callable[[int], flo
     """Return Keras' `fit`: as it comes, or with several steps a call."""
     metrics = list(METRICS) if "metrics" in case.changes else None
     several = min(16, case.steps) if "tuned" in case.changes else 1
-    work.model.compile(
-        optimizer, work.loss, metrics=metrics, jit_compile="xla" in case.changes, steps_per_execution=several
-    )
+    xla = "xla" in case.changes
+    work.model.compile(optimizer, work.loss, metrics=metrics, jit_compile=xla, steps_per_execution=several)
     some, batches = cuts(work.data, case.batch), datasets(work.data, case.batch)
     options = _fitted(case)
 
@@ -189,13 +168,13 @@ def by_hand(
     """
     optimizer.build(trained)
     sources = [variable.value for variable in trained]
-    mean, loss_of, is_guarded = keras.metrics.Mean(), work.loss, "guard" in case.changes
+    mean, is_guarded = keras.metrics.Mean(), "guard" in case.changes
 
     def compute(x: Any, y: Any) -> tf.Tensor:
         with tf.GradientTape(watch_accessed_variables=case.base == "subset") as tape:
             tape.watch(sources)
             outputs = model(x, training=True)
-            parts = [loss_of(*both) for both in zip(tf.nest.flatten(y), tf.nest.flatten(outputs))]
+            parts = [work.loss(*both) for both in zip(tf.nest.flatten(y), tf.nest.flatten(outputs))]
             value = tf.add_n([*parts, *getattr(model, "losses", [])])
         gradients = tape.gradient(value, sources)
         if is_guarded:
@@ -205,12 +184,16 @@ def by_hand(
             optimizer.apply(gradients, trained)
         return value
 
-    compiled = tf.function(compute, jit_compile=True, autograph=False) if "xla" in case.changes else compute
+    compiled = _compiled(case, compute)
 
     def step(x: Any, y: Any) -> None:
         mean.update_state(compiled(x, y), tf.shape(tf.nest.flatten(x)[0])[0])
 
     return looped(case, step, work.data, mean)
+
+
+def _compiled(case: Case, compute: Callable[..., Any]) -> Callable[..., Any]:
+    return tf.function(compute, jit_compile=True, autograph=False) if "xla" in case.changes else compute
 
 
 def forward(case: Case, work: Workload) -> Callable[[int], float]:
@@ -221,7 +204,7 @@ def forward(case: Case, work: Workload) -> Callable[[int], float]:
         outputs = tf.nest.flatten(work.model(x, training=False))
         return tf.add_n([tf.reduce_sum(tf.cast(output, tf.float32)) for output in outputs])
 
-    compiled = tf.function(compute, jit_compile=True, autograph=False) if "xla" in case.changes else compute
+    compiled = _compiled(case, compute)
     return looped(case, lambda x, y: seen.assign(compiled(x)), work.data, seen)
 
 
@@ -232,6 +215,7 @@ def looped(case: Case, step: Callable[..., Any], data: Any, seen: Any) -> Callab
     """
     parts = tf.nest.map_structure(tf.convert_to_tensor, data if isinstance(data, tuple) else (data,))
     order = tf.range(len(tf.nest.flatten(parts)[0]))
+    batches = datasets(parts, case.batch)
 
     @tf.function
     def over_arrays(order: tf.Tensor, steps: tf.Tensor) -> None:
@@ -244,16 +228,12 @@ def looped(case: Case, step: Callable[..., Any], data: Any, seen: Any) -> Callab
         for _ in tf.range(steps):
             step(*next(iterator))
 
-    batches = datasets(parts, case.batch) if "dataset" in case.changes else None
-
     def run(steps: int) -> float:
-        if batches is not None:
+        if "dataset" in case.changes:
             over_dataset(iter(batches(steps)), tf.constant(steps))
-        elif "epochwise" in case.changes:
-            for _ in range(steps):
-                over_arrays(order, tf.constant(1))
         else:
-            over_arrays(order, tf.constant(steps))
+            for some in [1] * steps if "epochwise" in case.changes else [steps]:
+                over_arrays(order, tf.constant(some))
         if isinstance(seen, tf.Variable):
             return 0.0 * float(seen)
         value = float(seen.result())
@@ -263,12 +243,58 @@ def looped(case: Case, step: Callable[..., Any], data: Any, seen: Any) -> Callab
     return run
 
 
-def _adversarial(case: Case, work: Workload) -> Arm:
+def adversarial_loss(name: str, networks: dict[str, keras.Model], real: tf.Tensor) -> tf.Tensor:
+    """Return how badly one of the two does, told by the discriminator (Goodfellow et al., 2014, section 3)."""
+    noise = tf.reshape(real, [tf.shape(real)[0], -1])[
+        :, : workloads.NOISE
+    ]  # numbers of the images: all arms have the same
+    made = networks["generator"](noise, training=True)
+    if name == "generator":
+        return tf.reduce_mean(tf.nn.softplus(-networks["discriminator"](made, training=True)))
+    told = [networks["discriminator"](images, training=True) for images in (real, made)]
+    return tf.reduce_mean(tf.nn.softplus(-told[0])) + tf.reduce_mean(tf.nn.softplus(told[1]))
+
+
+class AdversarialTrainer(tl.Trainer):
+    """A step of the discriminator, then one of the generator, each on its own tape."""
+
+    def train_step(self, batch: Any) -> dict[str, tf.Tensor]:
+        """Train both on one batch of images."""
+        total = 0.0
+        for name in NETWORKS:
+            with self.tape(name) as tape:
+                loss = adversarial_loss(name, self.model, batch)
+            self.update(tape, loss)
+            total += loss
+        return {"loss": total}
+
+
+def adversarial(case: Case, work: Workload) -> Arm:
+    """Build an arm of two networks. `full` takes gradients of both in each update, not of the updated one alone."""
     optimizers = {name: work.optimizer() for name in work.model}
     if case.base == "tapeloop":
-        run = tapeloop(case, work, optimizers, adversarial.AdversarialTrainer)
-    else:
-        mean = keras.metrics.Mean()
-        step = adversarial.by_hand(work.model, optimizers, takes_all=case.base == "full", xla="xla" in case.changes)
-        run = looped(case, lambda real: mean.update_state(step(real)), work.data, mean)
+        return Arm(tapeloop(case, work, optimizers, AdversarialTrainer), work, tuple(optimizers.values()))
+    trained = {name: work.model[name].trainable_variables for name in NETWORKS}
+    for name, optimizer in optimizers.items():
+        optimizer.build(trained[name])
+    mean, unused = keras.metrics.Mean(), tf.Variable(0.0)
+
+    def compute(real: tf.Tensor) -> tf.Tensor:
+        total = 0.0
+        for name in NETWORKS:
+            others = [trained[other] for other in NETWORKS if other != name and case.base == "full"]
+            sources = [variable.value for variable in sum(others, trained[name])]
+            with tf.GradientTape(watch_accessed_variables=False) as tape:
+                tape.watch(sources)
+                loss = adversarial_loss(name, work.model, real)
+            gradients = tape.gradient(loss, sources)
+            count = len(trained[name])
+            optimizers[name].apply(gradients[:count], trained[name])
+            for gradient in filter(lambda one: one is not None, gradients[count:]):
+                unused.assign(tf.reduce_sum(gradient))  # or the graph would not compute it
+            total += loss
+        return total
+
+    step = _compiled(case, compute)
+    run = looped(case, lambda real: mean.update_state(step(real)), work.data, mean)
     return Arm(run, work, tuple(optimizers.values()))

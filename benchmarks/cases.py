@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,12 +24,10 @@ CHANGES = {
     "xla": "compiled by XLA",
     "cache": "what is frozen and comes first was computed before (`feature_cache`)",
     "features": "a head alone, on features that were computed before",
-    "fold": "`fold_frozen=True`",
-    "plain": "`fold_frozen=False`",
+    "fold": "`fold_frozen=True`", "plain": "`fold_frozen=False`",
     "remat": "activations of blocks are computed again in the backward pass",
     "micro2": "two micro-batches", "micro4": "four micro-batches", "micro8": "eight micro-batches",
-    "tuned": "`steps_per_execution=16`",
-    "compile": "`torch.compile`, `channels_last`, fused Adam",
+    "tuned": "`steps_per_execution=16`", "compile": "`torch.compile`, `channels_last`, fused Adam",
     "metrics": "with a progress bar and three metrics", "dataset": "from a `tf.data.Dataset`",
     "onbatch": "a call for each batch", "epochwise": "an epoch for each step",
     "looks": "with a callback that looks at epochs", "watches": "with a callback that looks at batches",
@@ -45,8 +44,7 @@ SELECTIONS = {
     "mlp": ("all", "head", "last_block", "first_block", "biases", "middle"),
     "mobilenetv2": (*_BLOCKS, *UNFREEZE[1:]),
     "resnet50": _BLOCKS,
-    "efficientnetv2b0": ("all", "head", "last_block", "norm"),
-    "efficientnetv2s": ("all", "head", "last_block", "norm"),
+    **dict.fromkeys(("efficientnetv2b0", "efficientnetv2s"), ("all", "head", "last_block", "norm")),
     "unet": ("all", "head", "last_block", "first_block", "norm"),
     "resnet50-blocks": ("all", "head"),
     **dict.fromkeys(("vit", "encoder", "vit-b16", "bert-base", "gpt2-small"), (*_BLOCKS, *ADDED)),
@@ -54,57 +52,32 @@ SELECTIONS = {
     "gan": ("all",),
     "digits": ("all", "head"),  # which are learnt until they are known (`accuracy`)
 }
-KINDS = {
-    "step": "benchmarks.steps:step",
-    "memory": "benchmarks.steps:memory",
-    "equivalence": "benchmarks.equivalence:equivalence",
-    "capacity": "benchmarks.limits:capacity",
-    "accuracy": "benchmarks.limits:accuracy",
-    "checkpoint": "benchmarks.limits:checkpoint",
-}
+KINDS = ("step", "memory", "equivalence", "capacity", "accuracy", "checkpoint")  # functions of `benchmarks/kinds.py`
 
 
 @dataclass(frozen=True)
 class Case:
-    """What one process measures.
+    """What one process measures."""
 
-    Attributes:
-        workload: The model and its data.
-        selection: What trains.
-        arm: By which way.
-        batch: Examples in a batch.
-        size: Pixels of a side, or tokens; 0 for workloads that have neither.
-        width: By what the workload's width is multiplied.
-        dtype: In what is computed.
-        steps: Steps of a long round; a short one has a fifth.
-        rounds: Pairs of a short and a long round.
-        kind: What is measured: a name of `KINDS`, or `module:generator`.
-        process: Which of several processes that measure the same.
-        scale: To what part the workload is shrunk, to try things out.
-        cap_mb: The memory that the device has, in MiB, where it is capped.
-        own: Of a user's own model: its options, as pairs.
-    """
-
-    workload: str
-    selection: str
-    arm: str
+    workload: str  # the model and its data
+    selection: str  # what trains
+    arm: str  # by which way
     batch: int
-    size: int = 0
-    width: float = 1.0
+    size: int = 0  # pixels of a side, or tokens; 0 for workloads that have neither
+    width: float = 1.0  # by what the workload's width is multiplied
     dtype: str = "float32"
-    steps: int = 20
-    rounds: int = 5
-    kind: str = "step"
-    process: int = 0
-    scale: float = 1.0
-    cap_mb: int = 0
-    own: tuple[tuple[str, str], ...] = ()
+    steps: int = 20  # of a long round; a short one has a fifth
+    rounds: int = 5  # pairs of a short and a long round
+    kind: str = "step"  # what is measured: a name of `KINDS`, or `module:generator`
+    process: int = 0  # which of several that measure the same
+    scale: float = 1.0  # to what part the workload is shrunk, to try things out
+    cap_mb: int = 0  # the memory that the device has, in MiB, where it is capped
+    own: tuple[tuple[str, str], ...] = ()  # of a user's own model: its options
 
     @classmethod
     def of(cls, row: dict[str, Any]) -> Case:
         """Return the case of a row of results."""
-        found = {**row["case"], "own": tuple(tuple(pair) for pair in row["case"]["own"])}
-        return cls(**found)
+        return cls(**{**row["case"], "own": tuple(map(tuple, row["case"]["own"]))})
 
     @property
     def base(self) -> str:
@@ -145,8 +118,6 @@ class Transformer:
     def of(cls, case: Case) -> Transformer:
         """Return those of a case: shallow and narrow where it is shrunk."""
         full = TRANSFORMERS[case.workload]
-        if case.scale == 1:
-            return full
         width = max(full.heads * 4, int(full.width * case.scale) // full.heads * full.heads)
         vocabulary = full.vocabulary and max(100, int(full.vocabulary * case.scale))
         return dataclasses.replace(full, width=width, depth=max(2, int(full.depth * case.scale)), vocabulary=vocabulary)
@@ -163,15 +134,15 @@ TRANSFORMERS = {
 # Pixels or tokens, examples, and steps in a long round.
 SMALL = {"mlp": (0, 64, 500), "mobilenetv2": (64, 8, 16), "encoder": (32, 4, 10)}
 MIDDLE = {
-    "mlp": (0, 64, 1000), "mobilenetv2": (96, 16, 20), "resnet50": (96, 16, 8), "resnet50-blocks": (96, 16, 8),
-    "efficientnetv2b0": (96, 16, 12),
-    "vit": (64, 16, 12), "encoder": (64, 16, 8), "lstm": (32, 32, 20), "gan": (32, 32, 20), "digits": (8, 32, 20),
+    "mlp": (0, 64, 1000), "mobilenetv2": (96, 16, 20), "efficientnetv2b0": (96, 16, 12), "vit": (64, 16, 12),
+    "encoder": (64, 16, 8), "lstm": (32, 32, 20), "gan": (32, 32, 20), "digits": (8, 32, 20),
+    **dict.fromkeys(("resnet50", "resnet50-blocks"), (96, 16, 8)),
 }  # fmt: skip
 LARGE = {
-    "resnet50": (224, 64, 20), "efficientnetv2s": (224, 64, 20), "vit-b16": (224, 64, 20), "bert-base": (512, 32, 20),
-    "gpt2-small": (512, 16, 20), "unet": (256, 16, 20), "mlp": (0, 64, 2000), "mobilenetv2": (224, 64, 20),
-    "efficientnetv2b0": (224, 64, 20), "lstm": (128, 128, 20), "gan": (64, 128, 50),
-    "resnet50-blocks": (224, 64, 20), "digits": (8, 32, 20),
+    **dict.fromkeys(("resnet50", "resnet50-blocks", "efficientnetv2b0", "efficientnetv2s"), (224, 64, 20)),
+    **dict.fromkeys(("mobilenetv2", "vit-b16"), (224, 64, 20)), "bert-base": (512, 32, 20), "unet": (256, 16, 20),
+    "gpt2-small": (512, 16, 20), "mlp": (0, 64, 2000), "lstm": (128, 128, 20), "gan": (64, 128, 50),
+    "digits": (8, 32, 20),
 }  # fmt: skip
 CORE = ("forward", "full", "hand", "tapeloop")
 MORE = ("hand+guard", "tapeloop+cache", "tapeloop+fold", "keras", "keras+tuned", "torch", "torch+compile", "lightning")
@@ -181,39 +152,40 @@ OWN_ARMS = ("forward", "full", "hand", "hand+guard", "tapeloop", "tapeloop+cache
 
 
 class Plan:
-    """A list of cases in the making, each with how soon it is wanted."""
+    """A list of cases in the making, each with how soon it is wanted.
 
-    def __init__(
-        self, sizes: dict[str, tuple[int, int, int]], shared: Sequence[str] = (), memory_later: int = 0
-    ) -> None:
-        """Begin with none.
+    `sizes` are by workload. Arms that are `shared` do not depend on what trains, and are measured once for all
+    selections. On a GPU memory is wanted later: it is read beside the times too.
+    """
 
-        Pixels or tokens, examples and steps are given by workload. Arms that are shared do not depend on what trains,
-        and are measured once for all selections. On a GPU memory is wanted later: it is read beside the times too.
-        """
+    def __init__(self, sizes: dict[str, Any], shared: Sequence[str] = (), memory_later: int = 0) -> None:
         self._sizes, self._shared, self._later = sizes, shared, {"memory": memory_later}
         self._cases: dict[Case, int] = {}
 
     def add(
         self, workload: str, selection: str, arms: Sequence[str], *, soon: int = 0, processes: int = 3,
-        kinds: Sequence[str] = (), **changes: Any,
+        kinds: Sequence[str] = ("step", "memory"), **changes: Any,
     ) -> None:  # fmt: skip
         """Add the arms of a group that are written for it."""
         size, batch, steps = self._sizes[workload]
-        for arm in arms:
+        fields = {"batch": batch, "size": size, "steps": steps, **changes}
+        for arm, kind in itertools.product(arms, kinds):
             where = "all" if arm in self._shared or (arm.startswith("full") and selection in ADDED) else selection
-            fields = {"batch": batch, "size": size, "steps": steps, **changes}
-            for kind in kinds or ("step", "memory"):
-                for process in range(processes if kind in ("step", "accuracy") else 1):
-                    case = Case(workload, where, arm, **fields, kind=kind, process=process)
-                    if is_there(case):
-                        self._cases.setdefault(case, soon + self._later.get(kind, 0))
+            for process in range(processes if kind in ("step", "accuracy") else 1):
+                case = Case(workload, where, arm, **fields, kind=kind, process=process)
+                if is_there(case):
+                    self._cases.setdefault(case, soon + self._later.get(kind, 0))
 
-    def check(self, workload: str, selection: str, soon: int = 1, **changes: Any) -> None:
+    def check(self, workload: str, selection: str, **changes: Any) -> None:
         """Add a check that the arms of a group compute the same, on a small batch."""
-        self.add(
-            workload, selection, ["tapeloop"], kinds=["equivalence"], soon=soon, **{"batch": 4, "steps": 2, **changes}
-        )
+        self.add(workload, selection, ["tapeloop"], kinds=["equivalence"], soon=1, batch=4, steps=2, **changes)
+
+    def limits(self, workload: str, caps: Sequence[int], soon: int, **changes: Any) -> None:
+        """Add the largest batch under each cap, and the time to an accuracy."""
+        for cap, (selection, arm) in itertools.product(caps, (("all", "full"), ("head", "tapeloop"))):
+            self.add(workload, selection, [arm], kinds=["capacity"], cap_mb=cap, soon=soon, batch=1, steps=1, **changes)
+        self.add("digits", "all", ["full"], kinds=["accuracy"], soon=soon)
+        self.add("digits", "head", ["tapeloop", "tapeloop+cache"], kinds=["accuracy"], soon=soon)
 
     def ordered(self) -> list[Case]:
         """Return the cases, the most informative first: first processes of what is wanted soon, then the others.
@@ -221,9 +193,7 @@ class Plan:
         The arms of a group stand together, in the next process in the reverse order.
         """
         place = {case: number for number, case in enumerate(self._cases)}
-        groups: dict[Case, int] = {}
-        for case in self._cases:
-            groups.setdefault(case.group, len(groups))
+        groups = {group: number for number, group in enumerate(dict.fromkeys(case.group for case in place))}
 
         def rank(case: Case) -> tuple[int, int, str, int]:
             order = -place[case] if case.process % 2 else place[case]
@@ -236,16 +206,15 @@ def is_there(case: Case) -> bool:
     """Tell whether an arm is written for a group."""
     if case.workload == "gan":
         return case.base in ("full", "hand", "tapeloop") and not set(case.changes) - {"xla"}
-    if "cache" in case.changes:
-        return bool(case.own) or case.selection in FROZEN_FIRST or case.selection.startswith("unfreeze")
-    if "fold" in case.changes:
-        return bool(case.own) or case.selection != "all"
-    if "remat" in case.changes:
-        return bool(case.own) or case.workload == "resnet50-blocks" or "lora" in SELECTIONS[case.workload]
     if case.base in PEERS:
         wanted = ("head",) if case.base == "lightning" else ("all", "head", "last_block")
         return case.kind == "step" and case.selection in wanted and case.workload in PEERS_HAVE
-    return True
+    where = {
+        "cache": case.selection in FROZEN_FIRST or case.selection.startswith("unfreeze"),
+        "fold": case.selection != "all",
+        "remat": case.workload == "resnet50-blocks" or "lora" in SELECTIONS.get(case.workload, ()),
+    }
+    return bool(case.own) or all(where.get(change, True) for change in case.changes)
 
 
 def quick() -> list[Case]:
@@ -264,103 +233,88 @@ def quick() -> list[Case]:
 def cpu() -> list[Case]:
     """All workloads, about an hour on two cores."""
     plan = Plan(MIDDLE, shared=("full",))
-    chosen = {
-        "mobilenetv2": ("head", "last_block", "biases", "middle"), "resnet50": ("head",), "encoder": ("lora",),
-        "efficientnetv2b0": ("head",), "vit": ("norm",), "mlp": ("all", "first_block"), "lstm": ("middle",),
-        "gan": ("all",),
-    }  # fmt: skip
-    for workload, selections in chosen.items():
-        for selection in selections:
-            plan.add(workload, selection, CORE)
-            plan.add(workload, selection, MORE, soon=1, processes=3 if selection == "head" or workload == "mlp" else 1)
-            if workload != "gan":
-                plan.check(workload, selection, size=min(MIDDLE[workload][0], 32))
-    plan.add("encoder", "adapters", CORE, soon=2, processes=1)
-    plan.add("encoder", "all", ("tapeloop", "torch", "torch+compile"), soon=2, processes=1)
-    plan.add("encoder", "lora", CORE, dtype="bfloat16", soon=2, processes=1)
-    plan.add("vit", "norm", XLA, soon=2, processes=1)
+    for workload, selection in (
+        *[("mobilenetv2", selection) for selection in ("head", "last_block", "biases", "middle")], ("resnet50", "head"),
+        ("encoder", "lora"), ("efficientnetv2b0", "head"), ("vit", "norm"), ("mlp", "all"), ("mlp", "first_block"),
+        ("lstm", "middle"), ("gan", "all"),
+    ):  # fmt: skip
+        plan.add(workload, selection, CORE)
+        plan.add(workload, selection, MORE, soon=1, processes=3 if selection == "head" or workload == "mlp" else 1)
+        if workload != "gan":
+            plan.check(workload, selection, size=min(MIDDLE[workload][0], 32))
+    later: dict[str, Any] = {"soon": 2, "processes": 1}
+    plan.add("encoder", "adapters", CORE, **later)
+    plan.add("encoder", "all", ("tapeloop", "torch", "torch+compile"), **later)
+    plan.add("encoder", "lora", CORE, dtype="bfloat16", **later)
+    plan.add("vit", "norm", XLA, **later)
     plan.add("mlp", "all", CORE, width=4.0, steps=250, soon=2)
     for batch in (4, 64):
-        plan.add("mobilenetv2", "head", CORE, batch=batch, steps=320 // batch, soon=2, processes=1)
+        plan.add("mobilenetv2", "head", CORE, batch=batch, steps=320 // batch, **later)
     for selection in UNFREEZE[2::2]:
-        plan.add("mobilenetv2", selection, ("tapeloop",), soon=2, processes=1)
-    _limits(plan, "mobilenetv2", (512, 1024), soon=3)
+        plan.add("mobilenetv2", selection, ("tapeloop",), **later)
+    plan.limits("mobilenetv2", (512, 1024), soon=3)
     return plan.ordered()
 
 
 def gpu() -> list[Case]:
     """An hour or less on one large GPU; the first ten minutes give a table of all workloads."""
     plan = Plan(LARGE, shared=("forward", "full", "full+xla"), memory_later=3)
+    once: dict[str, Any] = {"processes": 1, "kinds": ["step"]}
     for dtype, names in (("bfloat16", ON_GPU), ("float32", ("resnet50", "bert-base"))):
-        for selection in ("head", "all", "last_block", "lora"):
-            for name in names:
-                if selection in SELECTIONS[name]:
-                    is_main = selection in ("head", "all") and dtype == "bfloat16"
-                    more = {"processes": 3} if is_main else {"processes": 1, "kinds": ["step"]}
-                    plan.add(name, selection, CORE, dtype=dtype, soon=int(dtype == "float32"), **more)
+        for selection, name in itertools.product(("head", "all", "last_block", "lora"), names):
+            if selection in SELECTIONS[name]:
+                more = {} if selection in ("head", "all") and dtype == "bfloat16" else once
+                plan.add(name, selection, CORE, dtype=dtype, soon=int(dtype == "float32"), **more)
+    once["dtype"] = "bfloat16"
     for name in ON_GPU:
         plan.check(name, "head", size=min(LARGE[name][0], 64))
-        plan.add(name, "head", XLA, dtype="bfloat16", soon=1, processes=1, kinds=["step"])
-        plan.add(
-            name, "all", ("tapeloop+remat", "torch+compile"), dtype="bfloat16", soon=3, processes=1, kinds=["step"]
-        )
-        plan.add(name, "head", MORE, dtype="bfloat16", soon=3, processes=1, kinds=["step"])
-    for batch in (8, 256):
-        for selection in ("all", "head"):
-            plan.add("resnet50", selection, CORE, dtype="bfloat16", batch=batch, soon=3, processes=1, kinds=["step"])
-    _limits(plan, "resnet50", (16_384, 24_576, 40_960, 81_920), soon=4, dtype="bfloat16")
+        plan.add(name, "head", XLA, soon=1, **once)
+        plan.add(name, "all", ("tapeloop+remat", "torch+compile"), soon=3, **once)
+        plan.add(name, "head", MORE, soon=3, **once)
+    for batch, selection in itertools.product((8, 256), ("all", "head")):
+        plan.add("resnet50", selection, CORE, batch=batch, soon=3, **once)
+    plan.limits("resnet50", (16_384, 24_576, 40_960, 81_920), soon=4, dtype="bfloat16")
     return plan.ordered()
-
-
-def _limits(plan: Plan, workload: str, caps: Sequence[int], soon: int, **changes: Any) -> None:
-    """Add the largest batch under each cap, and the time to an accuracy."""
-    for cap in caps:
-        for selection, arm in (("all", "full"), ("head", "tapeloop")):
-            plan.add(workload, selection, [arm], kinds=["capacity"], cap_mb=cap, batch=1, steps=1, soon=soon, **changes)
-    plan.add("digits", "all", ("full",), kinds=["accuracy"], soon=soon)
-    plan.add("digits", "head", ("tapeloop", "tapeloop+cache"), kinds=["accuracy"], soon=soon)
 
 
 def gpu_full() -> list[Case]:
     """Everything else on a GPU: all selections of all workloads, in both precisions, with XLA and without."""
     plan = Plan({**MIDDLE, **LARGE}, shared=("forward", "full", "full+xla"), memory_later=3)
     for workload, selections in SELECTIONS.items():
-        for dtype in DTYPES * (workload != "digits"):
-            for selection in selections:
-                plan.add(workload, selection, (*CORE, *MORE, *XLA, "subset"), dtype=dtype, processes=1)
+        for dtype, selection in itertools.product(DTYPES * (workload != "digits"), selections):
+            plan.add(workload, selection, (*CORE, *MORE, *XLA, "subset"), dtype=dtype, processes=1)
     for width in (4.0, 16.0):
         plan.add("mlp", "all", CORE, width=width, soon=1)
     there = set(gpu())
     return [case for case in plan.ordered() if case not in there]
 
 
-# What single features cost or save, each arm beside what it is judged by: workload, selection, arms, and what differs.
-_MICRO = ("tapeloop", "tapeloop+micro2", "tapeloop+micro4", "tapeloop+micro8", "tapeloop+remat")
-_EDGES = ("tapeloop", "hand+guard", "tapeloop+epochwise", "hand+guard+epochwise")
-_FRONT = ("forward", "tapeloop+plain", "tapeloop+fold")
-_ONLY: dict[str, Any] = {"kinds": ["step"]}
-FEATURES: dict[str, list[tuple[str, str, tuple[str, ...], dict[str, Any]]]] = {
+# What single features cost or save, each arm beside what it is judged by: workloads and selections, arms, and what
+# differs. Memory is measured where it says so.
+_MEMORY_TOO: dict[str, Any] = {"kinds": ("step", "memory")}
+FEATURES: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
     "loop": [
-        ("mlp", "all", ("tapeloop", "hand+guard", "hand", "keras", "keras+tuned", "tapeloop+metrics"), _ONLY),
-        ("mlp", "all", ("tapeloop+dataset", "hand+guard+dataset", "keras+tuned+dataset"), _ONLY),
-        ("mobilenetv2", "head", _FRONT, {}), ("resnet50", "head", (*_FRONT, "torch"), {}),
-        ("efficientnetv2b0", "head", _FRONT, {}), ("resnet50", "all", ("tapeloop", "hand+guard"), _ONLY),
-        ("encoder", "adapters", ("tapeloop", "hand+guard"), _ONLY),
+        ("mlp all", "tapeloop hand+guard hand keras keras+tuned tapeloop+metrics", {}),
+        ("mlp all", "tapeloop+dataset hand+guard+dataset keras+tuned+dataset", {}),
+        ("mobilenetv2 head", "forward tapeloop+plain tapeloop+fold", _MEMORY_TOO),
+        ("resnet50 head", "forward tapeloop+plain tapeloop+fold torch", _MEMORY_TOO),
+        ("efficientnetv2b0 head", "forward tapeloop+plain tapeloop+fold", _MEMORY_TOO),
+        ("resnet50 all, encoder adapters", "tapeloop hand+guard", {}),
     ],
-    "cache": [
-        (name, "head", ("tapeloop", "tapeloop+cache", "hand+features"), _ONLY) for name in ("mobilenetv2", "resnet50")
-    ],
+    "cache": [("mobilenetv2 head, resnet50 head", "tapeloop tapeloop+cache hand+features", {})],
     "microbatches": [
-        (name, "all", _MICRO, {"batch": 64, "steps": 5, "processes": 1}) for name in ("resnet50-blocks", "encoder")
+        ("resnet50-blocks all, encoder all",
+         "tapeloop tapeloop+micro2 tapeloop+micro4 tapeloop+micro8 tapeloop+remat",
+         {**_MEMORY_TOO, "batch": 64, "steps": 5, "processes": 1}),
     ],
-    "on_batch": [
-        (*which, ("tapeloop+onbatch", "keras+onbatch"), _ONLY) for which in (("mlp", "all"), ("mobilenetv2", "head"))
+    "on_batch": [("mlp all, mobilenetv2 head", "tapeloop+onbatch keras+onbatch", {})],
+    "callbacks": [("mlp all", f"{base} {base}+looks {base}+watches", {}) for base in ("tapeloop", "keras")],
+    "edges": [
+        ("mlp all, mobilenetv2 head", "tapeloop hand+guard tapeloop+epochwise hand+guard+epochwise", {"rounds": 9}),
     ],
-    "callbacks": [("mlp", "all", (base, f"{base}+looks", f"{base}+watches"), _ONLY) for base in ("tapeloop", "keras")],
-    "edges": [(*which, _EDGES, {**_ONLY, "rounds": 9}) for which in (("mlp", "all"), ("mobilenetv2", "head"))],
     "checkpoints": [
-        ("resnet50", "all", ("tapeloop", "tapeloop+saved"), {**_ONLY, "steps": 100, "rounds": 3, "processes": 1}),
-        *[("resnet50", which, ("tapeloop",), {"kinds": ["checkpoint"], "steps": 2}) for which in ("all", "head")],
+        ("resnet50 all", "tapeloop tapeloop+saved", {"steps": 100, "rounds": 3, "processes": 1}),
+        ("resnet50 all, resnet50 head", "tapeloop", {"kinds": ["checkpoint"], "steps": 2}),
     ],
 }  # fmt: skip
 
@@ -368,8 +322,9 @@ FEATURES: dict[str, list[tuple[str, str, tuple[str, ...], dict[str, Any]]]] = {
 def features(name: str) -> list[Case]:
     """What a single feature costs or saves."""
     plan = Plan({**MIDDLE, "mlp": (0, 64, 200)})
-    for workload, selection, arms, options in FEATURES[name]:
-        plan.add(workload, selection, arms, **options)
+    for groups, arms, options in FEATURES[name]:
+        for group in groups.split(", "):
+            plan.add(*group.split(), arms.split(), **{"kinds": ["step"], **options})
     return plan.ordered()
 
 
@@ -379,29 +334,20 @@ SUITES = {"quick": quick, "cpu": cpu, "gpu": gpu, "gpu-full": gpu_full}
 def suite(name: str, scale: float = 1.0) -> list[Case]:
     """Return the cases of a suite, the most informative first, shrunk to `scale`."""
     cases = SUITES[name]() if name in SUITES else features(name)
-    return list(dict.fromkeys(_shrunk(cases, scale)))
+    return cases if scale == 1 else list(dict.fromkeys(_shrunk(case, scale) for case in cases))
 
 
-def _shrunk(cases: Sequence[Case], scale: float) -> Iterator[Case]:
-    for case in cases:
-        if scale == 1:
-            yield case
-            continue
-        is_of_tokens = case.workload in ("encoder", "bert-base", "gpt2-small", "lstm")
-        least = 8 if is_of_tokens else 32
-        size = max(least, int(case.size * scale) // least * least) if case.size else 0
-        small = {
-            "batch": max(1 if case.cap_mb else 2, int(case.batch * scale)),
-            "steps": max(min(5, case.steps), int(case.steps * scale)),
-        }
-        yield dataclasses.replace(
-            case,
-            size=size,
-            scale=scale,
-            rounds=max(2, int(case.rounds * scale)),
-            cap_mb=int(case.cap_mb * scale),
-            **small,
-        )
+def _shrunk(case: Case, scale: float) -> Case:
+    least = 8 if case.workload in ("encoder", "bert-base", "gpt2-small", "lstm") else 32  # tokens, or pixels
+    return dataclasses.replace(
+        case,
+        batch=max(1 if case.cap_mb else 2, int(case.batch * scale)),
+        size=max(least, int(case.size * scale) // least * least) if case.size else 0,
+        steps=max(min(5, case.steps), int(case.steps * scale)),
+        rounds=max(2, int(case.rounds * scale)),
+        scale=scale,
+        cap_mb=int(case.cap_mb * scale),
+    )
 
 
 def chosen(cases: Sequence[Case], arms: Sequence[str] | None, workloads: Sequence[str] | None) -> list[Case]:
@@ -411,8 +357,7 @@ def chosen(cases: Sequence[Case], arms: Sequence[str] | None, workloads: Sequenc
         ValueError: An arm or a workload is unknown, or nothing is left.
     """
     for arm in arms or ():
-        base, *changes = arm.split("+")
-        if base not in ARMS or not set(changes) <= set(CHANGES):
+        if arm.split("+")[0] not in ARMS or not set(arm.split("+")[1:]) <= set(CHANGES):
             raise ValueError(f"There is no arm {arm!r}. There are: {', '.join(ARMS)}, with +{', +'.join(CHANGES)}.")
     unknown = [name for name in workloads or () if name not in SELECTIONS]
     if unknown:

@@ -49,25 +49,21 @@ def state() -> dict[str, Any]:
     return {**found, "other_processes": len(others)}
 
 
-class Energy:
-    """The energy that the first GPU has taken, in joules, where NVML counts it."""
+@functools.cache
+def _nvml() -> tuple[ctypes.CDLL, ctypes.c_void_p] | None:
+    """Return NVML and what it calls the first GPU, if both are there."""
+    handle = ctypes.c_void_p()
+    with contextlib.suppress(OSError, AttributeError):
+        library = ctypes.CDLL("libnvidia-ml.so.1")
+        if not library.nvmlInit_v2() and not library.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(handle)):
+            return library, handle
+    return None
 
-    def __init__(self) -> None:
-        """Find the counter, if there is one."""
-        self._library: Any = None
-        self._handle = ctypes.c_void_p()
-        if not gpus():
-            return
-        with contextlib.suppress(OSError, AttributeError):
-            library = ctypes.CDLL("libnvidia-ml.so.1")
-            if not library.nvmlInit_v2() and not library.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(self._handle)):
-                self._library = library
 
-    def joules(self) -> float | None:
-        """Return what the counter says, or None."""
-        value = ctypes.c_ulonglong()
-        if self._library is None:
-            return None
-        if self._library.nvmlDeviceGetTotalEnergyConsumption(self._handle, ctypes.byref(value)):
-            return None
-        return value.value / 1e3
+def joules() -> float | None:
+    """Return the energy that the first GPU has taken, where NVML counts it."""
+    value = ctypes.c_ulonglong()
+    there = _nvml() if gpus() else None
+    if there is None or there[0].nvmlDeviceGetTotalEnergyConsumption(there[1], ctypes.byref(value)):
+        return None
+    return value.value / 1e3

@@ -32,8 +32,7 @@ class Classifier(lightning.LightningModule):
 
     def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], number: int) -> torch.Tensor:
         """Return the loss of a batch."""
-        x, y = batch
-        return loss_of(self.model(x), y)
+        return loss_of(self.model(batch[0]), batch[1])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return the optimizer of what trains when it begins."""
@@ -84,10 +83,10 @@ def make_arm(
     thread = threading.Thread(target=fit, daemon=True)
 
     def run(steps: int) -> float:
-        orders = [steps] if thread.is_alive() else [steps, 1]
-        if not thread.is_alive():
+        is_first = not thread.is_alive()
+        if is_first:
             thread.start()
-        for order in orders:
+        for order in [steps, 1] if is_first else [steps]:
             ordered.orders.put(order)
             error = ordered.done.get()
             if error is not None:

@@ -1,19 +1,58 @@
-"""Timing rounds, and what they tell: what a step more takes, what a fit costs beside, and how sure that is."""
+"""A process that measures one case: its turns and rounds, what these tell, and how sure that is."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
+import inspect
 import io
+import os
+import sys
 import time
+import traceback
 from collections.abc import Callable, Generator, Sequence
+from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
 
 from benchmarks import devices
-from benchmarks.cases import Case
+from benchmarks.cases import KINDS, PEERS, Case
 
 DRAWS = 2000  # of a bootstrap
+
+
+def serve(pipe: Connection, case: Case) -> None:
+    """Measure a case, a turn each time that the pipe says so.
+
+    What measures is a generator, or a function where there is but one turn: it yields at the end of each turn and
+    returns its figures. The answers are None, that the turn has ended, or `("ok", figures)`, or `("error", why)`.
+    Whatever goes wrong is answered, not raised.
+    """
+    os.dup2(2, 1)  # what libraries print is not the user's to read
+    os.environ["TF_CPU_ALLOCATOR_USE_BFC"] = "1"  # or the CPU's allocator counts nothing
+    if case.cap_mb:
+        os.environ["TF_CPU_BFC_MEM_LIMIT_IN_MB"] = str(case.cap_mb)
+    running: Any = None
+    while True:
+        try:
+            pipe.recv()
+        except (EOFError, OSError):
+            return  # nobody waits any more
+        try:
+            if running is None:
+                module, name = (f"benchmarks.kinds:{case.kind}" if case.kind in KINDS else case.kind).split(":")
+                module = "benchmarks.peers" if case.base in PEERS else module
+                running = getattr(importlib.import_module(module), name)(case)
+            answer: Any = next(running) if inspect.isgenerator(running) else ("ok", running)
+        except StopIteration as end:
+            answer = "ok", end.value
+        except BaseException as error:
+            traceback.print_exc(file=sys.stderr)
+            text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            answer = "error", {"error": text if len(text) < 400 else f"{text[:200]} ... {text[-200:]}"}
+        with contextlib.suppress(OSError):
+            pipe.send(answer)
 
 
 def short_of(steps: int) -> int:
@@ -47,15 +86,11 @@ def draws(processes: Sequence[Sequence[float]], generator: np.random.Generator, 
 
     Processes are the unit: rounds of one process are more alike than those of two (Kalibera and Jones, 2013).
     """
-    drawn = np.empty((count, len(processes)))
-    each = [np.asarray(rounds) for rounds in processes]
-    medians = [np.median(generator.choice(rounds, (count, len(rounds))), axis=1) for rounds in each]
-    which = generator.integers(0, len(each), (count, len(each)))
-    for place in range(len(each)):
-        for number, values in enumerate(medians):
-            taken = which[:, place] == number
-            drawn[taken, place] = generator.permutation(values)[taken]
-    return np.median(drawn, axis=1)
+    places = len(processes)
+    again = [generator.choice(rounds, (count, places, len(rounds))) for rounds in processes]
+    medians = np.stack([np.median(rounds, axis=-1) for rounds in again], axis=-1)
+    which = generator.integers(0, places, (count, places, 1))
+    return np.median(np.take_along_axis(medians, which, axis=-1), axis=(1, 2))
 
 
 def interval(processes: Sequence[Sequence[float]], generator: np.random.Generator, share: float = 0.95) -> list[float]:
@@ -77,18 +112,18 @@ def rounds(case: Case, make: Callable[[], Callable[[int], Any]]) -> Generator[No
 
     Each `yield` ends a turn: other arms may have theirs before it goes on. Returns the arm, and its figures.
     """
-    energy, before = devices.Energy(), devices.state()
+    before = devices.state()
     arm = make()
     yield
     first = timed(lambda: arm(1))
     yield
     few, short, long, joules = short_of(case.steps), [], [], []
     for _ in range(case.rounds + 1):
-        started = energy.joules()
+        started = devices.joules()
         short.append(timed(lambda: arm(few)))
         long.append(timed(lambda: arm(case.steps)))
         if started is not None:
-            joules.append(((energy.joules() or 0) - started) / (few + case.steps))
+            joules.append(((devices.joules() or 0) - started) / (few + case.steps))
         yield
     figures = summary(short[1:], long[1:], case.steps, case.batch, first)
     if joules:

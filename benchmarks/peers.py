@@ -7,7 +7,6 @@ by another generator.
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable, Generator
 from typing import Any
 
@@ -16,8 +15,6 @@ from torch import nn
 
 from benchmarks.cases import TRANSFORMERS, Case, Transformer
 from benchmarks.measure import rounds
-
-RESNET_BLOCKS = ((64, 3), (128, 4), (256, 6), (512, 3))  # filters and count, by stage (He et al., 2015, table 1)
 
 
 class Bottleneck(nn.Module):
@@ -70,7 +67,7 @@ class Stack(nn.Module):
 def make(case: Case) -> tuple[nn.Module, nn.Linear, torch.Tensor, torch.Tensor]:
     """Build a backbone and a head, and draw inputs and targets."""
     torch.manual_seed(0)
-    count = case.batch * case.steps
+    count, size = case.batch * case.steps, case.size
     labels = torch.randint(0, 10, (count,))
     if case.workload == "mlp":
         width = int(128 * case.width)
@@ -78,26 +75,17 @@ def make(case: Case) -> tuple[nn.Module, nn.Linear, torch.Tensor, torch.Tensor]:
         return backbone, nn.Linear(width, 10), torch.randn(count, 64), labels
     if case.workload in TRANSFORMERS:
         of = Transformer.of(case)
-        shape = (count, case.size) if of.vocabulary else (count, 3, case.size, case.size)
-        x = torch.randint(0, of.vocabulary, shape) if of.vocabulary else torch.randn(shape)
-        y = torch.randint(0, of.vocabulary, shape) if of.is_causal else labels
+        x = torch.randint(0, of.vocabulary, (count, size)) if of.vocabulary else torch.randn(count, 3, size, size)
+        y = torch.randint(0, of.vocabulary, x.shape) if of.is_causal else labels
         return Stack(case), nn.Linear(of.width, of.vocabulary if of.is_causal else 10), x, y
     parts: list[nn.Module] = [nn.Conv2d(3, 64, 7, 2, 3), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
     wide = 64
-    for stage, (filters, number) in enumerate(RESNET_BLOCKS):
+    for stage, (filters, number) in enumerate(((64, 3), (128, 4), (256, 6), (512, 3))):  # He et al., 2015, table 1
         for block in range(number):
             parts.append(Bottleneck(wide, filters, 2 if stage and not block else 1))
             wide = 4 * filters
     backbone = nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    return backbone, nn.Linear(wide, 10), torch.randn(count, 3, case.size, case.size), labels
-
-
-def choose(backbone: nn.Module, case: Case) -> None:
-    """Freeze what does not train of a backbone."""
-    blocks = [p for p in backbone.modules() if isinstance(p, (nn.TransformerEncoderLayer, Bottleneck))]
-    backbone.requires_grad_(case.selection == "all").train(case.selection == "all")
-    if case.selection == "last_block":
-        (blocks or [backbone[-2]])[-1].requires_grad_(True)
+    return backbone, nn.Linear(wide, 10), torch.randn(count, 3, size, size), labels
 
 
 def loss_of(outputs: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -110,10 +98,12 @@ def make_arm(case: Case) -> Callable[[int], float]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")  # as TensorFlow has it: TF32 where there is
     torch.backends.cudnn.benchmark = True
-    backbone, head, x, y = make(case)
-    choose(backbone, case)
+    backbone, head, x, y = (part.to(device) for part in make(case))
+    backbone.requires_grad_(case.selection == "all").train(case.selection == "all")
+    if case.selection == "last_block":
+        blocks = [p for p in backbone.modules() if isinstance(p, (nn.TransformerEncoderLayer, Bottleneck))]
+        (blocks or [backbone[-2]])[-1].requires_grad_(True)
     is_tuned = "compile" in case.changes
-    backbone, head, x, y = backbone.to(device), head.to(device), x.to(device), y.to(device)
     if is_tuned and x.ndim == 4:
         backbone, x = backbone.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
     if case.base == "lightning":
@@ -122,18 +112,16 @@ def make_arm(case: Case) -> Callable[[int], float]:
         run = lightning_peer.make_arm(case, backbone, head, x, y)
         run.data_bytes = x.nbytes + y.nbytes
         return run
-    moved = [p for p in (*backbone.parameters(), *head.parameters()) if p.requires_grad]
-    optimizer, batch = torch.optim.Adam(moved, 1e-4, fused=is_tuned or None), case.batch
-    half = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=case.dtype == "bfloat16")
     model = nn.Sequential(backbone, head)
-    if is_tuned:
-        model = torch.compile(model)
+    moved = [p for p in model.parameters() if p.requires_grad]
+    optimizer, batch = torch.optim.Adam(moved, 1e-4, fused=is_tuned or None), case.batch
+    model = torch.compile(model) if is_tuned else model
 
     def run(steps: int) -> float:
         total = torch.zeros((), device=device)
         for number in range(steps):
             chosen = slice(number * batch, (number + 1) * batch)
-            with half():
+            with torch.autocast(device.type, torch.bfloat16, enabled=case.dtype == "bfloat16"):
                 loss = loss_of(model(x[chosen]), y[chosen])
             optimizer.zero_grad()
             loss.backward()
@@ -146,12 +134,12 @@ def make_arm(case: Case) -> Callable[[int], float]:
 
 
 def step(case: Case) -> Generator[None, None, dict[str, Any]]:
-    """Time an arm; on a GPU, read PyTorch's allocator too."""
-    if torch.cuda.is_available():
+    """Time an arm; on a GPU, read PyTorch's allocator too, less the data of steps but two, as for TensorFlow."""
+    is_on_gpu = torch.cuda.is_available()
+    if is_on_gpu:
         torch.cuda.reset_peak_memory_stats()
     arm, figures = yield from rounds(case, lambda: make_arm(case))
-    if torch.cuda.is_available():  # less the data of steps but two, as in `benchmarks.steps`
-        figures["peak"] = torch.cuda.max_memory_allocated() - int(
-            arm.data_bytes * (1 - min(case.steps, 2) / case.steps)
-        )
+    if is_on_gpu:
+        spare = int(arm.data_bytes * (1 - min(case.steps, 2) / case.steps))
+        figures["peak"] = torch.cuda.max_memory_allocated() - spare
     return figures

@@ -7,7 +7,6 @@ import pathlib
 from typing import Any
 
 import matplotlib
-import numpy as np
 import pandas as pd
 
 matplotlib.use("Agg")
@@ -15,9 +14,10 @@ from matplotlib import pyplot as plt
 
 from benchmarks.cases import UNFREEZE, Case
 from benchmarks.results import Row, newest
-from benchmarks.tables import BASES, MIB
 
-SHARED = ("forward", *BASES["full"])  # arms that do not depend on what trains
+MIB = 2**20
+FULL = ("full", "full+xla")
+SHARED = ("forward", *FULL)  # arms that do not depend on what trains
 CUT = 2  # bars end here, with a mark; their labels go on
 PARTS = {
     "weight_bytes": "weights",
@@ -25,22 +25,28 @@ PARTS = {
     "rest": "data and buffers",
     "activation_bytes": "activations",
 }
+X_LABELS = {"batch": "batch size", "depth": "stages unfrozen, the head first", "width": "width, relative"}
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#999999", "#F0E442", "#555555")
 
 
 def draw(frame: pd.DataFrame, rows: list[Row], folder: pathlib.Path) -> list[str]:
     """Draw what there is to draw, and return the names of the files."""
-    folder.mkdir(parents=True, exist_ok=True)
     frame = frame[frame["step_ms"].notna() & (frame["error"] == "") & (frame["invalid"] == "")]
-    drawn = [
-        _bars(frame, "/ full", "time of a step / full backprop", folder / "step-time.png"),
-        _bars(frame, "peak / full", "peak memory / full backprop", folder / "peak-memory.png"),
-        _against(frame, folder / "memory-against-time.png"),
-        _stacked(frame, folder / "memory-parts.png"),
-        *[_sweep(frame, axis, folder / f"{axis}.png") for axis in ("batch", "depth", "width")],
-        _largest(rows, folder / "largest-batch.png"),
-    ]
-    return [name for name in drawn if name]
+    figures = {
+        "step-time.png": _bars(frame, "/ full", "time of a step / full backprop"),
+        "peak-memory.png": _bars(frame, "peak / full", "peak memory / full backprop"),
+        "memory-against-time.png": _against(frame),
+        "memory-parts.png": _stacked(frame),
+        **{f"{axis}.png": _sweep(frame, axis) for axis in X_LABELS},
+        "largest-batch.png": _largest(rows),
+    }
+    drawn = {name: figure for name, figure in figures.items() if figure is not None}
+    for name, figure in drawn.items():
+        for axes in figure.axes:
+            axes.spines[["top", "right"]].set_visible(False)
+        figure.savefig(folder / name, dpi=130)
+        plt.close(figure)
+    return list(drawn)
 
 
 def colour(frame: pd.DataFrame, arm: str) -> str:
@@ -49,42 +55,38 @@ def colour(frame: pd.DataFrame, arm: str) -> str:
     return COLOURS[arms.index(arm) % len(COLOURS)]
 
 
-def _bars(frame: pd.DataFrame, what: str, label: str, path: pathlib.Path) -> str:
+def _bars(frame: pd.DataFrame, what: str, label: str) -> Any:
     """Draw what arms take of full backprop, by group."""
-    some = frame[frame[what].notna() & ~frame["arm"].isin(BASES["full"])]
+    some = frame[frame[what].notna() & ~frame["arm"].isin(FULL)]
     some = some[some.groupby("group", sort=False)["arm"].transform("count") > 1]
     if some.empty:
-        return ""
-    arms = list(dict.fromkeys(some["arm"]))
-    ends = ("least", "most") if what == "/ full" else (what, what)
-    table, low, high = (
-        some.assign(name=some["group"].map(str)).pivot_table(column, "name", "arm", sort=False, dropna=False)
-        .astype(float).reindex(columns=arms) for column in (what, *ends)
-    )  # fmt: skip
-    drawn = table.clip(upper=CUT)
-    low, high = (end.reindex_like(table).fillna(table).clip(upper=CUT) for end in (low, high))
-    errors = np.stack([(drawn - low).abs().T, (high - drawn).abs().T], axis=1)  # as pandas takes them: arm, side, group
-    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.16 * len(table) * (len(arms) + 1)), layout="constrained")
-    shades = [colour(frame, arm) for arm in arms]
-    drawn.plot.barh(
-        ax=axes, xerr=errors, error_kw={"elinewidth": 0.6}, color=shades, width=0.85, fontsize=8, legend=False
-    )
-    for container, arm in zip([c for c in axes.containers if hasattr(c, "patches")], arms):
-        said = ["" if np.isnan(value) else f"{value:.2f}" + " //" * bool(value > CUT) for value in table[arm]]
-        axes.bar_label(container, said, padding=2, fontsize=6)
+        return None
+    arms, names = list(dict.fromkeys(some["arm"])), list(dict.fromkeys(map(str, some["group"])))
+    ends, height = ("least", "most") if what == "/ full" else (what, what), 0.85 / len(arms)
+    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.16 * len(names) * (len(arms) + 1)), layout="constrained")
+    for number, arm in enumerate(arms):
+        lines = some[some["arm"] == arm]
+        places = [names.index(str(group)) + (number + 0.5) * height - 0.425 for group in lines["group"]]
+        value, low, high = (lines[end].fillna(lines[what]).clip(upper=CUT) for end in (what, *ends))
+        style = {"error_kw": {"elinewidth": 0.6}, "color": colour(frame, arm), "label": arm}
+        bars = axes.barh(places, value, height, xerr=[(value - low).abs(), (high - value).abs()], **style)
+        said = [f"{ratio:.2f}" + " //" * (ratio > CUT) for ratio in lines[what]]
+        axes.bar_label(bars, said, padding=2, fontsize=6)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.tick_params(labelsize=8)
     axes.axvline(1, color="black", linewidth=1)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1.12 * min(max(1.0, table.max().max()), CUT))
-    axes.set(xlabel=f"{label} (the line at 1; // where a bar is cut)", ylabel="")
+    axes.set_xlim(0, 1.12 * min(max(1.0, some[what].max()), CUT))
+    axes.set_xlabel(f"{label} (the line at 1; // where a bar is cut)")
     figure.legend(loc="outside upper center", ncols=6, frameon=False, fontsize=8)
-    return _saved(figure, path)
+    return figure
 
 
-def _against(frame: pd.DataFrame, path: pathlib.Path) -> str:
+def _against(frame: pd.DataFrame) -> Any:
     """Draw peak memory against time, both relative to full backprop: what lies to the lower left is better in both."""
-    some = frame[frame["/ full"].notna() & frame["peak / full"].notna() & ~frame["arm"].isin(BASES["full"])]
+    some = frame[frame["/ full"].notna() & frame["peak / full"].notna() & ~frame["arm"].isin(FULL)]
     if some.empty:
-        return ""
+        return None
     figure, axes = plt.subplots(figsize=(6, 5), layout="constrained")
     for arm, points in some.groupby("arm", sort=False):
         axes.scatter(points["/ full"], points["peak / full"], label=arm, color=colour(frame, str(arm)), s=24, alpha=0.8)
@@ -93,15 +95,15 @@ def _against(frame: pd.DataFrame, path: pathlib.Path) -> str:
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, fontsize=8)
-    return _saved(figure, path)
+    return figure
 
 
-def _stacked(frame: pd.DataFrame, path: pathlib.Path) -> str:
+def _stacked(frame: pd.DataFrame) -> Any:
     """Draw what peak memory is made of."""
     some = frame[frame["peak"].notna() & frame["weight_bytes"].notna()]
     some = some[some["arm"].isin(["full", "forward", "hand", "tapeloop", "tapeloop+cache", "tapeloop+fold"])]
     if some.empty:
-        return ""
+        return None
     rest = (some["persistent"] - some["weight_bytes"] - some["optimizer_bytes"]).clip(lower=0)
     some = some.assign(rest=rest, name=some["group"].map(str) + ": " + some["arm"]).set_index("name")
     figure, axes = plt.subplots(figsize=(9, 1 + 0.2 * len(some)), layout="constrained")
@@ -110,74 +112,64 @@ def _stacked(frame: pd.DataFrame, path: pathlib.Path) -> str:
     axes.invert_yaxis()
     axes.set_xlabel("peak memory (MiB)")
     figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=8)
-    return _saved(figure, path)
+    return figure
 
 
-def _sweep(frame: pd.DataFrame, axis: str, path: pathlib.Path) -> str:
+def _sweep(frame: pd.DataFrame, axis: str) -> Any:
     """Draw time and memory where one thing differs alone, a line for each arm with its band."""
-    panels: dict[Case, list[tuple[float, Any]]] = {}
-    shared: dict[Any, dict[float, Any]] = {}  # of what does not depend on what trains, which stands in all panels
-    for _, row in frame.iterrows():
-        group = row["group"]
+
+    def panel_of(group: Case) -> Case:
+        return dataclasses.replace(group, **({"selection": "by depth"} if axis == "depth" else {axis: 0}))
+
+    if axis == "depth":
+        frame = frame[[group.workload == "mobilenetv2" for group in frame["group"]]]
+        xs = [1 + UNFREEZE.index(one.selection) if one.selection in UNFREEZE else 0 for one in frame["group"]]
+    else:
+        xs = [getattr(group, axis) for group in frame["group"]]
+    frame = frame.assign(x=xs, panel=[panel_of(group) for group in frame["group"]])
+    frame["like"] = [dataclasses.replace(panel, selection="") for panel in frame["panel"]]
+    is_shared = frame["arm"].isin(SHARED)  # what does not depend on what trains, which stands in all panels
+    shared = frame[is_shared].drop_duplicates(["like", "arm", "x"])
+    panels = {}
+    for panel, points in frame[~is_shared & (frame["x"] > 0)].groupby("panel", sort=False):
+        others = shared[shared["like"] == points["like"].iloc[0]]
         if axis == "depth":
-            if group.workload != "mobilenetv2":
-                continue
-            key = dataclasses.replace(group, selection="by depth")
-            x = 1 + UNFREEZE.index(group.selection) if group.selection in UNFREEZE else 0
-        else:
-            key, x = dataclasses.replace(group, **{axis: 0}), getattr(group, axis)
-        if row["arm"] in SHARED:
-            shared.setdefault((dataclasses.replace(key, selection=""), row["arm"]), {}).setdefault(x, row)
-        elif x:
-            panels.setdefault(key, []).append((x, row))
-    for key, points in panels.items():
-        xs = sorted({x for x, _ in points})
-        for (like, _), by_x in shared.items():
-            if like == dataclasses.replace(key, selection=""):
-                points += [(x, next(iter(by_x.values()))) for x in xs] if axis == "depth" else by_x.items()
-    panels = {key: points for key, points in panels.items() if len({x for x, _ in points}) > 1}
+            others = others.drop_duplicates("arm").drop(columns="x").merge(points[["x"]].drop_duplicates(), how="cross")
+        points = pd.concat([points, others])
+        if points["x"].nunique() > 1:
+            panels[panel] = points
     if not panels:
-        return ""
+        return None
     figure, grid = plt.subplots(2, len(panels), figsize=(1 + 4 * len(panels), 6.4), layout="constrained", squeeze=False)
-    for (key, points), column in zip(panels.items(), grid.T):
-        for arm in dict.fromkeys(row["arm"] for _, row in points):
-            line = sorted(((x, row) for x, row in points if row["arm"] == arm), key=lambda point: point[0])
+    for (panel, points), (above, below) in zip(panels.items(), grid.T):
+        for arm, line in points.groupby("arm", sort=False):
+            line = line.sort_values("x", kind="stable").astype({"low": float, "high": float})
             if len(line) > 1:
-                _line(column, line, arm, colour(frame, arm))
-        column[0].set_title(str(key).replace(", batch 0", ""), fontsize=9)
-        for axes, label in zip(column, ("time of a step (ms)", "peak memory (MiB)")):
-            axes.set_xlabel(
-                {"batch": "batch size", "depth": "stages unfrozen, the head first"}.get(axis, "width, relative")
-            )
-            axes.set_ylabel(label)
+                shade = colour(frame, str(arm))
+                above.plot(line["x"], line["step_ms"], marker="o", label=arm, color=shade)
+                above.fill_between(line["x"], line["low"], line["high"], color=shade, alpha=0.2)
+                line = line[line["peak"].notna()]
+                below.plot(line["x"], line["peak"] / MIB, marker="o", color=shade)
+        above.set_title(str(panel).replace(", batch 0", ""), fontsize=9)
+        for axes, label in ((above, "time of a step (ms)"), (below, "peak memory (MiB)")):
+            axes.set(xlabel=X_LABELS[axis], ylabel=label)
             axes.grid(alpha=0.3)
-            if axis != "depth":
-                axes.set_xscale("log", base=2)
-                axes.set_yscale("log")
-                for formatted in (axes.xaxis.set_major_formatter, axes.yaxis.set_major_formatter):
-                    formatted("{x:g}")
-            else:
+            if axis == "depth":
                 axes.xaxis.get_major_locator().set_params(integer=True)
-        column[0].legend(frameon=False, fontsize=8)
-    return _saved(figure, path)
+                continue
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            for one in (axes.xaxis, axes.yaxis):
+                one.set_major_formatter("{x:g}")
+        above.legend(frameon=False, fontsize=8)
+    return figure
 
 
-def _line(column: Any, line: list[tuple[float, Any]], arm: str, shade: str) -> None:
-    xs = [x for x, _ in line]
-    column[0].plot(xs, [row["step_ms"] for _, row in line], marker="o", label=arm, color=shade)
-    column[0].fill_between(
-        xs, [row["low"] for _, row in line], [row["high"] for _, row in line], color=shade, alpha=0.2
-    )
-    known = [(x, row["peak"] / MIB) for x, row in line if not pd.isna(row["peak"])]
-    if known:
-        column[1].plot(*zip(*known), marker="o", color=shade)
-
-
-def _largest(rows: list[Row], path: pathlib.Path) -> str:
+def _largest(rows: list[Row]) -> Any:
     """Draw the largest batch that fits, under each cap."""
     found = [(Case.of(row), row["largest_batch"]) for row in newest(rows) if "largest_batch" in row]
     if not found:
-        return ""
+        return None
     lines = [(case.cap_mb / 1024, f"{case.arm}, {case.selection}", batch) for case, batch in found]
     bars = pd.DataFrame(lines, columns=["GiB", "arm", "batch"]).pivot_table("batch", "GiB", "arm")
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
@@ -185,12 +177,4 @@ def _largest(rows: list[Row], path: pathlib.Path) -> str:
     for container in axes.containers:
         axes.bar_label(container, fmt="%d", padding=2, fontsize=7)
     axes.legend(frameon=False, fontsize=8)
-    return _saved(figure, path)
-
-
-def _saved(figure: Any, path: pathlib.Path) -> str:
-    for axes in figure.axes:
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-    return path.name
+    return figure

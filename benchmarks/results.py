@@ -9,14 +9,15 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import importlib.metadata
 import importlib.util
 import json
 import os
 import pathlib
 import platform
+import re
 import subprocess
 from collections.abc import Iterable, Sequence
+from importlib.metadata import distributions
 from typing import Any
 
 from benchmarks.cases import PEERS, Case
@@ -24,7 +25,7 @@ from benchmarks.devices import gpus
 
 ROOT = pathlib.Path(__file__).parents[1]
 # What reads results, and does not make them: a change to it leaves results as they are.
-READERS = ("__main__.py", "compare.py", "plots.py", "report.py", "results.py", "runner.py", "tables.py", "tune.py")
+READERS = ("__main__.py", "compare.py", "plots.py", "report.py", "results.py", "runner.py", "tune.py")
 PACKAGES = ("tensorflow", "keras", "numpy", "torch", "lightning")
 
 Row = dict[str, Any]
@@ -122,28 +123,17 @@ def code() -> str:
 @functools.cache
 def commit() -> str:
     """Return the commit that is checked out, with a `+` where files differ from it; nothing where git is not there."""
-    try:
-        said = [
-            subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-            for arguments in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "tapeloop", "benchmarks"])
-        ]
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return said[0] + "+" * bool(said[1])
+    asked = "git rev-parse --short=12 HEAD && git status --porcelain tapeloop benchmarks"
+    done = subprocess.run(asked, shell=True, cwd=ROOT, capture_output=True, text=True)
+    head, *changed = done.stdout.splitlines() or [""]
+    return "" if done.returncode else head + "+" * bool(changed)
 
 
 @functools.cache
 def environment() -> dict[str, Any]:
     """Return what is known of this machine and what is installed, without importing it."""
     info = pathlib.Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = ""
+    names = re.findall(r"^model name\s*:\s*(.*?)\s*$", info.read_text() if info.exists() else "", re.MULTILINE)
     device = gpus()[0] if gpus() else {}
     return {
         "processor": names[0] if names else platform.processor() or platform.machine(),
@@ -151,7 +141,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "device": device.get("name", "CPU"),
         "driver": device.get("driver_version", ""),
-        **versions,
+        **{name: next((found.version for found in distributions(name=name)), "") for name in PACKAGES},
     }
 
 

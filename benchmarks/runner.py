@@ -14,8 +14,8 @@ from typing import Any
 
 from benchmarks import devices, results
 from benchmarks.cases import KINDS, PEERS, Case
+from benchmarks.measure import serve
 from benchmarks.results import Row
-from benchmarks.worker import serve
 
 METHOD = "forkserver"  # TensorFlow is imported once, in a process that never runs an op, and is there for all others
 LONGEST_S = 900.0  # for one case
@@ -24,7 +24,6 @@ START_S = 1.0  # kept free for what a case takes beside what its row says
 PRIOR_S = {"small": 5.0, "large": 20.0, "compile": 60.0, "capacity": 120.0, "accuracy": 60.0}
 SMALL_WORKLOADS = ("mlp", "lstm", "gan")
 
-
 print_at_once = functools.partial(print, flush=True)
 
 
@@ -32,7 +31,6 @@ class Child:
     """A process that measures one case, a turn at a time."""
 
     def __init__(self, case: Case) -> None:
-        """Start it; it waits to be told to go on."""
         context = multiprocessing.get_context("spawn" if case.base in PEERS else METHOD)
         self.case, self.used_s = case, 0.0
         self._pipe, theirs = context.Pipe()
@@ -47,25 +45,22 @@ class Child:
         """
         began = time.monotonic()
         until = min(deadline, began + LONGEST_S - self.used_s)
-        status, found = "ok", {}
         try:
             self._pipe.send("go")
             if self._pipe.poll(max(0.0, until - began)):
                 answer = self._pipe.recv()
-                if answer is None:
-                    self.used_s += time.monotonic() - began
-                    return None
-                status, found = answer
             elif until == deadline:
-                status, found = "cut", {"error": "the time limit came before its end"}
+                answer = "cut", {"error": "the time limit came before its end"}
             else:
-                status, found = "error", {"error": f"it took longer than {LONGEST_S:g} s"}
+                answer = "error", {"error": f"it took longer than {LONGEST_S:g} s"}
         except (EOFError, OSError):
             self._process.join(10)
-            status, found = "error", {"error": f"its process died with exit code {self._process.exitcode}"}
+            answer = "error", {"error": f"its process died with exit code {self._process.exitcode}"}
         self.used_s += time.monotonic() - began
+        if answer is None:
+            return None
         self.stop()
-        return results.row_of(self.case, status, self.used_s, **found)
+        return results.row_of(self.case, answer[0], self.used_s, **answer[1])
 
     def stop(self) -> None:
         """End it."""
@@ -78,7 +73,7 @@ def prepare(cases: Sequence[Case]) -> None:
     """Have TensorFlow imported once for all processes to come."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     if any(case.kind in KINDS and case.base not in PEERS for case in cases):
-        multiprocessing.get_context(METHOD).set_forkserver_preload(["benchmarks.steps"])
+        multiprocessing.get_context(METHOD).set_forkserver_preload(["benchmarks.kinds"])
 
 
 def prior(case: Case) -> float:
@@ -94,7 +89,6 @@ class Estimates:
     """What cases are thought to take, by those that were measured."""
 
     def __init__(self, rows: Iterable[Row]) -> None:
-        """Take in rows."""
         self._seconds: dict[Any, list[float]] = {}
         self._least: dict[Case, float] = {}
         for row in rows:
@@ -111,10 +105,9 @@ class Estimates:
 
     def of(self, case: Case) -> float:
         """Return the seconds that a case is thought to take: of the most like ones, or what is stated for it."""
-        for like in self._likes(case):
-            if like in self._seconds:
-                return max(self._least.get(case, 0.0), 1.2 * statistics.median(self._seconds[like]))
-        return max(self._least.get(case, 0.0), prior(case))
+        known = (self._seconds[like] for like in self._likes(case) if like in self._seconds)
+        thought = next((1.2 * statistics.median(seconds) for seconds in known), prior(case))
+        return max(self._least.get(case, 0.0), thought)
 
     def _likes(self, case: Case) -> list[Any]:
         same = (case.kind, case.workload, case.arm, case.size, case.scale, case.steps * case.rounds)
@@ -127,11 +120,7 @@ def blocks(cases: Sequence[Case], rows: Iterable[Row] = ()) -> list[list[Case]]:
     Those are the arms of a group that are timed. On a GPU they must fit it together, which is known of those alone
     whose peak was measured before.
     """
-    peaks: dict[Case, int] = {}
-    for row in rows:
-        if row.get("peak"):
-            case = Case.of(row)
-            peaks[_with_any_process(case)] = int(row["peak"])
+    peaks = {(Case.of(row).group, row["case"]["arm"]): row["peak"] for row in rows if row.get("peak")}
     room = 0.8 * devices.memory_mb() * 2**20
 
     def lot(case: Case) -> Any:
@@ -141,14 +130,9 @@ def blocks(cases: Sequence[Case], rows: Iterable[Row] = ()) -> list[list[Case]]:
     found = []
     for _, same in itertools.groupby(cases, key=lot):
         some = list(same)
-        known = [peaks.get(_with_any_process(case)) for case in some]
-        fits = not room or (None not in known and sum(filter(None, known)) < room)
+        fits = not room or sum(peaks.get((case.group, case.arm), room) for case in some) < room
         found += [some] if fits else [[case] for case in some]
     return found
-
-
-def _with_any_process(case: Case) -> Any:
-    return (case.group, case.arm)
 
 
 def run(

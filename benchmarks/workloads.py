@@ -1,7 +1,10 @@
-"""The models and the data that benchmarks share, and what a selection means for each."""
+"""The models and the data that benchmarks share, what a selection means for each, and a user's own model."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,15 +17,23 @@ from benchmarks.cases import TRANSFORMERS, UNFREEZE, Case, Transformer
 
 layers = keras.layers
 
-# By workload: the name in `keras.applications`, what comes first, and what comes last before the head.
 APPLICATIONS = {
-    "mobilenetv2": ("MobileNetV2", ["*Conv1", "expanded_conv*"], ["block_16_*", "Conv_1*"]),
-    "resnet50": ("ResNet50", ["conv1_*"], ["conv5_block3*"]),
-    "efficientnetv2b0": ("EfficientNetV2B0", ["stem*"], ["block6h*", "top*"]),
-    "efficientnetv2s": ("EfficientNetV2S", ["stem*"], ["block6o*", "top*"]),
+    "mobilenetv2": "MobileNetV2", "resnet50": "ResNet50", "efficientnetv2b0": "EfficientNetV2B0",
+    "efficientnetv2s": "EfficientNetV2S",
+}  # fmt: skip
+# By workload: what comes first, and what comes last before the head.
+ENDS = {
+    "mlp": (["dense_0"], ["dense_1"]),
+    "lstm": (["embedding"], ["lstm_1"]),
+    "unet": (["down_0_*"], ["up_0_*"]),
+    "mobilenetv2": (["backbone/*Conv1", "backbone/expanded_conv*"], ["backbone/block_16_*", "backbone/Conv_1*"]),
+    "resnet50": (["backbone/conv1_*"], ["backbone/conv5_block3*"]),
+    "resnet50-blocks": (["backbone/block0_0"], ["backbone/block3_2"]),
+    "efficientnetv2b0": (["backbone/stem*"], ["backbone/block6h*", "backbone/top*"]),
+    "efficientnetv2s": (["backbone/stem*"], ["backbone/block6o*", "backbone/top*"]),
 }
 # What `unfreeze-3` trains of a MobileNetV2 beside the stage before, what `unfreeze-4` adds, and so on.
-STAGES = ["block_1[345]_*", "block_1[012]_*", "block_[6789]_*", "block_[345]_*", "block_[12]_*"]
+STAGES = [f"backbone/block_{stage}_*" for stage in ("1[345]", "1[012]", "[6789]", "[345]", "[12]")]
 NOISE = 64  # numbers that a generator makes an image of
 
 
@@ -51,39 +62,64 @@ class Workload:
 
 
 def make(case: Case) -> Workload:
-    """Build what a case measures, on the data of one long round."""
+    """Build what a case measures, on the data of one long round.
+
+    Raises:
+        ValueError: Of a user's own model a function, the policy, the loss or the optimizer cannot be had, or its data
+            is unknown or too little.
+    """
     keras.config.set_dtype_policy("mixed_bfloat16" if case.dtype == "bfloat16" else "float32")
     keras.utils.set_random_seed(0)
-    count, name = case.batch * case.steps, case.workload
-    if name == "gan":
-        (real, _), networks = images(count, case.size), gan(case.size)
-        return Workload(networks, tf.tanh(real), None, tl.Groups({name: name for name in networks}))
+    count, size, name = case.batch * case.steps, case.size, case.workload
     frozen_first = None
-    if name in APPLICATIONS or name == "resnet50-blocks":
-        model, data = classifier(case), images(count, case.size)
-        frozen_first = _frozen_first(model) if case.selection == "head" else None
-    elif name == "mlp":
-        model, data = mlp(int(128 * case.width)), _drawn((count, 64), count)
-    elif name == "unet":
-        model = unet(case.size, max(8, int(64 * case.scale)))
-        data = images(count, case.size)[0], _whole((count, case.size, case.size), 10)
+    if case.own:
+        return own(dict(case.own), count)
+    if name == "gan":
+        networks = gan(size)
+        policy = tl.Groups({name: name for name in networks})
+        return Workload(networks, tf.tanh(_drawn((count, size, size, 3))), None, policy)
+    if name == "mlp":
+        model, x, y = mlp(int(128 * case.width)), _drawn((count, 64)), _whole((count,), 10)
     elif name == "lstm":
-        model, data = lstm(case.size), texts(count, case.size, 1000)
-    else:
+        model, x, y = lstm(size), _whole((count, size), 1000, tf.int32), _whole((count,), 10)
+    elif name in TRANSFORMERS:
         of = Transformer.of(case)
-        model = transformer(of, case.size, case.selection == "adapters")
-        data = texts(count, case.size, of.vocabulary, of.is_causal) if of.vocabulary else images(count, case.size)
-        if case.selection == "lora":
-            adapt(model)
-    return Workload(model, data, cross_entropy(), policy_of(case), frozen_first)
+        model = transformer(of, size, case.selection)
+        x = _whole((count, size), of.vocabulary, tf.int32) if of.vocabulary else _drawn((count, size, size, 3))
+        y = _whole((count, size), of.vocabulary) if of.is_causal else _whole((count,), 10)
+    elif name == "unet":
+        model = unet(size, max(8, int(64 * case.scale)))
+        x, y = _drawn((count, size, size, 3)), _whole((count, size, size), 10)
+    else:
+        backbone, head = backbone_of(name, (size, size, 3)), layers.Dense(10, name="head", dtype="float32")
+        inputs = keras.Input((size, size, 3))
+        model = keras.Model(inputs, head(backbone(inputs)))
+        x, y = _drawn((count, size, size, 3)), _whole((count,), 10)
+        if case.selection == "head":
+
+            def frozen_first(x: Any, training: bool) -> Any:
+                return head(backbone(x, training=False), training=training)
+
+    return Workload(model, (x, y), cross_entropy(), policy_of(case), frozen_first)
+
+
+# Drawn by TensorFlow: what NumPy draws is copied into its memory or not, by where it happens to lie; and as tensors,
+# since to make them of NumPy arrays costs each fit a copy, which is no step's.
+def _drawn(shape: Sequence[int]) -> tf.Tensor:
+    return tf.random.stateless_normal(shape, (0, 1))
+
+
+def _whole(shape: Sequence[int], below: int, dtype: tf.DType = tf.int64) -> tf.Tensor:
+    return tf.random.stateless_uniform(shape, (0, 2), 0, below, dtype)
 
 
 def policy_of(case: Case) -> tl.VariablePolicy:
     """Return the policy that trains a selection of a workload."""
-    first, last = _ends(case)
-    if case.selection in UNFREEZE[1:]:
-        more = STAGES[: UNFREEZE.index(case.selection) - 1]
-        return tl.TrainOnly("head", *last, *(f"backbone/{glob}" for glob in more))
+    if case.workload in TRANSFORMERS:
+        of = Transformer.of(case)
+        first, last = ["embedding" if of.vocabulary else "patches", "block_0"], [f"block_{of.depth - 1}"]
+    else:
+        first, last = ENDS[case.workload]
     policies = {
         "all": tl.TrainAll(),
         "head": tl.TrainOnly("head"),
@@ -94,24 +130,9 @@ def policy_of(case: Case) -> tl.VariablePolicy:
         "adapters": tl.TrainOnly("**/adapter*", "head"),
         "lora": tl.TrainOnly(tl.named("lora_kernel_a", "lora_kernel_b"), "head"),
         "middle": tl.TrainOnly(*first, "head"),
+        **{name: tl.TrainOnly("head", *last, *STAGES[:count]) for count, name in enumerate(UNFREEZE[1:])},
     }
     return policies[case.selection]
-
-
-def _ends(case: Case) -> tuple[list[str], list[str]]:
-    """Return globs of what comes first in a workload, and of what comes last before its head."""
-    if case.workload in APPLICATIONS:
-        first, last = ([f"backbone/{glob}" for glob in globs] for globs in APPLICATIONS[case.workload][1:])
-        return first, last
-    if case.workload in TRANSFORMERS:
-        of = Transformer.of(case)
-        return ["embedding" if of.vocabulary else "patches", "block_0"], [f"block_{of.depth - 1}"]
-    return {
-        "mlp": (["dense_0"], ["dense_1"]),
-        "lstm": (["embedding"], ["lstm_1"]),
-        "unet": (["down_0_*"], ["up_0_*"]),
-        "resnet50-blocks": (["backbone/block0_0"], ["backbone/block3_2"]),
-    }[case.workload]
 
 
 def mlp(width: int = 128) -> keras.Model:
@@ -120,17 +141,15 @@ def mlp(width: int = 128) -> keras.Model:
     return keras.Sequential([keras.Input((64,)), *dense, layers.Dense(10, name="head", dtype="float32")])
 
 
-def classifier(case: Case) -> keras.Model:
-    """Nest an architecture with random weights under a ten-class head."""
-    shape = (case.size, case.size, 3)
-    if case.workload == "resnet50-blocks":
+def backbone_of(name: str, shape: tuple[int, ...]) -> keras.Model:
+    """Build an architecture with random weights, without its head."""
+    if name == "resnet50-blocks":
         backbone = resnet_of_blocks(shape)
     else:
-        application = getattr(keras.applications, APPLICATIONS[case.workload][0])
+        application = getattr(keras.applications, APPLICATIONS[name])
         backbone = application(input_shape=shape, include_top=False, weights=None, pooling="avg")
     backbone.name = "backbone"
-    inputs = keras.Input(shape)
-    return keras.Model(inputs, layers.Dense(10, name="head", dtype="float32")(backbone(inputs)))
+    return backbone
 
 
 def resnet_of_blocks(shape: tuple[int, ...]) -> keras.Model:
@@ -155,11 +174,6 @@ def resnet_of_blocks(shape: tuple[int, ...]) -> keras.Model:
     return keras.Model(inputs, layers.GlobalAveragePooling2D()(x))
 
 
-def _frozen_first(model: keras.Model) -> Callable[[Any], Any]:
-    backbone, head = model.get_layer("backbone"), model.get_layer("head")
-    return lambda x, training: head(backbone(x, training=False), training=training)
-
-
 class Positions(layers.Layer):
     """Adds a vector of its own to each token."""
 
@@ -172,10 +186,11 @@ class Positions(layers.Layer):
         return x + keras.ops.cast(self.vectors, x.dtype)
 
 
-def transformer(of: Transformer, size: int, adapters: bool = False) -> keras.Model:
-    """Build a transformer, each block of it a model of its own, with an adapter in each or without.
+def transformer(of: Transformer, size: int, selection: str) -> keras.Model:
+    """Build a transformer, each block of it a model of its own, with what is added to be trained alone, if that is.
 
-    It is like a BERT, a vision transformer (Dosovitskiy et al., 2021) or a GPT-2 without what they have learnt.
+    It is like a BERT, a vision transformer (Dosovitskiy et al., 2021) or a GPT-2 without what they have learnt. LoRA
+    (Hu et al., 2021) is Keras' own, of the queries and values.
     """
     if of.vocabulary:
         inputs = keras.Input((size,), dtype="int32")
@@ -185,16 +200,22 @@ def transformer(of: Transformer, size: int, adapters: bool = False) -> keras.Mod
         x = layers.Conv2D(of.width, of.patch, strides=of.patch, name="patches")(inputs)
         x = layers.Reshape((-1, of.width))(x)
     x = Positions(name="positions")(x) if of.positions else x
-    for number in range(of.depth):
-        x = _block(of, x.shape[1:], adapters, f"block_{number}")(x)
+    blocks = [_block(of, x.shape[1:], selection == "adapters", f"block_{number}") for number in range(of.depth)]
+    for block in blocks:
+        x = block(x)
     x = layers.LayerNormalization(name="norm")(x) if of.is_first_normed else x
-    if of.is_causal:
-        return keras.Model(inputs, layers.Dense(of.vocabulary, name="head", dtype="float32")(x))
-    return keras.Model(inputs, layers.Dense(10, name="head", dtype="float32")(layers.GlobalAveragePooling1D()(x)))
+    x = x if of.is_causal else layers.GlobalAveragePooling1D()(x)
+    head = layers.Dense(of.vocabulary if of.is_causal else 10, name="head", dtype="float32")
+    model = keras.Model(inputs, head(x))
+    for block in blocks * (selection == "lora"):
+        attention = block.get_layer("attention")
+        attention.query_dense.enable_lora(8)
+        attention.value_dense.enable_lora(8)
+    return model
 
 
-def _block(of: Transformer, shape: tuple[int, ...], adapters: bool, name: str) -> keras.Model:
-    """Build a block: attention, then two dense layers, and what adapters come after them (Houlsby et al., 2019)."""
+def _block(of: Transformer, shape: tuple[int, ...], has_adapter: bool, name: str) -> keras.Model:
+    """Build a block: attention, then two dense layers, and an adapter after them or none (Houlsby et al., 2019)."""
     attention = layers.MultiHeadAttention(of.heads, of.width // of.heads, name="attention")
     norms = [layers.LayerNormalization(name=f"norm_{letter}") for letter in "ab"]
     up, down = layers.Dense(4 * of.width, activation="gelu", name="up"), layers.Dense(of.width, name="down")
@@ -206,19 +227,10 @@ def _block(of: Transformer, shape: tuple[int, ...], adapters: bool, name: str) -
     else:
         x = norms[0](x + attention(x, x, use_causal_mask=of.is_causal))
         x = norms[1](x + down(up(x)))
-    if adapters:
+    if has_adapter:
         adapted = layers.Dense(16, activation="gelu", name="adapter_a")(x)
         x = x + layers.Dense(of.width, name="adapter_b")(adapted)
     return keras.Model(inputs, x, name=name)
-
-
-def adapt(model: keras.Model, rank: int = 8) -> None:
-    """Give the queries and values of all attention low-rank adapters (Hu et al., 2021, LoRA), by Keras' own means."""
-    for block in model.layers:
-        if isinstance(block, keras.Model):
-            attention = block.get_layer("attention")
-            attention.query_dense.enable_lora(rank)
-            attention.value_dense.enable_lora(rank)
 
 
 def unet(size: int, width: int, depth: int = 4) -> keras.Model:
@@ -253,38 +265,95 @@ def lstm(length: int, width: int = 128) -> keras.Model:
 
 def gan(size: int) -> dict[str, keras.Model]:
     """Build a generator and a discriminator of images (after Radford et al., 2016)."""
-    small = size // 4
-    generator = keras.Sequential(
-        [
-            keras.Input((NOISE,)),
-            layers.Dense(small * small * 64),
-            layers.Reshape((small, small, 64)),
-            layers.Conv2DTranspose(32, 4, strides=2, padding="same", activation="relu"),
-            layers.Conv2DTranspose(3, 4, strides=2, padding="same", activation="tanh", dtype="float32"),
-        ]
-    )
-    convolutions = [layers.Conv2D(width, 4, strides=2, padding="same", activation="relu") for width in (32, 64)]
-    discriminator = keras.Sequential(
-        [keras.Input((size, size, 3)), *convolutions, layers.Flatten(), layers.Dense(1, dtype="float32")]
-    )
-    return {"generator": generator, "discriminator": discriminator}
+    small, halved = size // 4, {"kernel_size": 4, "strides": 2, "padding": "same"}
+    made = [layers.Dense(small * small * 64), layers.Reshape((small, small, 64))]
+    made += [layers.Conv2DTranspose(32, **halved, activation="relu")]
+    made += [layers.Conv2DTranspose(3, **halved, activation="tanh", dtype="float32")]
+    told = [layers.Conv2D(width, **halved, activation="relu") for width in (32, 64)]
+    told += [layers.Flatten(), layers.Dense(1, dtype="float32")]
+    return {
+        "generator": keras.Sequential([keras.Input((NOISE,)), *made]),
+        "discriminator": keras.Sequential([keras.Input((size, size, 3)), *told]),
+    }
 
 
-def images(count: int, size: int) -> tuple[tf.Tensor, tf.Tensor]:
-    """Draw images and labels, as tensors: to make them of NumPy arrays costs each fit a copy, which is no step's."""
-    return _drawn((count, size, size, 3), count)
+def own(options: dict[str, str], count: int) -> Workload:
+    """Build a user's own model: its data, loss, optimizer and policy are asked for, not guessed."""
+    model = function_of("--model", options["model"])()
+    if not isinstance(model, keras.Model):
+        raise ValueError(f"`{options['model']}` must return a Keras model. It returned {model!r}.")
+    x, y = _given(options["data"], count) if options.get("data") else _drawn_for(model, count)
+    if not model.built:
+        model(tf.nest.map_structure(lambda part: part[:1], x))
+    try:
+        policy = eval(options["policy"], {"__builtins__": {}}, {name: getattr(tl, name) for name in tl.__all__})
+    except Exception as error:
+        asked = f"`--policy` must be a policy such as `Freeze('backbone')`. Received: {options['policy']!r}."
+        raise ValueError(asked) from error
+    said = "a class of `keras.losses`, such as `MeanSquaredError`"
+    loss = _asked("--loss", options.get("loss") or "MeanSquaredError", keras.losses.get, said)
+    optimizer: Callable[[], Any] = adam
+    if name := options.get("optimizer"):
+        optimizer = functools.partial(
+            _asked, "--optimizer", name, keras.optimizers.get, "the name of a Keras optimizer"
+        )
+        optimizer()  # that it cannot be had is better said now
+    return Workload(model, (x, y), loss, policy, optimizer=optimizer)
 
 
-def texts(count: int, length: int, vocabulary: int, is_causal: bool = False) -> tuple[tf.Tensor, tf.Tensor]:
-    """Draw sequences of tokens, and a label for each, or for each token."""
-    labels = _whole((count, length), vocabulary) if is_causal else _whole((count,), 10)
-    return _whole((count, length), vocabulary, tf.int32), labels
+def function_of(option: str, text: str) -> Callable[..., Any]:
+    """Return the function that an option names as `package.module:function`.
+
+    Raises:
+        ValueError: There is no such function.
+    """
+    module, _, name = text.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"`{option}` must be `package.module:function`. Received: {text!r} ({error}).") from error
 
 
-# Drawn by TensorFlow: what NumPy draws is copied into its memory or not, by where it happens to lie.
-def _drawn(shape: tuple[int, ...], count: int) -> tuple[tf.Tensor, tf.Tensor]:
-    return tf.random.stateless_normal(shape, (0, 1)), _whole((count,), 10)
+def _asked(option: str, text: str, find: Callable[[str], Any], said: str) -> Any:
+    """Return what an option asks for, by the name that Keras has for it or by a function of the user's."""
+    if ":" in text:
+        return function_of(option, text)()
+    with contextlib.suppress(ValueError):
+        found = find(text)
+        if isinstance(found, (keras.losses.Loss, keras.optimizers.Optimizer)):
+            return found
+    raise ValueError(f"`{option}` must be {said}, or `package.module:function`. Received: {text!r}.")
 
 
-def _whole(shape: Sequence[int], below: int, dtype: tf.DType = tf.int64) -> tf.Tensor:
-    return tf.random.stateless_uniform(shape, (0, 2), 0, below, dtype)
+def _drawn_for(model: keras.Model, count: int) -> tuple[Any, Any]:
+    """Draw data for the inputs and outputs of a model that says what they are."""
+
+    def unknown(why: str) -> ValueError:
+        return ValueError(
+            f"The model {model.name!r} {why}. Give data: `--data package.module:function` names what returns inputs "
+            "and targets for a number of examples, of the sizes and values that you train on."
+        )
+
+    if not getattr(model, "inputs", None):
+        raise unknown("does not say what its inputs are, as a subclassed one does not")
+    sides = []
+    for specs in (model.inputs, model.outputs):
+        for spec in specs:
+            if None in spec.shape[1:]:
+                raise unknown(f"has a dimension that it does not know: {spec.name!r} is of shape {tuple(spec.shape)}")
+            if tf.as_dtype(spec.dtype).is_integer:
+                raise unknown(f"has {spec.name!r}, which is of whole numbers, and which of them is unknown")
+        parts = [tf.cast(_drawn([count, *spec.shape[1:]]), spec.dtype) for spec in specs]
+        sides.append(parts[0] if len(parts) == 1 else tuple(parts))
+    return sides[0], sides[1]
+
+
+def _given(text: str, count: int) -> tuple[Any, Any]:
+    found = function_of("--data", text)(count)
+    if not isinstance(found, tuple) or len(found) != 2:
+        raise ValueError(f"`--data` must name what returns `(inputs, targets)`. `{text}` returned {type(found)}.")
+    found = tf.nest.map_structure(tf.convert_to_tensor, found)
+    lengths = {len(part) for part in tf.nest.flatten(found)}
+    if len(lengths) != 1 or min(lengths) < count:
+        raise ValueError(f"`{text}({count})` must return {count} examples. Received: {sorted(lengths)}.")
+    return tf.nest.map_structure(lambda part: part[:count], found)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import tapeloop as tl
-from benchmarks import arms, cases, compare, equivalence, limits, results, runner, steps
+from benchmarks import arms, cases, compare, kinds, results, runner
 from benchmarks.cases import Case
 from benchmarks.workloads import make, policy_of
 from tests.support.params import params
@@ -123,7 +123,7 @@ ALL_ARMS = ("hand+guard", "tapeloop", "tapeloop+cache", "tapeloop+fold", "keras"
     ids=["mlp", "mobilenetv2", "vit", "two heads", "two heads, all"],
 )
 def test_arms_compute_the_same(case, arms_of):
-    found = equivalence.compared(case, arms_of)
+    found = kinds.compared(case, arms_of)
     assert found["invalid"] == {}
     assert set(found["errors"]) == {arm for arm in arms_of if cases.is_there(dataclasses.replace(case, arm=arm))}
     assert all(error["gradients"] < 1e-3 for error in found["errors"].values())
@@ -136,7 +136,7 @@ def test_an_arm_that_computes_something_else_is_found(monkeypatch):
         return plain(case, dataclasses.replace(work, loss=Larger()), optimizer)
 
     monkeypatch.setattr(arms, "keras_fit", wrong)
-    found = equivalence.compared(dataclasses.replace(MLP, steps=2), ("tapeloop", "keras"))
+    found = kinds.compared(dataclasses.replace(MLP, steps=2), ("tapeloop", "keras"))
     assert list(found["invalid"]) == ["keras"]
     assert "its gradients differ from those of `hand` by 0.01 of their norm" in found["said"]
 
@@ -153,7 +153,7 @@ def test_a_forward_pass_too_many_in_the_step_is_an_alarm_each_time_and_the_same_
     case = dataclasses.replace(MLP, kind="memory", steps=2)
 
     def row_of(make):
-        return results.row_of(case, "ok", 1.0, nodes=steps.count_nodes(make(case)), peak=0, persistent=0, growth=0)
+        return results.row_of(case, "ok", 1.0, nodes=kinds.count_nodes(make(case)), peak=0, persistent=0, growth=0)
 
     before = [row_of(arms.make_arm)]
     for _ in range(2):
@@ -240,7 +240,7 @@ def test_every_workload_trains_when_it_is_shrunk(workload, selection, arm):
 )
 def test_what_an_own_model_does_not_say_is_asked_for(model, options, said):
     with pytest.raises((ValueError, TypeError), match=said):
-        arms.make_work(own("", **{"model": model, **options}))
+        make(own("", **{"model": model, **options}))
 
 
 def test_an_own_model_comes_with_its_data_loss_and_optimizer():
@@ -307,12 +307,12 @@ def test_flags_freeze_what_is_not_chosen_and_nothing_else():
 
 
 def test_the_largest_batch_is_found_to_a_sixteenth(monkeypatch):
-    monkeypatch.setattr(limits, "fits", lambda case, batch: batch <= 700)
-    monkeypatch.setattr(limits, "set_up", lambda case: "")
-    found = limits.capacity(dataclasses.replace(MLP, batch=1, kind="capacity"))
+    monkeypatch.setattr(kinds, "fits", lambda case, batch: batch <= 700)
+    monkeypatch.setattr(kinds, "set_up", lambda case: "")
+    found = kinds.capacity(dataclasses.replace(MLP, batch=1, kind="capacity"))
     assert 700 * 15 / 16 <= found["largest_batch"] <= 700
-    monkeypatch.setattr(limits, "fits", lambda case, batch: False)
-    assert limits.capacity(dataclasses.replace(MLP, batch=1, kind="capacity"))["largest_batch"] == 0
+    monkeypatch.setattr(kinds, "fits", lambda case, batch: False)
+    assert kinds.capacity(dataclasses.replace(MLP, batch=1, kind="capacity"))["largest_batch"] == 0
 
 
 @pytest.mark.slow
@@ -320,8 +320,8 @@ def test_memory_is_capped_and_digits_are_learnt(tmp_path):
     small = Case("mlp", "all", "tapeloop", 64, width=8.0, steps=1, kind="capacity", cap_mb=48)
     chosen = [small, Case("digits", "head", "tapeloop", 32, kind="accuracy")]
     (capped, learnt), _ = runner.run(chosen, tmp_path / "results.jsonl", show=lambda line: None)
-    assert 64 <= capped["largest_batch"] < limits.LARGEST_BATCH
-    assert learnt["accuracy"] >= limits.ACCURACY
+    assert 64 <= capped["largest_batch"] < kinds.LARGEST_BATCH
+    assert learnt["accuracy"] >= kinds.ACCURACY
     assert learnt["seconds_to_accuracy"] > 0
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import __main__ as cli
-from benchmarks import cases, compare, measure, plots, report, results, tables
+from benchmarks import cases, compare, measure, plots, report, results
 from benchmarks.cases import Case
 from tests.support.measured import figures
 
@@ -169,52 +169,52 @@ FIVE = [
 
 def test_the_table_and_the_sentence_of_a_group():
     rows = [*FIVE, exact("tapeloop+cache", 0.3, 11)]
-    frame = tables.frame(rows)
-    assert tables.markdown(tables.floors(frame)) == [
+    frame = report.frame(rows)
+    assert report.markdown(report.floors(frame)) == [
         "| what trains | floor ms | tapeloop ms | / floor | / by hand | / full | peak / floor | peak / full | / Keras"
         " | / PyTorch | cached | folded |",
         "| --- | --: | --: | --: | --: | --: | --: | --: | --: | --: | --: | --: |",
         "| mlp head, batch 64 | 1 | 1.5 | 1.50 | 1.20 | 0.38 | 1.10 | 0.22 | - | - | 0.20 | - |",
     ]
-    assert tables.sentences(frame) == [
+    assert report.sentences(frame) == [
         "mlp, batch 64: training the head takes 0.38 of the time and 0.22 of the memory of full backprop."
     ]
 
 
 def test_arms_of_a_feature_stand_beside_the_first():
-    frame = tables.frame([exact("tapeloop", 2.0, 10), exact("tapeloop+micro2", 3.0, 5)])
-    table = tables.group_table(frame, frame["group"][0])
+    frame = report.frame([exact("tapeloop", 2.0, 10), exact("tapeloop+micro2", 3.0, 5)])
+    table = report.group_table(frame, frame["group"][0])
     assert list(table["/ first"]) == ["1.00", "1.50"]
     assert list(table["peak / first"]) == ["1.00", "0.50"]
-    assert tables.floors(frame).empty
-    assert "/ first" not in tables.group_table(tables.frame(FIVE), Case.of(FIVE[0]).group)
+    assert report.floors(frame).empty
+    assert "/ first" not in report.group_table(report.frame(FIVE), Case.of(FIVE[0]).group)
 
 
 def test_full_backprop_that_was_measured_once_counts_for_all_selections():
     shared = [row | {"case": {**row["case"], "selection": "all"}} for row in FIVE[:2]]
     hand = FIVE[3] | {"case": {**FIVE[3]["case"], "selection": "all"}}
-    frame = tables.frame([*shared, hand, FIVE[4]])
-    assert tables.sentences(frame)[0].startswith("mlp, batch 64: training the head takes 0.38")
-    assert list(tables.floors(frame)["/ by hand"]) == ["-"]  # which does depend on what trains
+    frame = report.frame([*shared, hand, FIVE[4]])
+    assert report.sentences(frame)[0].startswith("mlp, batch 64: training the head takes 0.38")
+    assert list(report.floors(frame)["/ by hand"]) == ["-"]  # which does depend on what trains
 
 
 def test_arms_that_failed_or_compute_something_else_stand_in_no_comparison():
     check = results.row_of(
         Case("mlp", "head", "tapeloop", 4, kind="equivalence"), "ok", 1.0, said="x", invalid={"tapeloop": "it differs"}
     )
-    frame = tables.frame([*FIVE, check])
-    assert tables.sentences(frame) == []
-    assert list(tables.group_table(frame, frame["group"][0])[""]) == ["", "", "", "", "invalid"]
+    frame = report.frame([*FIVE, check])
+    assert report.sentences(frame) == []
+    assert list(report.group_table(frame, frame["group"][0])[""]) == ["", "", "", "", "invalid"]
     failed = [{**FIVE[4], "status": "error", "error": "out of memory"}]
-    frame = tables.frame([*FIVE[:4], *failed])
-    assert list(tables.group_table(frame, frame["group"][0])[""])[-1] == "failed"
-    assert tables.sentences(frame) == []
+    frame = report.frame([*FIVE[:4], *failed])
+    assert list(report.group_table(frame, frame["group"][0])[""])[-1] == "failed"
+    assert report.sentences(frame) == []
 
 
 def test_memory_is_that_of_the_case_that_measures_it_alone():
     alone = exact("tapeloop", 1.5, 7, kind="memory")
     del alone["rounds_ms"]
-    frame = tables.frame([*FIVE, alone])
+    frame = report.frame([*FIVE, alone])
     assert list(frame[frame["arm"] == "tapeloop"]["peak"]) == [7 * MIB]
 
 
@@ -256,7 +256,7 @@ def test_results_of_several_versions_are_said_to_be_so():
 
 
 def test_colours_are_those_of_the_arm():
-    frame = tables.frame(FIVE)
+    frame = report.frame(FIVE)
     assert len({plots.colour(frame, arm) for arm in frame["arm"]}) == len(set(frame["arm"]))
 
 
@@ -264,12 +264,12 @@ def test_colours_are_those_of_the_arm():
 def test_the_documentation_shows_the_committed_results(path):
     rows = results.load(path)
     document = (ROOT / "docs" / "benchmarks.md").read_text()
-    frame = tables.frame(rows)
-    assert "\n".join(tables.markdown(tables.floors(frame))) in document
+    frame = report.frame(rows)
+    assert "\n".join(report.markdown(report.floors(frame))) in document
     assert set(map(Case.of, rows)) <= set(cases.suite(path.stem))
     pictures = re.findall(rf"results/{path.stem}/(.*?\.png)\)", document)
     assert set(pictures) <= {found.name for found in (RESULTS / path.stem).glob("*.png")}
-    assert "\n".join(tables.markdown(tables.floors(frame))) in (RESULTS / path.stem / "report.md").read_text()
+    assert "\n".join(report.markdown(report.floors(frame))) in (RESULTS / path.stem / "report.md").read_text()
 
 
 # Tables of before this suite, whose results are of another form: a step has a share of the start of its fit.
@@ -290,7 +290,7 @@ def earlier_lines(name):
     lines = {}
     for group, rows in groups.items():
         if len(rows) > 1:
-            figures = [tables.number(rows[arm]["step_ms"]) if arm in rows else "-" for arm in ("forward", "tapeloop")]
+            figures = [report.number(rows[arm]["step_ms"]) if arm in rows else "-" for arm in ("forward", "tapeloop")]
             figures += [ratio(rows, "tapeloop", arm) for arm in ("forward", "selective", "full")]
             figures += [ratio(rows, "tapeloop", arm, "peak") for arm in ("forward", "full")]
             lines[group] = [*figures, ratio(rows, "tapeloop", "keras"), ratio(rows, "tapeloop+cache", "tapeloop")]

@@ -3,7 +3,7 @@
 import tensorflow as tf
 
 import tapeloop as tl
-from benchmarks import arms, steps
+from benchmarks import arms, kinds, workloads
 
 
 class Doubled(tl.Trainer):
@@ -17,18 +17,18 @@ class Doubled(tl.Trainer):
 
 def make_arm(case):
     """An arm of such a trainer."""
-    work = arms.make_work(case)
+    work = workloads.make(case)
     optimizer = work.optimizer()
     return arms.Arm(arms.tapeloop(case, work, optimizer, Doubled), work, (optimizer,))
 
 
 def step(case):
     """Time it."""
-    steps.make_arm = make_arm
-    return (yield from steps.step(case))
+    kinds.make_arm = make_arm
+    return (yield from kinds.step(case))
 
 
 def memory(case):
     """Measure its memory, and count its nodes."""
-    steps.make_arm = make_arm
-    return steps.memory(case)
+    kinds.make_arm = make_arm
+    return kinds.memory(case)
