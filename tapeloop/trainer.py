@@ -239,6 +239,19 @@ class Trainer(Fits, SavesRuns, ShowsItself, TunesItself, UserStep):
         return self.state.microbatches.count
 
     @property
+    def reduced_bytes(self) -> int:
+        """How many bytes each device gives to the others in a training step, as it was traced last; 0 on one device.
+
+        They are the gradients of what trains, the loss and the number of examples: nothing of what is frozen.
+
+        Example:
+            >>> tl.Trainer(keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)]), loss="mse").reduced_bytes
+            0
+        """
+        reduction = self._parts.updates.reduction
+        return 0 if reduction is None else reduction.bytes_sent
+
+    @property
     def step(self) -> Any:
         """The number of steps trained, over all fits; inside a step, a scalar tensor of `tf.int64`."""
         return self.state.step if self._parts.context is None else self._parts.context.step()

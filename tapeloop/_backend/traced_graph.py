@@ -71,6 +71,7 @@ class TracedGraph:
         self._nodes = {node.name: node for node in self.definition.node}
         self._functions = {inner.signature.name: inner for inner in self.definition.library.function}
         self._pure_functions: dict[str, bool] = {}
+        self._assigning: dict[str, set[int]] = {}
 
     @property
     def calls_python(self) -> bool:
@@ -86,6 +87,39 @@ class TracedGraph:
         """Return the names of the captures that an op may assign to."""
         handles = [(op, taken.name) for op in self.ops for taken in op.inputs if taken.dtype == tf.resource]
         return {name for op, name in handles if name in self.captures and not self.is_pure(op)}
+
+    def assigned(self) -> set[str]:
+        """Return the names of the captures that an op may assign to, in the function or in one that it calls.
+
+        Unlike `written`, which takes all that a call is given for assigned to if the call assigns to anything.
+        """
+        found = set[str]()
+        for op in self.ops:
+            places = self._assigned_inputs(self._nodes[op.name])
+            found |= {op.inputs[place].name for place in places if op.inputs[place].dtype == tf.resource}
+        return found & self.captures.keys()
+
+    def _assigned_inputs(self, node: Any) -> set[int]:
+        """Return which of a node's inputs it may assign to, by their places: no more than those that are resources."""
+        called = [node.op] if node.op in self._functions else _called(node)
+        given = [name for name in node.input if not name.startswith("^")]
+        if not called:
+            return set() if self._is_pure_node(node) else set(range(len(given)))
+        # What a branch goes by comes before what the branches are given.
+        first = int(node.op in ("If", "StatelessIf", "Case", "StatelessCase"))
+        return {first + place for name in called for place in self._assigned_arguments(name)}
+
+    def _assigned_arguments(self, name: str) -> set[int]:
+        """Return which of its arguments a function may assign to, by their places."""
+        if name not in self._assigning:
+            function = self._functions[name]
+            places = {argument.name: place for place, argument in enumerate(function.signature.input_arg)}
+            found = set[int]()
+            for node in function.node_def:
+                given = [each for each in node.input if not each.startswith("^")]
+                found |= {places[given[at]] for at in self._assigned_inputs(node) if given[at] in places}
+            self._assigning[name] = found
+        return self._assigning[name]
 
     def subgraph(
         self, targets: Sequence[tf.Tensor], feeds: Sequence[tf.Tensor], effects: Collection[tf.Operation] = ()

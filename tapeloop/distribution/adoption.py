@@ -8,7 +8,7 @@ import keras
 import tensorflow as tf
 
 from tapeloop._backend.collectives import leave_strategy, put_in
-from tapeloop.distribution.replicas import Replicas
+from tapeloop.distribution.replicas import Replicas, kind_of
 from tapeloop.errors import listed
 from tapeloop.model.tree import Tree, raw
 
@@ -57,7 +57,7 @@ def adopt(tree: Tree, optimizers: Iterable[object], metrics: Iterable[object], r
 def _check_plain(tree: Tree) -> None:
     for variable in tree.variables:
         if isinstance(variable.tf_variable, tf.distribute.DistributedValues):
-            kind = type(variable.tf_variable.distribute_strategy).__name__
+            kind = kind_of(variable.tf_variable.distribute_strategy)
             raise ValueError(
                 f"`{variable.path}` of the model was made in the scope of a {kind}, and the trainer was given none. "
                 "Pass `strategy=strategy`, or make the model outside of the scope to train on one device."
@@ -67,7 +67,7 @@ def _check_plain(tree: Tree) -> None:
 def _check_scope(tree: Tree, strategy: tf.distribute.Strategy) -> None:
     if isinstance(strategy, tf.distribute.OneDeviceStrategy):
         return
-    kind = type(strategy).__name__
+    kind = kind_of(strategy)
     outside, other, bare = [], [], []
     for variable in tree.variables:
         value = variable.tf_variable

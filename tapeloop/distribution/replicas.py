@@ -14,7 +14,11 @@ from tapeloop._backend.collectives import Group, all_gathered, is_lost
 from tapeloop.data.batch import Share
 from tapeloop.errors import DataError, WorkerError
 
-SUPPORTED = tf.distribute.OneDeviceStrategy, tf.distribute.MirroredStrategy, tf.distribute.MultiWorkerMirroredStrategy
+# By the names by which users know them: TensorFlow's classes have others.
+SUPPORTED: dict[str, Any] = {
+    name: getattr(tf.distribute, name)
+    for name in ("OneDeviceStrategy", "MirroredStrategy", "MultiWorkerMirroredStrategy")
+}
 # Collective ops find each other by two numbers, which all workers count up alike: they run the same program. TensorFlow
 # itself counts the keys of groups from 1 on, in the same table.
 _keys = itertools.count(1)
@@ -38,8 +42,8 @@ class Replicas:
         Raises:
             TypeError: It is none that a trainer can train under.
         """
-        if strategy is not None and not isinstance(strategy, SUPPORTED):
-            names = ", ".join(f"`{kind.__name__}`" for kind in SUPPORTED)
+        if strategy is not None and not isinstance(strategy, tuple(SUPPORTED.values())):
+            names = ", ".join(f"`{name}`" for name in SUPPORTED)
             raise TypeError(f"`strategy` must be one of {names}. Received: {strategy!r} of type {type(strategy)}.")
         self.strategy = strategy
         self.devices: tuple[str, ...] = () if strategy is None else tuple(strategy.extended.worker_devices)
@@ -155,6 +159,11 @@ class Replicas:
                 "The trainer is used within `strategy.scope()`. Only the model, its optimizer and its metrics are made "
                 "there: make the trainer, and call it, after the `with` block."
             )
+
+
+def kind_of(strategy: tf.distribute.Strategy) -> str:
+    """Return the name by which users know a strategy."""
+    return next((name for name, kind in SUPPORTED.items() if isinstance(strategy, kind)), type(strategy).__name__)
 
 
 def _worker(resolver: Any) -> int:

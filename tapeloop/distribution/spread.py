@@ -19,14 +19,14 @@ class SpreadStep:
     """A step that every device runs on its share of a batch, each with its own copies of the variables.
 
     Attributes:
-        written: The variables that it may assign to.
+        assigned: The variables that it may assign to.
     """
 
     def __init__(
         self,
         step: Callable[[Any], Any],
         spec: Any,
-        known: Iterable[tf.Variable],
+        known: Sequence[tf.Variable],
         shared: tf.Variable,
         replicas: Replicas,
         copies: Copies,
@@ -52,8 +52,9 @@ class SpreadStep:
         graph = TracedGraph(self._function, known)
         variables = [graph.variables.get(name) for name in graph.captures]
         self._variables = [None if variable is shared else variable for variable in variables]
-        written = graph.written()
-        self.written = [graph.variables[name] for name in graph.captures if name in written & graph.variables.keys()]
+        assigned = {graph.variables[name].ref() for name in graph.assigned() & graph.variables.keys()}
+        # In the order in which they are known, which is the same on all workers; that of captures is not.
+        self.assigned = [variable for variable in known if variable.ref() in assigned]
         if len(replicas.devices) > 1:
             for name, outer in graph.captures.items():
                 if outer.dtype == tf.resource and name not in graph.variables:
@@ -118,7 +119,7 @@ class Spread:
             trains: Whether the steps train, so that each device needs an example of every batch.
         """
         self._replicas, self._copies, self._shared, self._trains = replicas, copies, shared, trains
-        self._written: dict[Any, tf.Variable] = {}
+        self._averaged: dict[Any, tf.Variable] = {}
         self._totals: Totals | None = None
 
     @property
@@ -165,10 +166,10 @@ class Spread:
             self._copies,
             may_skip=not self._trains,
         )
-        settled = {variable.ref() for variable in (*logged, *alike, self._shared)}
-        own = {variable.ref(): variable for variable in spread.written if variable.dtype.is_floating}
-        self._written |= {reference: variable for reference, variable in own.items() if reference not in settled}
-        self._totals = Totals(list(_once(logged)), list(self._written.values()), self._replicas, self._copies)
+        settled = {variable.ref() for variable in (*logged, *alike, self._shared, self._replicas.token)}
+        own = {variable.ref(): variable for variable in spread.assigned if variable.dtype.is_floating}
+        self._averaged |= {reference: variable for reference, variable in own.items() if reference not in settled}
+        self._totals = Totals(list(_once(logged)), list(self._averaged.values()), self._replicas, self._copies)
         return spread
 
     def begin(self, *moment: Hashable) -> None:

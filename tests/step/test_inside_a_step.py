@@ -128,16 +128,6 @@ def test_a_model_with_a_step_of_its_own_is_refused_and_both_remedies_named(name)
     tl.Trainer(Own(), loss="mse")
 
 
-def test_a_model_of_a_distribution_strategy_is_refused():
-    strategy = tf.distribute.MirroredStrategy(["CPU:0"])
-    with strategy.scope():
-        model = mlp("head")
-        with pytest.raises(ValueError, match=r"MirroredStrategy.*trains on one device"):
-            tl.Trainer(mlp("head"), loss="mse")
-    with pytest.raises(ValueError, match=r"MirroredStrategy.*make both outside of `strategy.scope\(\)`"):
-        tl.Trainer(model, loss="mse")
-
-
 def test_a_missing_eval_step_is_named():
     class TrainsAlone(OneUpdate):
         def loss_of(self, batch):

@@ -81,6 +81,7 @@ RUNS = {
     "batches": (classifier, tl.Freeze("base"), CLASSES, {"as": "batches"}),
     "folded": (classifier, tl.Freeze("base"), {**CLASSES, "fold_frozen": True}, {}),
     "cached": (classifier, tl.Freeze("base"), CLASSES, {"feature_cache": "memory"}),
+    "statistics": (classifier, tl.TrainAll(), CLASSES, {}),
     "skipping": (classifier, tl.Freeze("base"), {**CLASSES, "nonfinite": "skip"}, {"bad": 55}),
 }
 
@@ -129,8 +130,7 @@ def main(folder, names):
     for name in names:
         trainer, weights, logs = fitted(name, strategy)
         worker = trainer._parts.replicas.worker
-        reduction = trainer._parts.updates.reduction
-        said = {"logs": logs, "step": trainer.step, "bytes": 0 if reduction is None else reduction.bytes_sent}
+        said = {"logs": logs, "step": trainer.step, "bytes": trainer.reduced_bytes}
         np.savez(folder / f"{name}-{worker}.npz", **weights)
         (folder / f"{name}-{worker}.json").write_text(json.dumps(said))
 
