@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import tensorflow as tf
@@ -150,38 +150,23 @@ class Trainer(Fits, SavesRuns, ShowsItself, TunesItself, UserStep):
         """
         # Told by the class: a method that is replaced later on the object is called all the same, without AutoGraph.
         overridden = {name for name in OVERRIDABLE if getattr(type(self), name) is not vars(UserStep)[name]}
-        replicas = Replicas(strategy)
-        replicas.check_outside()
-        given = [optimizer, *(optimizer.values() if isinstance(optimizer, Mapping) else ())]
-        adopt(Tree.of(model), given, tf.nest.flatten([metrics, weighted_metrics]), replicas)
         if not ignore_model_step:
             check_own_step(model, overridden, type(self).__name__)
         Pace(steps_per_call)  # raises if the number is wrong
         self._seed = None if seed is None else whole_number("seed", seed, 0)
         objective = Objective(loss, loss_weights, metrics, weighted_metrics, getattr(model, "output_names", None))
         handler = NonFiniteHandler(nonfinite, max_skipped)
-        self.state = TrainerState(Optimizers(optimizer), MovingAverages(ema), LossScale(), Microbatches(microbatches))
-        # Found now and not in the first step: it is a matter of the options alone.
-        if self.state.microbatches.adapts or self.state.microbatches.count > 1:
-            objective.check_averages("Micro-batches", "set `microbatches=1`")
-        if replicas.are_several:
-            check_options(Tree.of(model), microbatches, jit_compile, run_eagerly=run_eagerly)
-            objective.check_averages("Devices", "train on one device")
-        state, statistics = self.state, UpdateStatistics(is_on=log_updates)
+        compilation = Compilation(bool(overridden), jit_compile, run_eagerly, steps_per_call)
+        pieces, beside = Microbatches(microbatches), tf.nest.flatten([optimizer, metrics, weighted_metrics])
+        replicas = _replicas(strategy, model, beside, objective, pieces, compilation)
+        self.state = TrainerState(Optimizers(optimizer), MovingAverages(ema), LossScale(), pieces)
         parts = StepParts(
             bodies={"train": self.train_step, "eval": self.eval_step, "predict": self._predict_step},
             objective=objective,
-            updates=Updates(
-                state.optimizers,
-                Clipping(clip_norm),
-                state.averages,
-                state.loss_scale,
-                statistics,
-                Reduction(replicas) if replicas.are_several else None,
-            ),
+            updates=_updates(self.state, Clipping(clip_norm), UpdateStatistics(is_on=log_updates), replicas),
             attributes=UserAttributes(vars(self), model, type(self)),
             # Python's `if` and `for` over tensors are the user's to write; converting our own code costs a second.
-            compilation=Compilation(bool(overridden), jit_compile, run_eagerly, steps_per_call),
+            compilation=compilation,
             remat=Remat(remat),
             frozen_dtype=FrozenDtype(frozen_dtype),
             is_plain=self._is_plain,
@@ -326,3 +311,41 @@ class Trainer(Fits, SavesRuns, ShowsItself, TunesItself, UserStep):
             f"A {type(self).__name__} cannot be pickled or copied: it holds compiled steps. Save the model, as by "
             "`trainer.model.save(path)`, or make another trainer of it."
         )
+
+
+def _replicas(
+    strategy: tf.distribute.Strategy | None,
+    model: AnyModel,
+    beside: Iterable[object],
+    objective: Objective,
+    microbatches: Microbatches,
+    compilation: Compilation,
+) -> Replicas:
+    """Return who trains, having taken over what was made in the strategy's scope.
+
+    Args:
+        strategy: The strategy.
+        model: The model.
+        beside: What was made beside it: optimizers and metrics.
+        objective: The loss.
+        microbatches: The number of pieces that batches are cut in.
+        compilation: How steps are compiled.
+
+    Raises:
+        TypeError, ValueError: The options do not go together, or what was made elsewhere; nothing was taken over.
+    """
+    replicas, tree = Replicas(strategy), Tree.of(model)
+    # Found now and not in the first step: it is a matter of the options alone.
+    if microbatches.adapts or microbatches.count > 1:
+        objective.check_averages("Micro-batches", "set `microbatches=1`")
+    if replicas.are_several:
+        check_options(tree, compilation.jit_compile, adapts=microbatches.adapts, run_eagerly=compilation.run_eagerly)
+        objective.check_averages("Devices", "train on one device")
+    adopt(tree, beside, replicas)
+    return replicas
+
+
+def _updates(state: TrainerState, clipping: Clipping, statistics: UpdateStatistics, replicas: Replicas) -> Updates:
+    """Return what becomes of gradients: on several devices they are averaged first."""
+    reduction = Reduction(replicas) if replicas.are_several else None
+    return Updates(state.optimizers, clipping, state.averages, state.loss_scale, statistics, reduction)

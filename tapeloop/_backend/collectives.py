@@ -61,12 +61,18 @@ def all_gathered(tensor: tf.Tensor, group: Group, instance: int) -> tf.Tensor:
     )
 
 
-def called_with(function: Any, args: Sequence[tf.Tensor], captures: Sequence[Any]) -> Any:
-    """Call a concrete function with other tensors in the place of those that it has captured.
+def called_with(function: Any, args: Sequence[tf.Tensor], variables: Sequence[tf.Variable | None]) -> Any:
+    """Call a concrete function with other variables in the place of those that it has captured.
 
     Nothing public does so: a traced step could otherwise be called on the variables alone that it was traced with.
+
+    Args:
+        function: The function.
+        args: Its arguments.
+        variables: The variable for each of its captures; None: what was captured.
     """
-    return function._call_flat(list(args), list(captures))
+    captured = zip(function.captured_inputs, variables)
+    return function._call_flat(list(args), [outer if own is None else own.handle for outer, own in captured])
 
 
 def put_in(variable: keras.Variable, value: tf.Variable) -> None:

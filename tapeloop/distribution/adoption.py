@@ -13,7 +13,7 @@ from tapeloop.errors import listed
 from tapeloop.model.tree import Tree, raw
 
 
-def adopt(tree: Tree, optimizers: Iterable[object], metrics: Iterable[object], replicas: Replicas) -> None:
+def adopt(tree: Tree, beside: Iterable[object], replicas: Replicas) -> None:
     """Have a model, its optimizers and its metrics keep their values in variables of one device.
 
     TensorFlow makes a variable in the scope of a strategy as one that knows the copies of all devices, the same on
@@ -22,14 +22,15 @@ def adopt(tree: Tree, optimizers: Iterable[object], metrics: Iterable[object], r
 
     Args:
         tree: The model.
-        optimizers: The user's optimizers.
-        metrics: The user's metrics.
+        beside: What the user made beside it; of that the optimizers and the metrics.
         replicas: Who trains.
 
     Raises:
+        RuntimeError: The scope of a strategy is open.
         ValueError: The model was made outside of the strategy's scope, or has not made its variables; or it was made in
             one, and there is none.
     """
+    replicas.check_outside()
     strategy = replicas.strategy
     if strategy is None:
         _check_plain(tree)
@@ -42,16 +43,14 @@ def adopt(tree: Tree, optimizers: Iterable[object], metrics: Iterable[object], r
             "`keras.Input`."
         )
     _check_scope(tree, strategy)
-    for variable in tree.variables:
-        _take_over(variable.variable)
-    for optimizer in optimizers:
-        if isinstance(optimizer, keras.optimizers.Optimizer):
-            for each in optimizer.variables:
-                _take_over(each)
-            leave_strategy(optimizer)
-    for metric in metrics:
-        for each in metric.variables if isinstance(metric, keras.metrics.Metric) else ():
-            _take_over(each)
+    for info in tree.variables:
+        _take_over(info.variable)
+    for each in beside:
+        if isinstance(each, (keras.optimizers.Optimizer, keras.metrics.Metric)):
+            for variable in each.variables:
+                _take_over(variable)
+        if isinstance(each, keras.optimizers.Optimizer):
+            leave_strategy(each)
 
 
 def _check_plain(tree: Tree) -> None:
@@ -100,21 +99,27 @@ def _take_over(variable: keras.Variable) -> None:
 
 
 class Copies:
-    """The copies of variables on the other devices of this process, made when they are first asked for."""
+    """The copies of variables on the other devices of this process, made when they are first asked for.
 
-    def __init__(self, replicas: Replicas) -> None:
-        self._devices = replicas.devices
+    Attributes:
+        replicas: Who trains.
+    """
+
+    def __init__(self, replicas: Replicas, shared: tf.Variable) -> None:
+        """Take in who trains, and the one variable of which there are no copies: it says how far the run has come."""
+        self.replicas = replicas
+        self._shared = shared
         # References: TensorFlow's variables have no hash.
         self._copies: dict[object, list[tf.Variable]] = {}
         self._renewed_at: Hashable = None
 
     def of(self, variable: tf.Variable, replica: int) -> tf.Variable:
         """Return the variable itself for the first device, and its copy for another."""
-        if not replica:
+        if not replica or variable is self._shared:
             return variable
         if variable.ref() not in self._copies:
             made = []
-            for device in self._devices[1:]:
+            for device in self.replicas.devices[1:]:
                 with tf.init_scope(), tf.device(device):
                     made.append(tf.Variable(variable.read_value(), trainable=False, name="copy"))
             self._copies[variable.ref()] = made
@@ -122,7 +127,7 @@ class Copies:
 
     def all_of(self, variable: tf.Variable) -> list[tf.Variable]:
         """Return the variable, and its copies on the other devices."""
-        return [self.of(variable, replica) for replica in range(len(self._devices))]
+        return [self.of(variable, replica) for replica in range(len(self.replicas.devices))]
 
     def renew(self, moment: Hashable) -> None:
         """Give all copies the values that their variables have, unless this was done at the same moment."""

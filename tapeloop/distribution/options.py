@@ -8,19 +8,19 @@ from tapeloop.errors import listed
 from tapeloop.model.tree import Tree
 
 
-def check_options(tree: Tree, microbatches: int | str, jit_compile: bool | str, *, run_eagerly: bool) -> None:
+def check_options(tree: Tree, jit_compile: bool | str, *, adapts: bool, run_eagerly: bool) -> None:
     """Check that a model and the options of a trainer go together with several devices.
 
     Args:
         tree: The model.
-        microbatches: The option of this name.
         jit_compile: The option of this name.
+        adapts: Whether the number of micro-batches is found by trial.
         run_eagerly: The option of this name.
 
     Raises:
         ValueError: They do not.
     """
-    if microbatches == "auto":
+    if adapts:
         raise ValueError(
             "`microbatches='auto'` tries on each device by itself, and several devices must cut their batches alike. "
             "Give a number."

@@ -42,9 +42,7 @@ class Replicas:
         Raises:
             TypeError: It is none that a trainer can train under.
         """
-        if strategy is not None and not isinstance(strategy, tuple(SUPPORTED.values())):
-            names = ", ".join(f"`{name}`" for name in SUPPORTED)
-            raise TypeError(f"`strategy` must be one of {names}. Received: {strategy!r} of type {type(strategy)}.")
+        _check_supported(strategy)
         self.strategy = strategy
         self.devices: tuple[str, ...] = () if strategy is None else tuple(strategy.extended.worker_devices)
         self.workers = 1 if strategy is None else strategy.num_replicas_in_sync // len(self.devices)
@@ -159,6 +157,12 @@ class Replicas:
                 "The trainer is used within `strategy.scope()`. Only the model, its optimizer and its metrics are made "
                 "there: make the trainer, and call it, after the `with` block."
             )
+
+
+def _check_supported(strategy: object) -> None:
+    if strategy is not None and not isinstance(strategy, tuple(SUPPORTED.values())):
+        names = ", ".join(f"`{name}`" for name in SUPPORTED)
+        raise TypeError(f"`strategy` must be one of {names}. Received: {strategy!r} of type {type(strategy)}.")
 
 
 def kind_of(strategy: tf.distribute.Strategy) -> str:

@@ -11,7 +11,6 @@ from tapeloop._backend.collectives import called_with
 from tapeloop._backend.traced_graph import TracedGraph
 from tapeloop.data.batch import Share, examples_of, open_spec_of, sized_spec_of, tensors_in
 from tapeloop.distribution.adoption import Copies
-from tapeloop.distribution.replicas import Replicas
 from tapeloop.distribution.totals import Totals
 
 
@@ -23,15 +22,7 @@ class SpreadStep:
     """
 
     def __init__(
-        self,
-        step: Callable[[Any], Any],
-        spec: Any,
-        known: Sequence[tf.Variable],
-        shared: tf.Variable,
-        replicas: Replicas,
-        copies: Copies,
-        *,
-        may_skip: bool,
+        self, step: Callable[[Any], Any], spec: Any, known: Sequence[tf.Variable], copies: Copies, *, may_skip: bool
     ) -> None:
         """Trace the step for one device, and make the copies for the others.
 
@@ -39,23 +30,20 @@ class SpreadStep:
             step: The step.
             spec: The signature of the share of one device.
             known: The variables that it may use, beside those that its trace names.
-            shared: The one variable of which there are no copies: it says how far the run has come.
-            replicas: Who trains.
-            copies: The copies of the other variables.
+            copies: The copies of variables on the other devices.
             may_skip: Whether a device without an example has nothing to do.
 
         Raises:
             ValueError: It uses something that cannot be copied to several devices.
         """
         self._function = tf.function(step, autograph=False).get_concrete_function(spec)
-        self._replicas, self._copies, self._may_skip = replicas, copies, may_skip
+        self._replicas, self._copies, self._may_skip = copies.replicas, copies, may_skip
         graph = TracedGraph(self._function, known)
-        variables = [graph.variables.get(name) for name in graph.captures]
-        self._variables = [None if variable is shared else variable for variable in variables]
+        self._variables = [graph.variables.get(name) for name in graph.captures]
         assigned = {graph.variables[name].ref() for name in graph.assigned() & graph.variables.keys()}
         # In the order in which they are known, which is the same on all workers; that of captures is not.
         self.assigned = [variable for variable in known if variable.ref() in assigned]
-        if len(replicas.devices) > 1:
+        if len(self._replicas.devices) > 1:
             for name, outer in graph.captures.items():
                 if outer.dtype == tf.resource and name not in graph.variables:
                     raise ValueError(
@@ -99,26 +87,21 @@ class SpreadStep:
         return tf.cond(examples > 0, lambda: self._run(replica, batch), lambda: None)
 
     def _run(self, replica: int, batch: Any) -> Any:
-        captures = [
-            outer if variable is None else self._copies.of(variable, replica).handle
-            for outer, variable in zip(self._function.captured_inputs, self._variables)
-        ]
-        return called_with(self._function, tensors_in(batch, apart=True), captures)
+        taken = [None if each is None else self._copies.of(each, replica) for each in self._variables]
+        return called_with(self._function, tensors_in(batch, apart=True), taken)
 
 
 class Spread:
     """The steps of one kind for one selection, spread over the devices that train together."""
 
-    def __init__(self, replicas: Replicas, copies: Copies, shared: tf.Variable, *, trains: bool) -> None:
+    def __init__(self, copies: Copies, *, trains: bool) -> None:
         """Keep what the steps are spread over.
 
         Args:
-            replicas: Who trains.
             copies: The copies of variables on the other devices of this process.
-            shared: The variable of which there are none.
             trains: Whether the steps train, so that each device needs an example of every batch.
         """
-        self._replicas, self._copies, self._shared, self._trains = replicas, copies, shared, trains
+        self._replicas, self._copies, self._trains = copies.replicas, copies, trains
         self._averaged: dict[Any, tf.Variable] = {}
         self._totals: Totals | None = None
 
@@ -157,19 +140,12 @@ class Spread:
             logged: Those that it adds its logs up in.
             alike: Those that it moves in the same way on all devices.
         """
-        spread = SpreadStep(
-            step,
-            spec,
-            [*known, self._replicas.token],
-            self._shared,
-            self._replicas,
-            self._copies,
-            may_skip=not self._trains,
-        )
-        settled = {variable.ref() for variable in (*logged, *alike, self._shared, self._replicas.token)}
+        known = [*known, self._replicas.token]
+        spread = SpreadStep(step, spec, known, self._copies, may_skip=not self._trains)
+        settled = {variable.ref() for variable in (*logged, *alike, self._replicas.token)}
         own = {variable.ref(): variable for variable in spread.assigned if variable.dtype.is_floating}
         self._averaged |= {reference: variable for reference, variable in own.items() if reference not in settled}
-        self._totals = Totals(list(_once(logged)), list(self._averaged.values()), self._replicas, self._copies)
+        self._totals = Totals(list(_once(logged)), list(self._averaged.values()), self._copies)
         return spread
 
     def begin(self, *moment: Hashable) -> None:

@@ -9,7 +9,6 @@ import tensorflow as tf
 
 from tapeloop._backend.collectives import all_reduced
 from tapeloop.distribution.adoption import Copies
-from tapeloop.distribution.replicas import Replicas
 
 
 class Totals:
@@ -20,10 +19,10 @@ class Totals:
     batch statistics, becomes its mean: a moving average of means is the mean of the moving averages.
     """
 
-    def __init__(
-        self, sums: Sequence[tf.Variable], averaged: Sequence[tf.Variable], replicas: Replicas, copies: Copies
-    ) -> None:
-        self._replicas, self._copies = replicas, copies
+    def __init__(self, sums: Sequence[tf.Variable], averaged: Sequence[tf.Variable], copies: Copies) -> None:
+        """Take in what is added up, and what is averaged, on which devices."""
+        self._copies = copies
+        self._replicas = replicas = copies.replicas
         self._sums = sums
         self._shares = [*((each, 1.0) for each in sums), *((each, 1.0 / replicas.count) for each in averaged)]
         for variable in (replicas.token, *sums, *averaged):

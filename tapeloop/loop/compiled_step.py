@@ -61,8 +61,7 @@ class CompiledStep:
         self._folding = folding
         self._counts = planner.parts.counts
         self._uses_xla = planner.parts.compilation.uses_xla and not planner.parts.replicas.are_several
-        parts = planner.parts
-        self._spread = Spread(parts.replicas, parts.copies, self._counts, trains=self.kind == "train")
+        self._spread = Spread(planner.parts.copies, trains=self.kind == "train")
         self._plan_rest: Callable[[Any], StepPlan] | None = None
         self._is_tried = False
         self.forget()

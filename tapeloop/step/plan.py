@@ -134,7 +134,7 @@ class StepParts:
 
     def __post_init__(self) -> None:
         self.counts = new_counts(self.masks)
-        self.copies = Copies(self.replicas)
+        self.copies = Copies(self.replicas, self.counts)
 
     @property
     def runs_user_code(self) -> bool:

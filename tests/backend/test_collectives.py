@@ -33,7 +33,7 @@ def test_a_function_called_with_another_variable_assigns_to_that():
 
     @tf.function
     def call(x):
-        return collectives.called_with(function, [x], [other.handle])
+        return collectives.called_with(function, [x], [other])
 
     assert float(call(tf.constant(2.0))) == 12.0
     assert (float(own), float(other)) == (1.0, 12.0)

@@ -87,14 +87,14 @@ def test_a_trainer_is_made_and_used_outside_of_the_scope():
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"microbatches": "auto"}, "tries on each device by itself"),
+        ({"adapts": True}, "tries on each device by itself"),
         ({"run_eagerly": True}, "runs one device after the other"),
         ({"jit_compile": True}, "XLA compiles no sums over several devices"),
     ],
 )
 def test_options_that_do_not_go_with_several_devices(options, text):
     tree = Tree.of(distributed.plain())
-    plain = {"microbatches": 1, "jit_compile": "auto", "run_eagerly": False}
+    plain = {"adapts": False, "jit_compile": "auto", "run_eagerly": False}
     check_options(tree, **plain)
     with pytest.raises(ValueError, match=text):
         check_options(tree, **{**plain, **options})
@@ -104,7 +104,7 @@ def test_statistics_over_all_devices_are_refused():
     norm = keras.layers.BatchNormalization(synchronized=True, name="norm")
     tree = Tree.of(keras.Sequential([keras.Input((4,)), norm]))
     with pytest.raises(ValueError, match=r"`norm` would be normalized over all devices"):
-        check_options(tree, 1, "auto", run_eagerly=False)
+        check_options(tree, "auto", adapts=False, run_eagerly=False)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
