@@ -121,7 +121,7 @@ def test_a_handler_of_the_users_own_waits_too_and_threads_are_left_alone():
                 signal.raise_signal(signal.SIGINT)
             assert seen == []  # the outermost of several decides
         assert seen == [signal.SIGINT]
-        thread = threading.Thread(target=lambda: deferred_interrupt().__enter__() or seen.append("thread"))
+        thread = threading.Thread(target=lambda: deferred_interrupt().__enter__() and seen.append("thread"))
         thread.start()
         thread.join()
         assert seen[-1] == "thread"
