@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _signal  # under `signal`, which takes ten times as long to make enumerations of what it is given and returns
 import contextlib
 import signal
 import threading
@@ -46,17 +47,17 @@ def deferred_interrupt() -> Iterator[Deferral]:
     of the user's own may raise too, and is called at the end likewise.
     """
     found = (
-        {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)} if _is_main_thread() else {}
+        {number: _signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)} if _is_main_thread() else {}
     )
     # One that holds signals back already goes on to; what is not callable is none of Python's.
     deferral = Deferral({n: each for n, each in found.items() if callable(each) and not isinstance(each, Deferral)})
     for number in deferral.handlers:
-        signal.signal(number, deferral)
+        _signal.signal(number, deferral)
     try:
         yield deferral
     finally:
         for number, handler in deferral.handlers.items():
-            signal.signal(number, handler)
+            _signal.signal(number, handler)
     # Now that the bookkeeping is done.
     for number, frame in deferral.received:
         deferral.handlers[number](number, frame)
