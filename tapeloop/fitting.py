@@ -244,7 +244,7 @@ class Fits:
         listener, display = self._keras_callbacks(callbacks), self._display(verbose)
         loader = self._loader(joined(x, y, sample_weight), batch_size, steps)
         self._loop.steps.build(self.model, loader.specs)
-        require_agreement(self._parts.replicas, {"the batches": loader.batches_per_epoch})
+        require_agreement(self._parts.replicas, lambda: {"the batches": loader.batches_per_epoch})
         listener.set_params(epochs=1, steps=loader.batches_per_epoch, verbose=verbose)
         self._parts.interventions.note()  # whoever calls this may have set weights, such as a callback within a fit
         step, averages = self._loop.evaluation(), self.state.averages
@@ -397,7 +397,7 @@ class Fits:
         replicas = self._parts.replicas
         # First what decides how often workers wait for each other from here on.
         found = None if resumption is None else (resumption.epoch, resumption.progress)
-        require_agreement(replicas, {**self._described(), "epochs": span, "the checkpoint": found})
+        require_agreement(replicas, lambda: {**self._described(), "epochs": span, "the checkpoint": found})
         seed = Sampler(spec.shuffle, self._seed).seed if resumption is None else resumption.shuffle_seed
         seed = seed if seed is None else replicas.from_chief(seed)
         spec = dataclasses.replace(spec, seed=seed)
@@ -413,7 +413,7 @@ class Fits:
             session.resume(span)
         # A policy is asked about variables, which a model that was not called before has only now.
         self._loop.phases.resolve_to_come()
-        require_agreement(replicas, {"the data": fit_data.described(), "the weights": self._fingerprint()})
+        require_agreement(replicas, lambda: {"the data": fit_data.described(), "the weights": self._fingerprint()})
         self.state.begin_fit(span, fit_data.resumption, seed)
         if self.state.is_of_later_fit:
             fit_data.pass_over(epochs)
@@ -433,8 +433,6 @@ class Fits:
         }
 
     def _fingerprint(self) -> str:
-        if self._parts.replicas.workers == 1:
-            return ""
         return fingerprint([variable.tf_variable for variable in Tree.of(self.model).variables]).hex()
 
     def _fit_data(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from tapeloop.distribution.replicas import Replicas
 from tapeloop.errors import WorkerError
@@ -12,19 +12,19 @@ from tapeloop.errors import WorkerError
 ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # in the `repr` of an object: another in each process
 
 
-def require_agreement(replicas: Replicas, said: Mapping[str, object]) -> None:
+def require_agreement(replicas: Replicas, said: Callable[[], Mapping[str, object]]) -> None:
     """Check that all workers say the same, and wait until all have said it.
 
     Args:
         replicas: Who trains.
-        said: What this worker is about to do, by what it is called in the error.
+        said: Returns what this worker is about to do, by what it is called in the error; not asked where one trains.
 
     Raises:
         WorkerError: They do not: on all workers, each of which says what it has.
     """
     if replicas.workers == 1:
         return
-    texts = {name: ADDRESS.sub("", str(value)) for name, value in said.items()}
+    texts = {name: ADDRESS.sub("", str(value)) for name, value in said().items()}
     rows = replicas.gathered([_number(text) for text in texts.values()])
     differing = [number for number in range(replicas.workers) if (rows[number] != rows[0]).any()]
     if not differing:
