@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
+
+from tapeloop._backend.variables import assign, read
 
 
 class RunningMeans:
@@ -42,7 +44,7 @@ class RunningMeans:
 
     def results(self) -> tuple[dict[str, float], int]:
         """Return the means since the last reset, NaN if nothing was taken in, and the number of examples."""
-        fetched = {names: sums.numpy() for names, sums in self._sums.items()}
+        fetched = {names: read(sums).numpy() for names, sums in self._sums.items()}
         # Names that no step of this epoch returned are left out; but if no step counted, all are there, as NaN.
         counted = {names: sums for names, sums in fetched.items() if sums[-1]} or fetched
         totals: dict[str, tuple[float, float]] = {}
@@ -63,5 +65,11 @@ class RunningMeans:
 
     def reset(self) -> None:
         """Start the means anew."""
-        for names, sums in self._sums.items():
-            sums.assign(np.zeros(len(names) + 1), read_value=False)
+        for sums in self._sums.values():
+            assign(sums, _zeros(sums.shape[0]))
+
+
+@functools.cache
+def _zeros(count: int) -> tf.Tensor:
+    # Made once: an epoch of few small steps would notice.
+    return tf.zeros(count, tf.float64)

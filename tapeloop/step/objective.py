@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,12 +12,13 @@ import keras
 import tensorflow as tf
 
 from tapeloop._backend import keras_internals
+from tapeloop._backend.patching import all_patched
 from tapeloop._backend.tracing import untraced
 from tapeloop.data.batch import shapes, spec_of
 from tapeloop.errors import DataError, TapeloopError
 from tapeloop.model.selection import Selection
 from tapeloop.model.tree import VariableInfo, raw
-from tapeloop.step.metrics import is_keras_own, reset
+from tapeloop.step.metrics import is_keras_own, reset, result_of
 
 
 class Objective:
@@ -40,6 +42,7 @@ class Objective:
         self.given_loss = loss
         self.has_loss = loss is not None
         self.was_updated = False
+        self._named: dict[str, keras.metrics.Metric] | None = None  # once they are built
         # Keras' own `compute_loss` and `compute_metrics` on an empty model do what `fit` does (names, weights, several
         # outputs), and the user's model is not written to.
         self._stand_in = keras.Model()
@@ -90,21 +93,37 @@ class Objective:
         if not self._stand_in.built:
             return {}
         results: dict[str, tf.Tensor] = {}
-        for metric in self._stand_in.metrics:
-            if metric.name != "loss":  # the total is the step's to report: it has the penalties too
-                result = metric.result()
-                for name, value in (result if isinstance(result, dict) else {metric.name: result}).items():
-                    # A metric of the user's may say several things.
-                    results |= value if isinstance(value, dict) else {name: value}
+        if self._named is None:
+            self._named = self._by_name()
+        for name, metric in self._named.items():
+            value = result_of(metric)
+            # A metric of the user's may say several things.
+            results |= value if isinstance(value, dict) else {name: value}
         return results
 
     def reset(self) -> None:
         """Start the metrics anew."""
-        for metric in self._stand_in.metrics:
-            # Keras keeps the metrics that the trainer was made with inside one of its own.
-            inner = getattr(metric, "metrics", ()) if is_keras_own(metric) else ()
-            for each in inner or [metric]:
-                reset(each)
+        for metric in self._single():
+            reset(metric)
+
+    def _single(self) -> list[keras.metrics.Metric]:
+        """Return the metrics, those that the trainer was made with out of the one in which Keras keeps them."""
+        kept = [(getattr(each, "metrics", ()) if is_keras_own(each) else ()) or [each] for each in self._logged()]
+        return [metric for metrics in kept for metric in metrics]
+
+    def _logged(self) -> list[keras.metrics.Metric]:
+        """Return the metrics that say something: the total is the step's to report, since it has the penalties too."""
+        return [metric for metric in self._stand_in.metrics if metric.name != "loss"]
+
+    def _by_name(self) -> dict[str, keras.metrics.Metric]:
+        """Return the metrics under the names by which Keras logs them."""
+        # Keras tells them by what it makes of the results: here each metric is its own.
+        with all_patched((metric, "result", functools.partial(_itself, metric)) for metric in self._single()):
+            results = {each.name: each.result() for each in self._logged()}
+        named: dict[str, keras.metrics.Metric] = {}
+        for name, result in results.items():
+            named |= result if isinstance(result, dict) else {name: result}
+        return named
 
     def check_averages(self, parts: str, remedy: str) -> None:
         """Check that the losses are means over examples, as averaging over parts of a batch takes them to be.
@@ -178,6 +197,10 @@ def _fitting(y: Any, y_pred: Any, sample_weight: Any) -> Iterator[None]:
             f"{shapes(y_pred)}, the sample weights are {shapes(sample_weight)}. "
             f"Make the targets fit the output, or choose a loss for what they are. ({error})"
         ) from error
+
+
+def _itself(metric: keras.metrics.Metric) -> keras.metrics.Metric:
+    return metric
 
 
 def added_losses(selection: Selection) -> list[tf.Tensor]:
