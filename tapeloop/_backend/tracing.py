@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import tensorflow as tf
@@ -17,6 +17,20 @@ def effects(function: Any) -> list[tf.Operation]:
     TensorFlow records them on the graph, whose class is not documented.
     """
     return list(function.graph.control_outputs)
+
+
+def unbound(function: Any) -> Callable[..., Any]:
+    """Return what calls a concrete function on arguments of the structure that it was traced for, which nobody checks.
+
+    A call of the function itself binds the arguments to its signature first, which takes 0.2 ms.
+    """
+
+    def call(*args: Any) -> Any:
+        # `tf.is_tensor` asks a protocol, which takes ten times as long.
+        tensors = [part for part in tf.nest.flatten(args, expand_composites=True) if isinstance(part, tf.Tensor)]
+        return function._call_flat(tensors, function.captured_inputs)
+
+    return call
 
 
 def is_stateful(op: str) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from tapeloop._backend import tracing, variables
 from tapeloop._backend.assertions import DRAWING, has_stopped, xla_refusal
 from tapeloop._backend.tracing import clock
 from tapeloop.data.batch import Features, after, examples_of, open_spec_of, spec_of, tensors_in
@@ -64,6 +65,7 @@ class CompiledStep:
         self._spread = Spread(planner.parts.copies, trains=self.kind == "train")
         self._plan_rest: Callable[[Any], StepPlan] | None = None
         self._is_tried = False
+        self._latest_bounds: tuple[tuple[int, int, float], tuple[tf.Tensor, tf.Tensor, tf.Tensor]] | None = None
         self.forget()
 
     def run_steps(
@@ -81,24 +83,24 @@ class CompiledStep:
             How the steps ended; the exception that ended the loop, if there was one: that of the last step, which then
             does not count, or of the data; and whether any process that trains is about to end.
         """
-        start, most = tf.constant(cursor.position, tf.int64), 1 if self._is_on_trial else most
-        limit = limits(most, self.planner.parts.max_consecutive)
         # Workers that stopped by clocks of their own would wait for each other.
-        seconds = tf.constant(math.inf if self._spread.is_on else self.pace.seconds, tf.float64)
-        self._counts.assign(before)
+        seconds = math.inf if self._spread.is_on else self.pace.seconds
+        start, limit, deadline = self._bounds(cursor.position, 1 if self._is_on_trial else most, seconds)
+        variables.assign(self._counts, before)
         failure: BaseException | None = None
         try:
-            args = cursor.reader, start, before, limit, seconds
+            args = cursor.reader, start, before, limit, deadline
             if self._is_driven:
-                loop = functools.partial(self._loop, functools.partial(self._run_from_host, cursor.spec))
+                run = functools.partial(self._run_from_host, cursor.spec)
+                loop: Callable[..., None] = functools.partial(self._loop, run)
             else:
-                loop = self._loop_over(cursor)
+                loop = tracing.unbound(self._loop_over(cursor))
             self._spread.begin(id(self), weakref.ref(cursor), self.planner.parts.interventions.count)
             began = time.perf_counter()
             loop(*args)
         except BaseException as error:
             failure = error
-        counts, failure = _with_stop(StepCounts.of(self._counts), failure)
+        counts, failure = _with_stop(StepCounts.of(variables.read(self._counts)), failure)
         # The counts are noted before each batch is drawn, so that they hold also if the step or the data has raised.
         cursor.advance(counts.batches)
         failure = failure and cursor.error_behind(failure)
@@ -109,6 +111,16 @@ class CompiledStep:
             self.pace.adapt(counts.batches, seconds)
         self._check_kernels()
         return counts, failure, stops
+
+    def _bounds(self, position: int, most: int, seconds: float) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """Return where a call of the loop begins and ends, as tensors."""
+        # Made anew they take 0.1 ms, and most epochs of few steps are one call each, of the same bounds.
+        bounds = position, most, seconds
+        if self._latest_bounds is None or self._latest_bounds[0] != bounds:
+            limit = limits(most, self.planner.parts.max_consecutive)
+            tensors = tf.constant(position, tf.int64), limit, tf.constant(seconds, tf.float64)
+            self._latest_bounds = bounds, tensors
+        return self._latest_bounds[1]
 
     def run_on_batch(self, batch: Any, before: tf.Tensor) -> tuple[StepCounts, dict[str, Any], BaseException | None]:
         """Run one step on a batch in tensors.

@@ -32,7 +32,7 @@ class StepCounts:
     @classmethod
     def of(cls, counts: Any) -> StepCounts:
         """Return the counts that a tensor holds."""
-        return cls(*map(int, counts.numpy()[:4]))
+        return cls(*counts.numpy()[:4].tolist())
 
     def with_failed_step(self) -> StepCounts:
         """Return the counts with one more step, which failed before its update."""

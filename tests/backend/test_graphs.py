@@ -1,5 +1,7 @@
 """Each private name of TensorFlow by which graphs are run and made still means what it is used for."""
 
+from typing import Any, NamedTuple
+
 import keras
 import numpy as np
 import pytest
@@ -7,10 +9,11 @@ import tensorflow as tf
 from tensorflow.python.autograph.impl import conversion
 
 import tapeloop as tl
-from tapeloop._backend import keras_internals
+from tapeloop._backend import keras_internals, variables
 from tapeloop._backend.autograph import converted
 from tapeloop._backend.eager_ops import can_run_alone, runnable
 from tapeloop._backend.fingerprint import fingerprint
+from tapeloop._backend.tracing import unbound
 
 layers = keras.layers
 
@@ -115,3 +118,43 @@ def test_autograph_leaves_tapeloop_as_it_is_and_converts_what_users_write():
     assert tf.function(ours)(tf.constant(-1.0)) == 1
     with pytest.raises(tf.errors.OperatorNotAllowedInGraphError):
         tf.function(ours, autograph=False)(tf.constant(-1.0))
+
+
+class Reads(NamedTuple):
+    tensors: Any
+    nothing: None
+    device: str
+    iterator: Any
+
+
+def test_a_function_that_is_called_without_binding_its_arguments_takes_them_in_their_order():
+    def compute(reads, number):
+        parts = [reads.tensors["b"], reads.tensors["a"][0], *reads.tensors["a"][1], reads.tensors["c"].flat_values]
+        values = [*parts, tf.sparse.to_dense(reads.tensors["d"]), reads.iterator.get_next(), number]
+        return [tf.reduce_sum(value) + weight.assign_add(1.0) for value in values]
+
+    weight = tf.Variable(100.0)
+
+    def arguments():
+        ragged, sparse = tf.ragged.constant([[1.0], [2.0, 30.0]]), tf.sparse.from_dense([[0.0, 40.0]])
+        tensors = {"b": tf.constant(5.0), "a": (tf.constant(6.0), [tf.constant(7.0), tf.constant(8.0)])}
+        iterator = iter(tf.data.Dataset.range(3).map(lambda x: tf.cast(x, tf.float32) + 9.0))
+        return Reads({**tensors, "d": sparse, "c": ragged}, None, "CPU:0", iterator), tf.constant(10.0)
+
+    function = tf.function(compute, autograph=False).get_concrete_function(*arguments())
+    expected = [float(value) for value in function(*arguments())]
+    weight.assign(100.0)
+    assert [float(value) for value in unbound(function)(*arguments())] == expected
+    assert len(set(expected)) == len(expected)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16", "int64", "bool"])
+def test_a_variable_is_read_and_assigned_by_one_op(dtype):
+    variable, value = tf.Variable(tf.zeros((2, 3), dtype)), tf.ones((2, 3), dtype)
+    before = variables.read(variable)
+    variables.assign(variable, value)
+    np.testing.assert_array_equal(variables.read(variable), value)
+    np.testing.assert_array_equal(variable, value)
+    np.testing.assert_array_equal(before, tf.zeros_like(value))  # what was read is a value, not a view
+    variable.assign(before)
+    np.testing.assert_array_equal(variables.read(variable), before)
