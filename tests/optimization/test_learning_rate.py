@@ -1,9 +1,14 @@
 """Learning rates by group: numbers, schedules and multipliers, read and set."""
 
 import keras
+import numpy as np
 import pytest
+import tensorflow as tf
 
 import tapeloop as tl
+from tapeloop._backend.patching import noting_assignments
+from tapeloop.model.tree import raw
+from tapeloop.optimization.learning_rate import Rate
 from tests.support import models
 from tests.support.models import trainer_of
 
@@ -46,3 +51,14 @@ def test_learning_rates_are_those_of_the_phase_that_is_due(rate):
     assert trainer.learning_rates["h"] == 0.25
     trainer.policy = slow
     assert trainer.learning_rates["h"] == 0.5
+
+
+def test_a_rate_is_set_unless_it_is_that_number_already():
+    optimizer = keras.optimizers.SGD(0.1)
+    rate, kept = Rate(optimizer, lambda: 0.1), raw(optimizer.learning_rate)
+    assigned = []
+    with noting_assignments([kept], lambda variable: assigned.append(float(variable))):
+        for setting in (0.1, 0.2, 0.2, 1, 1.0, tf.constant(1.0)):
+            rate.assign(setting)
+            assert float(kept) == np.float32(setting)
+    assert assigned == [np.float32(0.1), np.float32(0.2), 1.0]  # what it was; a tensor may be one of a graph
