@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import tensorflow as tf
 import tapeloop as tl
 from benchmarks import workloads
 from benchmarks.cases import Case
+from benchmarks.measure import short_of
 from benchmarks.workloads import Workload
 
 METRICS = ("accuracy", "sparse_top_k_categorical_accuracy", "sparse_categorical_crossentropy")
@@ -96,6 +98,14 @@ def datasets(data: Any, batch: int) -> Callable[[int], tf.data.Dataset]:
     return functools.cache(lambda steps: tf.data.Dataset.from_tensor_slices(data).batch(batch, True).take(steps))
 
 
+def epoch_of(case: Case) -> int:
+    """Return how many steps the epochs have in which an arm goes through features again and again.
+
+    A long round has more of them than a short one, over the same data: it takes features to be computed once for both.
+    """
+    return math.gcd(case.steps, short_of(case.steps))
+
+
 def _look(self: keras.callbacks.Callback, number: int, logs: dict[str, Any] | None = None) -> None:
     self.seen = logs
 
@@ -130,8 +140,9 @@ def tapeloop(case: Case, work: Workload, optimizer: Any, trainer_type: type[tl.T
     def run(steps: int) -> float:
         if "onbatch" in changes:
             return float([trainer.train_on_batch(*batch) for batch in batches(steps)][-1]["loss"])
-        if "epochwise" in changes:
-            return float(trainer.fit(some(1), epochs=steps, **options).history["loss"][-1])
+        epoch = 1 if "epochwise" in changes else epoch_of(case)
+        if "epochwise" in changes or "cache" in changes:
+            return float(trainer.fit(some(epoch), epochs=steps // epoch, **options).history["loss"][-1])
         with tempfile.TemporaryDirectory() if "saved" in changes else contextlib.nullcontext() as folder:
             saved = {"checkpoint": tl.Checkpoints(folder, every_steps=50, every_epochs=None)} if folder else {}
             return float(trainer.fit(some(steps), **saved, **options).history["loss"][-1])
@@ -232,7 +243,8 @@ def looped(case: Case, step: Callable[..., Any], data: Any, seen: Any) -> Callab
         if "dataset" in case.changes:
             over_dataset(iter(batches(steps)), tf.constant(steps))
         else:
-            for some in [1] * steps if "epochwise" in case.changes else [steps]:
+            some = 1 if "epochwise" in case.changes else epoch_of(case) if "features" in case.changes else steps
+            for _ in range(steps // some):
                 over_arrays(order, tf.constant(some))
         if isinstance(seen, tf.Variable):
             return 0.0 * float(seen)

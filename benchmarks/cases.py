@@ -301,7 +301,7 @@ FEATURES: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
         ("efficientnetv2b0 head", "forward tapeloop+plain tapeloop+fold", _MEMORY_TOO),
         ("resnet50 all, encoder adapters", "tapeloop hand+guard", {}),
     ],
-    "cache": [("mobilenetv2 head, resnet50 head", "tapeloop tapeloop+cache hand+features", {})],
+    "cache": [("mobilenetv2 head, resnet50 head", "tapeloop tapeloop+cache hand+features", {"steps": 40})],
     "microbatches": [
         ("resnet50-blocks all, encoder all",
          "tapeloop tapeloop+micro2 tapeloop+micro4 tapeloop+micro8 tapeloop+remat",
