@@ -1,6 +1,5 @@
 """A run of several workers that saves itself: `python -m tests.support.saved_workers FOLDER SECONDS_A_STEP`."""
 
-import os
 import sys
 import time
 
@@ -23,8 +22,8 @@ class Tells(keras.callbacks.Callback):
         print("step", self._trainer.step, flush=True)
 
 
-def main(folder, seconds):
-    strategy = tf.distribute.MultiWorkerMirroredStrategy() if "TF_CONFIG" in os.environ else None
+def trained(strategy, folder=None, seconds=0.0):
+    """What the run ends with: its steps, the sum of the weights, and its last losses."""
     trainer, (x, y) = distributed.made("two_groups", strategy), distributed.data()
     trainer.fit(
         x,
@@ -33,13 +32,13 @@ def main(folder, seconds):
         epochs=8,
         verbose=0,
         validation_data=(x[:21], y[:21]),
-        checkpoint=tl.Checkpoints(folder, every_steps=3, keep_best="val_loss"),
+        checkpoint=folder and tl.Checkpoints(folder, every_steps=3, keep_best="val_loss"),
         callbacks=[Tells(trainer, seconds)] if seconds else None,
     )
     total = sum(abs(variable.variable.numpy()).sum() for variable in trainer.selection.tree.variables)
     logs = trainer.history.history
-    print(f"END {trainer.step} {total:.4f} {logs['loss'][-1]:.5f} {logs['val_loss'][-1]:.5f}", flush=True)
+    return f"{trainer.step} {total:.4f} {logs['loss'][-1]:.5f} {logs['val_loss'][-1]:.5f}"
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], float(sys.argv[2]))
+    print("END", trained(tf.distribute.MultiWorkerMirroredStrategy(), sys.argv[1], float(sys.argv[2])), flush=True)
