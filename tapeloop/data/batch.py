@@ -111,28 +111,42 @@ class Share:
 
     def bounds(self, examples: Any) -> tuple[Any, Any]:
         """Return the first example of the share and the first behind it, of so many: a number, or a tensor."""
-        return self.number * examples // self.of, (self.number + 1) * examples // self.of
+        # What is left over is for the first: where there are fewer examples than devices, the first has one.
+        start, stop = (number * examples + self.of - 1 for number in (self.number, self.number + 1))
+        return start // self.of, stop // self.of
 
     def rows(self, batch: Any) -> Any:
         """Return the share's examples of a batch; what has no dimensions is in every share."""
         if self.of == 1:
             return batch
-        examples = examples_of(batch)
-        if not isinstance(examples, int):
-            check = require(
-                examples >= self.least, "A batch of", examples, f"cannot be shared by {self.least} devices."
-            )
-            with tf.control_dependencies([check]):
-                examples = tf.identity(examples)
-        elif examples < self.least:
-            raise DataError(f"A batch of {examples} cannot be shared by {self.least} devices. Make it larger.")
-        start, stop = self.bounds(examples)
+        start, stop = self.bounds(self._checked(batch))
 
         def part_of(value: Any) -> Any:
             is_scalar = not isinstance(value, tf.SparseTensor) and not value.shape.rank
             return value if is_scalar else rows_of(value, start, stop - start)
 
         return map_tensors(part_of, batch)
+
+    def _checked(self, batch: Any) -> Any:
+        """Return how many examples a batch has that can be shared.
+
+        Raises:
+            DataError: It cannot; where that shows only when the step runs, the step fails.
+        """
+        tensors = [value for value in tensors_in(batch) if value.shape.rank]
+        apart = "Examples must be the first dimension of each tensor of a batch that devices share. Received:"
+        if len({value.shape[0] for value in tensors} - {None}) > 1:
+            raise DataError(f"{apart} {shapes(tensors)}.")
+        examples = examples_of(batch)
+        if isinstance(examples, int) and examples < self.least:
+            raise DataError(f"A batch of {examples} cannot be shared by {self.least} devices. Make it larger.")
+        sizes = [tf.shape(value, out_type=tf.int64)[0] for value in tensors if value.shape[0] is None]
+        checks = [require(tf.equal(size, sizes[0]), apart, sizes[0], "and", size) for size in sizes[1:]]
+        if sizes:
+            said = "A batch of", sizes[0], f"cannot be shared by {self.least} devices."
+            checks.append(require(sizes[0] >= self.least, *said))
+        with tf.control_dependencies(checks):
+            return examples if isinstance(examples, int) else tf.identity(examples)
 
 
 def examples_of(batch: Any) -> Any:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Hashable, Iterable
 
 import keras
 import tensorflow as tf
 
 from tapeloop._backend.collectives import leave_strategy, put_in
+from tapeloop._backend.keras_internals import own_metrics
 from tapeloop.distribution.replicas import Replicas, kind_of
 from tapeloop.errors import listed
 from tapeloop.model.tree import Tree, raw
+
+# The variables in which Keras variables keep their values that were taken over, by identity.
+_TAKEN: weakref.WeakValueDictionary[int, tf.Variable] = weakref.WeakValueDictionary()
 
 
 def adopt(tree: Tree, beside: Iterable[object], replicas: Replicas) -> None:
@@ -45,6 +50,7 @@ def adopt(tree: Tree, beside: Iterable[object], replicas: Replicas) -> None:
     _check_scope(tree, strategy)
     for info in tree.variables:
         _take_over(info.variable)
+    beside = [*beside, *(metric for layer in tree.layers for metric in own_metrics(layer.object))]
     for each in beside:
         if isinstance(each, (keras.optimizers.Optimizer, keras.metrics.Metric)):
             for variable in each.variables:
@@ -70,6 +76,8 @@ def _check_scope(tree: Tree, strategy: tf.distribute.Strategy) -> None:
     outside, other, bare = [], [], []
     for variable in tree.variables:
         value = variable.tf_variable
+        if _TAKEN.get(id(value)) is value:  # by another trainer
+            continue
         if not isinstance(value, tf.distribute.DistributedValues):
             outside.append(variable.path)
         elif value.distribute_strategy is not strategy:
@@ -95,7 +103,9 @@ def _take_over(variable: keras.Variable) -> None:
     if isinstance(value, tf.distribute.DistributedValues):
         first = value.values[0]
         with tf.device(first.device):
-            put_in(variable, tf.Variable(first.read_value(), trainable=value.trainable, name=variable.name))
+            mine = tf.Variable(first.read_value(), trainable=value.trainable, name=variable.name)
+        put_in(variable, mine)
+        _TAKEN[id(mine)] = mine
 
 
 class Copies:

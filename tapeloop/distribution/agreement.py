@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
+import tensorflow as tf
+
+from tapeloop._backend.fingerprint import fingerprint
 from tapeloop.distribution.replicas import Replicas
 from tapeloop.errors import WorkerError
 
@@ -37,6 +40,23 @@ def require_agreement(replicas: Replicas, said: Callable[[], Mapping[str, object
         f"{', '.join(columns)}. Worker {replicas.worker} has {here}. Start the same program, with the same versions "
         "and arguments, on all of them."
     )
+
+
+def end_epoch(replicas: Replicas, *, stops: bool, variables: Iterable[tf.Variable]) -> bool:
+    """Return whether any worker stops after an epoch, having checked that all have the same weights.
+
+    Raises:
+        WorkerError: They have not: code of the user's has set other values on some of them.
+    """
+    if replicas.workers == 1:
+        return stops
+    rows = replicas.gathered([stops, int.from_bytes(fingerprint(variables), "big") >> 1])
+    if (rows[:, 1] != rows[0, 1]).any():
+        raise WorkerError(
+            "The workers ended the epoch with different weights: code of yours, such as a callback, has set some on "
+            "one worker alone. Have it do the same on all of them."
+        )
+    return bool(rows[:, 0].any())
 
 
 def _number(text: str) -> int:

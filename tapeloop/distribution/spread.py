@@ -102,7 +102,7 @@ class Spread:
             trains: Whether the steps train, so that each device needs an example of every batch.
         """
         self._replicas, self._copies, self._trains = copies.replicas, copies, trains
-        self._averaged: dict[Any, tf.Variable] = {}
+        self._moved: dict[Any, tf.Variable] = {}
         self._totals: Totals | None = None
 
     @property
@@ -140,12 +140,13 @@ class Spread:
             logged: Those that it adds its logs up in.
             alike: Those that it moves in the same way on all devices.
         """
+        _check_plain(known)
         known = [*known, self._replicas.token]
         spread = SpreadStep(step, spec, known, self._copies, may_skip=not self._trains)
         settled = {variable.ref() for variable in (*logged, *alike, self._replicas.token)}
-        own = {variable.ref(): variable for variable in spread.assigned if variable.dtype.is_floating}
-        self._averaged |= {reference: variable for reference, variable in own.items() if reference not in settled}
-        self._totals = Totals(list(_once(logged)), list(self._averaged.values()), self._copies)
+        own = {variable.ref(): variable for variable in spread.assigned}
+        self._moved |= {reference: variable for reference, variable in own.items() if reference not in settled}
+        self._totals = Totals(list(_once(logged)), list(self._moved.values()), self._copies)
         return spread
 
     def begin(self, *moment: Hashable) -> None:
@@ -186,6 +187,15 @@ class Spread:
         """Put together the logs of a single step, in the graph that runs it."""
         if self._totals is not None:
             self._totals.end(tf.zeros(2, tf.float64))
+
+
+def _check_plain(variables: Iterable[tf.Variable]) -> None:
+    for variable in variables:
+        if isinstance(variable, tf.distribute.DistributedValues):
+            raise ValueError(
+                f"The step uses `{variable.name}`, which was made in the scope of the strategy and is no part of the "
+                "model. Pass a metric as `metrics=`, hold it in a layer, or make it outside of `strategy.scope()`."
+            )
 
 
 def _once(variables: Iterable[tf.Variable]) -> Iterator[tf.Variable]:

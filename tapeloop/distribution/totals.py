@@ -16,16 +16,21 @@ class Totals:
 
     Sums, such as those of logs and metrics, go on from what they were on the chief's first device, and from zero on
     all others: so their sum is that of all batches, whoever has seen them. What each device moves by itself, such as
-    batch statistics, becomes its mean: a moving average of means is the mean of the moving averages.
+    batch statistics, becomes its mean: a moving average of means is the mean of the moving averages. Whole numbers,
+    such as the states of seeds, become what the first has.
     """
 
-    def __init__(self, sums: Sequence[tf.Variable], averaged: Sequence[tf.Variable], copies: Copies) -> None:
-        """Take in what is added up, and what is averaged, on which devices."""
+    def __init__(self, sums: Sequence[tf.Variable], moved: Sequence[tf.Variable], copies: Copies) -> None:
+        """Take in what is added up, and what each device moves by itself."""
         self._copies = copies
         self._replicas = replicas = copies.replicas
         self._sums = sums
-        self._shares = [*((each, 1.0) for each in sums), *((each, 1.0 / replicas.count) for each in averaged)]
-        for variable in (replicas.token, *sums, *averaged):
+        # Each variable, what the first of all devices gives of it, and what the others give.
+        self._shares = [(each, 1.0, 1.0) for each in sums]
+        for each in moved:
+            mean = 1.0 / replicas.count
+            self._shares.append((each, mean, mean) if each.dtype.is_floating else (each, 1.0, 0.0))
+        for variable in (replicas.token, *sums, *moved):
             copies.all_of(variable)
         self.begin = tf.function(self._begin, autograph=False)
         self.end = tf.function(self._end, autograph=False, input_signature=[tf.TensorSpec([2], tf.float64)])
@@ -40,11 +45,12 @@ class Totals:
     def _end(self, told: tf.Tensor) -> tf.Tensor:
         """Give every device the sums and the averages of all, and return the means of two numbers that each tells."""
         group, instance = self._replicas.group()
-        sizes = [math.prod(variable.shape) for variable, _ in self._shares] + [2]
+        sizes = [math.prod(variable.shape) for variable, *_ in self._shares] + [2]
         results = []
         for replica, device in enumerate(self._replicas.devices):
             with tf.device(device):
-                own = [(self._copies.of(variable, replica), share) for variable, share in self._shares]
+                place = 0 if self._replicas.is_chief and not replica else 1
+                own = [(self._copies.of(variable, replica), shares[place]) for variable, *shares in self._shares]
                 # All in one message: float64 holds whole numbers and float32 as they are.
                 parts = [tf.reshape(tf.cast(copy, tf.float64) * share, [-1]) for copy, share in own]
                 flat = tf.concat([*parts, told / self._replicas.count], 0)

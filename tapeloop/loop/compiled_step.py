@@ -281,7 +281,7 @@ class CompiledStep:
             plan = self.plan(spec, folds=folds)
             step = atomic.build(self.planner, plan) if self.kind == "train" else self.planner.build_evaluation(plan)
             if is_spread:
-                logged, alike = self.planner.logged_variables(), atomic.variables_of_updates(self.planner)
+                logged, alike = self.planner.logged_variables(), atomic.moved_alike(self.planner, plan)
                 known = [*atomic.movable_variables(self.planner), *logged]
                 step = self._spread.add(step, spec, known, logged, alike)
             self._steps[key] = tf.function(step, autograph=False, jit_compile=True) if self._uses_xla else step

@@ -15,6 +15,7 @@ from tapeloop._backend.assertions import refusal
 from tapeloop.data.batch import examples_of
 from tapeloop.data.cursor import BatchCursor
 from tapeloop.data.loader import DataLoader
+from tapeloop.distribution.agreement import end_epoch
 from tapeloop.errors import DataError, TapeloopError
 from tapeloop.loop.compiled_step import CompiledStep
 from tapeloop.loop.fit_data import FitData, Validation
@@ -103,7 +104,9 @@ class EpochLoop:
                 with self._end.held(), self.steps.parts.replicas.on_first():
                     logs = self._run_epoch(data, display, f"epoch {number + 1 - epochs.start}/{len(epochs)}", history)
                     # A callback that goes by more than the logs may have ended it on one worker alone.
-                    self.stop_training = self.steps.parts.replicas.any_of_workers(self.stop_training)
+                    variables = (v.tf_variable for v in self.phases.current().tree.variables)
+                    replicas = self.steps.parts.replicas
+                    self.stop_training = end_epoch(replicas, stops=self.stop_training, variables=variables)
                 # An interrupt comes before all of this, or after it.
                 with deferred_interrupt():
                     state.epoch, state.logs, state.under_way = number + 1, logs, None

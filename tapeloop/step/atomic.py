@@ -144,6 +144,12 @@ def variables_of_updates(planner: Planner) -> list[tf.Variable]:
     return [*planner.parts.updates.moved(planner.selection, planner.selection.trained), *_bookkeeping(planner)]
 
 
+def moved_alike(planner: Planner, plan: StepPlan) -> list[tf.Variable]:
+    """List what a step moves in the same way on all devices: what its updates move, and nothing else does."""
+    others = {variable.tf_variable.ref() for variable in plan.context.assigned}
+    return [variable for variable in variables_of_updates(planner) if variable.ref() not in others]
+
+
 def movable_variables(planner: Planner) -> list[tf.Variable]:
     """List everything that a training step may move: what it trains, what it is rolled back in, what keeps count."""
     parts, selection = planner.parts, planner.selection
