@@ -141,7 +141,7 @@ class Copies:
 
     def renew(self, moment: Hashable) -> None:
         """Give all copies the values that their variables have, unless this was done at the same moment."""
-        if moment == self._renewed_at:
+        if not self._copies or moment == self._renewed_at:
             return
         self._renewed_at = moment
         for reference, copies in self._copies.items():

@@ -122,9 +122,9 @@ def test_a_share_has_its_rows_of_every_kind_of_tensor():
     rows = tf.reshape(tf.range(10), [5, 2])
     batch = {"dense": rows, "ragged": tf.RaggedTensor.from_tensor(rows), "sparse": tf.sparse.from_dense(rows)}
     share = Share(1, 2).rows({**batch, "scalar": tf.constant(3)})
-    np.testing.assert_array_equal(share["dense"], rows[2:])
-    np.testing.assert_array_equal(share["ragged"].to_tensor(), rows[2:])
-    np.testing.assert_array_equal(tf.sparse.to_dense(share["sparse"]), rows[2:])
+    np.testing.assert_array_equal(share["dense"], rows[3:])
+    np.testing.assert_array_equal(share["ragged"].to_tensor(), rows[3:])
+    np.testing.assert_array_equal(tf.sparse.to_dense(share["sparse"]), rows[3:])
     assert share["scalar"] == 3
     with pytest.raises(tl.DataError, match=r"A batch of 5 cannot be shared by 6 devices"):
         Share(0, 2, 6).rows(batch)
