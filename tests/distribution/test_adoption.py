@@ -10,6 +10,7 @@ from tapeloop.data.batch import Share
 from tapeloop.distribution.options import check_options
 from tapeloop.distribution.reduction import MOST_BYTES, _packs
 from tapeloop.distribution.replicas import Replicas
+from tapeloop.distribution.spread import _check_plain
 from tapeloop.model.tree import Tree
 from tests.support import distributed
 
@@ -58,6 +59,29 @@ def test_what_was_made_elsewhere_is_refused():
     assert isinstance(model.variables[0].value, tf.distribute.DistributedValues)  # nothing was taken over
     with pytest.raises(TypeError, match="must be one of `OneDeviceStrategy`, `MirroredStrategy`, `MultiWorkerMirrored"):
         tl.Trainer(distributed.plain(), loss="mse", strategy="mirrored")
+
+
+def test_another_trainer_of_the_same_model_goes_on_with_it():
+    strategy = tf.distribute.MirroredStrategy(["CPU:0"])
+    first = distributed.made("head", strategy)
+    first.fit(x, y, verbose=0)
+    before = [value.numpy() for value in first.model.variables]
+    second = tl.Trainer(first.model, tl.TrainAll(), loss=distributed.CLASSES["loss"], strategy=strategy)
+    for variable, value in zip(first.model.variables, before):
+        np.testing.assert_array_equal(variable.numpy(), value)
+    second.fit(x, y, verbose=0)
+
+
+def test_metrics_of_layers_are_taken_over_and_others_of_the_scope_are_refused():
+    strategy = tf.distribute.MirroredStrategy(["CPU:0"])
+    with strategy.scope():
+        model, metric = distributed.with_layer(distributed.Noting()), keras.metrics.Mean()
+    trainer = tl.Trainer(model, loss=distributed.CLASSES["loss"], strategy=strategy)
+    trainer.fit(x, y, verbose=0)
+    (held,) = (layer.seen for layer in model.layers if isinstance(layer, distributed.Noting))
+    assert not isinstance(held.total.value, tf.distribute.DistributedValues)
+    with pytest.raises(ValueError, match=r"was made in the scope of the strategy and is no part of the model"):
+        _check_plain([variable.value for variable in metric.variables])
 
 
 def test_variables_that_are_not_keras_own_are_refused():
@@ -128,6 +152,19 @@ def test_a_share_has_its_rows_of_every_kind_of_tensor():
     assert share["scalar"] == 3
     with pytest.raises(tl.DataError, match=r"A batch of 5 cannot be shared by 6 devices"):
         Share(0, 2, 6).rows(batch)
+
+
+def test_side_inputs_that_are_no_examples_are_refused():
+    with pytest.raises(tl.DataError, match="Examples must be the first dimension of each tensor of a batch that"):
+        Share(0, 2).rows((tf.ones([4, 2]), tf.ones([3, 2])))
+
+    @tf.function(input_signature=[tf.TensorSpec([None, 2]), tf.TensorSpec([None, 2])])
+    def shared(one, other):
+        return Share(0, 2).rows((one, other))[0]
+
+    assert shared(tf.ones([4, 2]), tf.ones([4, 2])).shape == (2, 2)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="Examples must be the first dimension"):
+        shared(tf.ones([4, 2]), tf.ones([3, 2]))
 
 
 def test_a_batch_with_fewer_examples_than_devices_is_refused_before_the_fit(monkeypatch):

@@ -13,7 +13,9 @@ from tests.support import distributed, workers
 
 EVERYWHERE = "head", "two_groups", "unfreezing", "micro_batches", "clipping", "ragged", "gan", "ema"
 OF_DEVICES = *EVERYWHERE, "folded", "skipping", "dataset"
-OF_WORKERS = *EVERYWHERE, "cached", "batches"
+OF_WORKERS = *EVERYWHERE, "cached", "batches", "layer_metric"
+# What each device moves by what it sees: weights differ from those of one device, and not between workers.
+OF_DATA = "statistics", "moving"
 # What a device gives in each step of a run: the gradients of what trains last, the loss, and the number of examples.
 HEAD, BASE, TOLD = 8 * 3 + 3, 6 * 8 + 8, 2
 NUMBERS = {"head": HEAD + TOLD, "unfreezing": BASE + HEAD + TOLD, "micro_batches": BASE + HEAD + TOLD}
@@ -50,14 +52,12 @@ def test_two_devices_of_one_process(tmp_path):
 
 
 def test_two_workers(tmp_path):
-    printed = workers.ran(2, "-m", "tests.support.distributed", tmp_path, *OF_WORKERS, "statistics")
+    printed = workers.ran(2, "-m", "tests.support.distributed", tmp_path, *OF_WORKERS, *OF_DATA)
     for name in OF_WORKERS:
         # Every worker has the same weights and logs in the end, whichever of them the user looks at.
         said = [check(tmp_path, name, worker) for worker in range(2)]
         assert name not in NUMBERS or said[0]["bytes"] == 4 * NUMBERS[name]
-    # Batch statistics are those of each worker's share, and become the mean of them: weights differ from those of one
-    # device, and not between workers.
-    for name in (*OF_WORKERS, "statistics"):
+    for name in (*OF_WORKERS, *OF_DATA):
         first, second = (np.load(tmp_path / f"{name}-{worker}.npz") for worker in range(2))
         assert all(np.array_equal(first[path], second[path]) for path in first.files), name
     assert not [line for output in printed for line in output.splitlines() if "topological" in line]

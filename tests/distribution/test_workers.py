@@ -35,6 +35,7 @@ def test_workers_that_do_not_train_the_same_are_told_so_all_of_them():
         assert f"'examples': {60 if worker else 80}" in said["data"]
         assert said["batches"].startswith(f"{begins}the batches. Worker {worker} has the batches: {4 - worker}.")
         assert said["weights"].startswith(f"{begins}the weights.")
+        assert "The workers ended the epoch with different weights: code of yours, such as" in said["set"]
         assert said["batch size"] == (
             "DataError: `x` has a batch of 1 for 2 devices, each of which computes a share of it. Choose another "
             "`batch_size`, or leave out the examples that are left over."

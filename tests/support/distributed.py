@@ -40,6 +40,37 @@ def plain():
     return keras.Sequential([keras.Input((6,)), base, dense(3, name="head")])
 
 
+class Noting(keras.layers.Layer):
+    """Keeps the mean of what it sees in a metric."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.seen = keras.metrics.Mean(name="seen")
+
+    def call(self, inputs):
+        self.seen.update_state(inputs)
+        return inputs
+
+
+class Moving(keras.layers.Layer):
+    """Moves a trained weight and a whole number by what it sees, whatever the gradient is."""
+
+    def build(self, shape):
+        self.weight = self.add_weight(shape=(), initializer="zeros", name="weight")
+        self.count = self.add_weight(shape=(), dtype="int32", initializer="zeros", trainable=False, name="count")
+
+    def call(self, inputs):
+        self.weight.assign_add(0.1 * tf.reduce_mean(inputs))
+        self.count.assign_add(tf.reduce_sum(tf.cast(inputs > 0, tf.int32)))
+        return inputs + self.weight
+
+
+def with_layer(layer):
+    """A classifier with one more layer."""
+    keras.utils.set_random_seed(3)
+    return keras.Sequential([keras.Input((6,)), dense(8, "relu", name="base"), layer, dense(3, name="head")])
+
+
 def gan():
     """Two models that train against each other."""
     keras.utils.set_random_seed(3)
@@ -81,6 +112,8 @@ RUNS = {
     "batches": (classifier, tl.Freeze("base"), CLASSES, {"as": "batches"}),
     "folded": (classifier, tl.Freeze("base"), {**CLASSES, "fold_frozen": True}, {}),
     "cached": (classifier, tl.Freeze("base"), CLASSES, {"feature_cache": "memory"}),
+    "layer_metric": (lambda: with_layer(Noting()), tl.TrainAll(), CLASSES, {}),
+    "moving": (lambda: with_layer(Moving(name="moving")), tl.TrainAll(), CLASSES, {}),
     "statistics": (classifier, tl.TrainAll(), CLASSES, {}),
     "skipping": (classifier, tl.Freeze("base"), {**CLASSES, "nonfinite": "skip"}, {"bad": 55}),
 }
