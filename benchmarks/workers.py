@@ -26,7 +26,7 @@ import tensorflow as tf
 
 import tapeloop as tl
 from benchmarks.cases import MIDDLE, Case
-from benchmarks.results import append, commit, environment
+from benchmarks.results import commit, environment
 from benchmarks.workloads import make
 
 ROUNDS = 5
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--workers", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--workloads", nargs="+", default=["mobilenetv2"])
     parser.add_argument("--selections", nargs="+", default=["all", "head"])
-    parser.add_argument("--out", type=pathlib.Path, help="where lines of JSON are added")
+    parser.add_argument("--out", type=pathlib.Path, help="where the figures go, as JSON")
     parser.add_argument("--as-worker", metavar="FOLDER", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.as_worker:
@@ -52,7 +52,8 @@ def main() -> None:
         place = f"{row['workload']:<14} {row['selection']:<8} {row['workers']:>7}"
         print(f"{place} {row['step_ms']:>9.1f} {ratio:>12.2f} {row['bytes']:>12,}")
     if options.out is not None:
-        append(options.out, [{**row, "commit": commit(), "environment": environment()} for row in rows])
+        said = [{**row, "commit": commit(), "environment": environment()} for row in rows]
+        options.out.write_text(json.dumps(said, indent=1) + "\n")
 
 
 def run(count: int, workloads: list[str], selections: list[str]) -> list[dict[str, Any]]:

@@ -272,6 +272,19 @@ def test_the_documentation_shows_the_committed_results(path):
     assert "\n".join(report.markdown(report.floors(frame))) in (RESULTS / path.stem / "report.md").read_text()
 
 
+def test_the_guide_shows_what_workers_took_and_sent():
+    document = (ROOT / "docs" / "guides" / "distribution.md").read_text()
+    found = {(row["selection"], row["workers"]): row for row in json.loads((RESULTS / "workers.json").read_text())}
+    for selection, said in (("all", "all of it trains"), ("head", "the head trains")):
+        one, two = (found[selection, count] for count in (1, 2))
+        line = f"| {said} | {one['step_ms']:.0f} ms | {two['step_ms']:.0f} ms | {two['bytes']:,} bytes |"
+        assert line in document
+        # What a ring of 1.25 GB/s and 50 us a message takes.
+        waits = [2e3 * (n - 1) * (two["bytes"] / n / 1.25e9 + 50e-6) for n in (8, 64, 512)]
+        assert f"| {said.removesuffix(' trains')} | {' | '.join(f'{wait:.1f} ms' for wait in waits)} |" in document
+    assert found["head", 2]["bytes"] < 0.01 * found["all", 2]["bytes"]
+
+
 # Tables of before this suite, whose results are of another form: a step has a share of the start of its fit.
 def earlier_lines(name):
     """The lines of the table of earlier results, by what they measure."""
