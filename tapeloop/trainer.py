@@ -225,7 +225,7 @@ class Trainer(Fits, SavesRuns, ShowsItself, TunesItself, UserStep):
 
     @property
     def reduced_bytes(self) -> int:
-        """How many bytes each device gives to the others in a training step, as it was traced last; 0 on one device.
+        """How many bytes each device gives to the others in a training step, by the one built last; 0 on one device.
 
         They are the gradients of what trains, the loss and the number of examples: nothing of what is frozen.
 
@@ -234,7 +234,7 @@ class Trainer(Fits, SavesRuns, ShowsItself, TunesItself, UserStep):
             0
         """
         reduction = self._parts.updates.reduction
-        return 0 if reduction is None else reduction.bytes_sent
+        return 0 if reduction is None else reduction.step_bytes
 
     @property
     def step(self) -> Any:

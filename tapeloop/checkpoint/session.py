@@ -78,14 +78,14 @@ class CheckpointSession(FitListener):
         if self.found is None:
             return
         self._contents.restore(self.found)
+        if not self._is_chief:
+            return
         record = self.found.record
         step, epoch = record["step"], record["epoch"]
         drawn = record["epoch_under_way"]["drawn"] if record["epoch_under_way"] else None
         within = "" if drawn is None else f" and {format_count(drawn, 'batch', 'batches')}"
         trained = f"{format_count(epoch, 'epoch')}{within}"
         rest = "" if epoch < epochs.stop else f". All {len(epochs)} epochs of the fit are trained already"
-        if not self._is_chief:
-            return
         # A warning, since Python shows no others unless it is told to, and nobody should have to guess.
         _LOG.warning("Resuming from %s: step %s, after %s%s.", self.found.folder, step, trained, rest)
 

@@ -38,7 +38,7 @@ def adopt(tree: Tree, beside: Iterable[object], replicas: Replicas) -> None:
     replicas.check_outside()
     strategy = replicas.strategy
     if strategy is None:
-        _check_plain(tree)
+        _check_made_without_strategy(tree)
         return
     unbuilt = [submodel.path or "the model itself" for submodel in tree.layers if not submodel.object.built]
     if unbuilt and not isinstance(strategy, tf.distribute.OneDeviceStrategy):
@@ -59,7 +59,7 @@ def adopt(tree: Tree, beside: Iterable[object], replicas: Replicas) -> None:
             leave_strategy(each)
 
 
-def _check_plain(tree: Tree) -> None:
+def _check_made_without_strategy(tree: Tree) -> None:
     for variable in tree.variables:
         if isinstance(variable.tf_variable, tf.distribute.DistributedValues):
             kind = kind_of(variable.tf_variable.distribute_strategy)

@@ -35,8 +35,8 @@ def check_options(tree: Tree, jit_compile: bool | str, *, adapts: bool, run_eage
             "`jit_compile=True` compiles a step as a whole, and XLA compiles no sums over several devices. Leave it "
             "out."
         )
-    kinds = (keras.layers.BatchNormalization,)
-    synchronized = [s.path for s in tree.layers if isinstance(s.object, kinds) and s.object.synchronized]
+    norms = [layer for layer in tree.layers if isinstance(layer.object, keras.layers.BatchNormalization)]
+    synchronized = [norm.path for norm in norms if norm.object.synchronized]
     if synchronized:
         raise ValueError(
             f"{listed(synchronized)} would be normalized over all devices (`synchronized=True`), and each device of a "

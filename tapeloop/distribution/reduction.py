@@ -25,12 +25,13 @@ class Reduction:
     Source: Goyal et al., Accurate, Large Minibatch SGD, section 3, https://arxiv.org/abs/1706.02677
 
     Attributes:
-        bytes_sent: How many bytes each device gives in one step, by the update that was traced last.
+        update_bytes: How many bytes each device gives in the update that was traced last.
+        step_bytes: The same of all updates of the training step that was built last.
     """
 
     def __init__(self, replicas: Replicas) -> None:
         self._replicas = replicas
-        self.bytes_sent = 0
+        self.update_bytes = self.step_bytes = 0
 
     def averaged(
         self, gradients: Gradients, loss: tf.Tensor | None, examples: tf.Tensor
@@ -42,6 +43,7 @@ class Reduction:
             loss: Its loss, if there is one.
             examples: How many examples it has.
         """
+        self.update_bytes = 0
         weight = tf.cast(examples, tf.float32)
         overwrites = [gradient for gradient, variable in gradients if variable.is_overwritten]
         # A sparse gradient has other rows on each device; half precision would overflow where many are added.
@@ -60,11 +62,10 @@ class Reduction:
         """Return the sums of what all devices give, in as few messages as their sizes allow."""
         results: dict[int, tf.Tensor] = {}
         before: list[tf.Tensor] = []
-        self.bytes_sent = 0
         for numbers in _packs(tensors):
             pack = [tf.reshape(tensors[number], [-1]) for number in numbers]
             flat = pack[0] if len(pack) == 1 else tf.concat(pack, 0)
-            self.bytes_sent += flat.shape[0] * flat.dtype.size
+            self.update_bytes += flat.shape[0] * flat.dtype.size
             # One after the other, or two devices might begin with different ones, and wait for each other.
             with tf.control_dependencies(before):
                 flat = all_reduced(flat, *self._replicas.group(), self._replicas.token, merge)

@@ -140,7 +140,7 @@ class Spread:
             logged: Those that it adds its logs up in.
             alike: Those that it moves in the same way on all devices.
         """
-        _check_plain(known)
+        _check_taken_over(known)
         known = [*known, self._replicas.token]
         spread = SpreadStep(step, spec, known, self._copies, may_skip=not self._trains)
         settled = {variable.ref() for variable in (*logged, *alike, self._replicas.token)}
@@ -189,7 +189,7 @@ class Spread:
             self._totals.end(tf.zeros(2, tf.float64))
 
 
-def _check_plain(variables: Iterable[tf.Variable]) -> None:
+def _check_taken_over(variables: Iterable[tf.Variable]) -> None:
     for variable in variables:
         if isinstance(variable, tf.distribute.DistributedValues):
             raise ValueError(

@@ -284,6 +284,7 @@ class CompiledStep:
                 logged, alike = self.planner.logged_variables(), atomic.moved_alike(self.planner, plan)
                 known = [*atomic.movable_variables(self.planner), *logged]
                 step = self._spread.add(step, spec, known, logged, alike)
+                atomic.note_bytes(self.planner, plan)
             self._steps[key] = tf.function(step, autograph=False, jit_compile=True) if self._uses_xla else step
         return self._steps[key]
 

@@ -144,6 +144,13 @@ def variables_of_updates(planner: Planner) -> list[tf.Variable]:
     return [*planner.parts.updates.moved(planner.selection, planner.selection.trained), *_bookkeeping(planner)]
 
 
+def note_bytes(planner: Planner, plan: StepPlan) -> None:
+    """Note how many bytes a step that was traced on one of several devices gives to the others, in all its updates."""
+    reduction, context = planner.parts.updates.reduction, plan.context
+    if reduction is not None and isinstance(context, Training):
+        reduction.step_bytes = sum(update.bytes_sent for update in context.updates)
+
+
 def moved_alike(planner: Planner, plan: StepPlan) -> list[tf.Variable]:
     """List what a step moves in the same way on all devices: what its updates move, and nothing else does."""
     others = {variable.tf_variable.ref() for variable in plan.context.assigned}

@@ -139,6 +139,7 @@ class PendingUpdate:
         gradients: Its gradients, if it is deferred.
         overwrites: The new values of variables that are overwritten, likewise.
         loss: Its loss, if there is one, likewise.
+        bytes_sent: How many bytes each of several devices gives for it.
     """
 
     variables: list[VariableInfo]
@@ -146,6 +147,7 @@ class PendingUpdate:
     gradients: list[tf.Tensor] = field(default_factory=list)
     overwrites: list[tf.Tensor] = field(default_factory=list)
     loss: list[tf.Tensor] = field(default_factory=list)
+    bytes_sent: int = 0
 
     def paired(self, gradients: Sequence[tf.Tensor], overwrites: Sequence[tf.Tensor]) -> Gradients:
         """Pair what was averaged over the pieces with the variables, in their order."""
@@ -295,6 +297,8 @@ class Training(StepContext):
         """Make an update, unless something in it, or in an update before it, is not finite."""
         # First of all: what is looked at, clipped and applied is the update of the whole batch, on every device.
         gradients, loss = self._updates.averaged(gradients, loss, self.examples)
+        if self._updates.reduction is not None:
+            update.bytes_sent = self._updates.reduction.update_bytes
         check = self.guard.check
         if check is not None:
             found = check.checksums(loss, gradients)

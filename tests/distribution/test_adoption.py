@@ -7,10 +7,11 @@ import tensorflow as tf
 
 import tapeloop as tl
 from tapeloop.data.batch import Share
+from tapeloop.distribution.adoption import Copies
 from tapeloop.distribution.options import check_options
 from tapeloop.distribution.reduction import MOST_BYTES, _packs
 from tapeloop.distribution.replicas import Replicas
-from tapeloop.distribution.spread import _check_plain
+from tapeloop.distribution.spread import SpreadStep, _check_taken_over
 from tapeloop.model.tree import Tree
 from tests.support import distributed
 
@@ -81,7 +82,7 @@ def test_metrics_of_layers_are_taken_over_and_others_of_the_scope_are_refused():
     (held,) = (layer.seen for layer in model.layers if isinstance(layer, distributed.Noting))
     assert not isinstance(held.total.value, tf.distribute.DistributedValues)
     with pytest.raises(ValueError, match=r"was made in the scope of the strategy and is no part of the model"):
-        _check_plain([variable.value for variable in metric.variables])
+        _check_taken_over([variable.value for variable in metric.variables])
 
 
 def test_variables_that_are_not_keras_own_are_refused():
@@ -165,6 +166,14 @@ def test_side_inputs_that_are_no_examples_are_refused():
     assert shared(tf.ones([4, 2]), tf.ones([4, 2])).shape == (2, 2)
     with pytest.raises(tf.errors.InvalidArgumentError, match="Examples must be the first dimension"):
         shared(tf.ones([4, 2]), tf.ones([3, 2]))
+
+
+def test_what_a_step_only_reads_is_not_among_what_it_may_assign_to():
+    frozen, moved, counts = tf.Variable([1.0]), tf.Variable([1.0]), tf.Variable(0)
+    inner = tf.function(lambda x: moved.assign_add(x * frozen)).get_concrete_function(tf.TensorSpec([None]))
+    copies = Copies(Replicas(), counts)
+    spread = SpreadStep(inner, tf.TensorSpec([1]), [frozen, moved], copies, may_skip=False)
+    assert [variable is moved for variable in spread.assigned] == [True]
 
 
 def test_a_batch_with_fewer_examples_than_devices_is_refused_before_the_fit(monkeypatch):

@@ -17,8 +17,14 @@ OF_WORKERS = *EVERYWHERE, "cached", "batches", "layer_metric"
 # What each device moves by what it sees: weights differ from those of one device, and not between workers.
 OF_DATA = "statistics", "moving"
 # What a device gives in each step of a run: the gradients of what trains last, the loss, and the number of examples.
+CRITIC, MAKER = (6 * 8 + 8) + (8 + 1), (6 * 8 + 8) + (8 * 6 + 6)
 HEAD, BASE, TOLD = 8 * 3 + 3, 6 * 8 + 8, 2
-NUMBERS = {"head": HEAD + TOLD, "unfreezing": BASE + HEAD + TOLD, "micro_batches": BASE + HEAD + TOLD}
+NUMBERS = {
+    "gan": CRITIC + MAKER + 2 * TOLD,
+    "head": HEAD + TOLD,
+    "unfreezing": BASE + HEAD + TOLD,
+    "micro_batches": BASE + HEAD + TOLD,
+}
 
 
 @functools.cache
