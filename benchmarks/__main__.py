@@ -89,10 +89,10 @@ def selected(options: argparse.Namespace) -> list[Case]:
             raise ValueError(f"`--scale` must be above 0, and 1 at most. Received: {options.scale}.")
         found = cases.suite(options.suite, options.scale)
     found = cases.chosen(found, options.arms, None if options.model else options.workloads)
-    missing = {arm for arm in cases.PEERS if not all(map(importlib.util.find_spec, {arm, "torch"}))}
+    missing = {arm for arm, (_, needed) in cases.PEERS.items() if not all(map(importlib.util.find_spec, needed))}
     found = [case for case in found if not options.processes or case.process < options.processes]
     for arm in sorted(missing & {case.base for case in found}):
-        print(f"The arm `{arm}` is skipped: it needs the package `{arm}`, which is not installed.")
+        print(f"The arm `{arm}` is skipped: it needs {' and '.join(cases.PEERS[arm][1])}, which is not all installed.")
     return [case for case in found if case.base not in missing]
 
 

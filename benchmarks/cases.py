@@ -18,6 +18,7 @@ ARMS = {
     "keras": ("defaults", "Keras' `fit`, frozen by flags"),
     "torch": ("defaults", "PyTorch, eager, `requires_grad_(False)`"),
     "lightning": ("defaults", "Lightning, one long `fit` over data that is on the device"),
+    "jax": ("tuned", "Keras' model on JAX, a jitted step that reuses its memory, Optax"),
 }
 CHANGES = {
     "guard": "with a check for Inf and NaN before each update",
@@ -33,7 +34,11 @@ CHANGES = {
     "looks": "with a callback that looks at epochs", "watches": "with a callback that looks at batches",
     "saved": "with a checkpoint every 50 steps",
 }  # fmt: skip
-PEERS = ("torch", "lightning")
+# Arms of other frameworks: the module here that measures them, and the packages that they need.
+PEERS = {
+    "torch": ("torch_peer", ("torch",)), "lightning": ("torch_peer", ("torch", "lightning")),
+    "jax": ("jax_peer", ("jax", "optax")),
+}  # fmt: skip
 PEERS_HAVE = ("mlp", "resnet50", "encoder", "vit", "vit-b16", "bert-base", "gpt2-small")
 FROZEN_FIRST = ("head", "last_block")  # selections before which something is frozen, beside those of an unfreezing
 UNFREEZE = ("head", *(f"unfreeze-{depth}" for depth in range(2, 8)))  # phases of an unfreezing of a MobileNetV2
@@ -145,7 +150,8 @@ LARGE = {
     "digits": (8, 32, 20),
 }  # fmt: skip
 CORE = ("forward", "full", "hand", "tapeloop")
-MORE = ("hand+guard", "tapeloop+cache", "tapeloop+fold", "keras", "keras+tuned", "torch", "torch+compile", "lightning")
+MORE = ("hand+guard", "tapeloop+cache", "tapeloop+fold", "keras", "keras+tuned", "torch", "torch+compile", "lightning",
+        "jax")  # fmt: skip
 XLA = ("full+xla", "hand+xla", "tapeloop+xla")
 ON_GPU = ("resnet50", "efficientnetv2s", "vit-b16", "bert-base", "gpt2-small", "unet")
 OWN_ARMS = ("forward", "full", "hand", "hand+guard", "tapeloop", "tapeloop+cache", "keras")
@@ -207,7 +213,7 @@ def is_there(case: Case) -> bool:
     if case.workload == "gan":
         return case.base in ("full", "hand", "tapeloop") and not set(case.changes) - {"xla"}
     if case.base in PEERS:
-        wanted = ("head",) if case.base == "lightning" else ("all", "head", "last_block")
+        wanted = {"lightning": ("head",), "jax": ("all", "head"), "torch": ("all", "head", "last_block")}[case.base]
         return case.kind == "step" and case.selection in wanted and case.workload in PEERS_HAVE
     where = {
         "cache": case.selection in FROZEN_FIRST or case.selection.startswith("unfreeze"),
@@ -224,6 +230,8 @@ def quick() -> list[Case]:
     plan.add("mlp", "all", (*CORE, "hand+guard", "keras", "keras+tuned", "torch"))
     plan.add("mobilenetv2", "head", ("tapeloop+fold", "keras"), processes=1, soon=1)
     plan.add("encoder", "lora", CORE, processes=1, soon=1)
+    plan.add("mlp", "all", ("torch+compile", "jax"), processes=1, soon=1)
+    plan.add("mlp", "head", ("hand", "tapeloop", "torch", "lightning"), processes=1, soon=1, kinds=["step"])
     plan.check("mlp", "head")
     for batch in (16, 256):
         plan.add("mlp", "all", CORE, batch=batch, processes=1, soon=2)

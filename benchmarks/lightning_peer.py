@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from benchmarks.cases import Case
-from benchmarks.peers import loss_of
+from benchmarks.torch_peer import loss_of
 
 
 class Classifier(lightning.LightningModule):

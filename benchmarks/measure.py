@@ -33,6 +33,8 @@ def serve(pipe: Connection, case: Case) -> None:
     os.environ["TF_CPU_ALLOCATOR_USE_BFC"] = "1"  # or the CPU's allocator counts nothing
     if case.cap_mb:
         os.environ["TF_CPU_BFC_MEM_LIMIT_IN_MB"] = str(case.cap_mb)
+    if case.base == "jax":
+        os.environ |= {"KERAS_BACKEND": "jax", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     running: Any = None
     while True:
         try:
@@ -41,8 +43,8 @@ def serve(pipe: Connection, case: Case) -> None:
             return  # nobody waits any more
         try:
             if running is None:
-                module, name = (f"benchmarks.kinds:{case.kind}" if case.kind in KINDS else case.kind).split(":")
-                module = "benchmarks.peers" if case.base in PEERS else module
+                kinds = PEERS[case.base][0] if case.base in PEERS else "kinds"
+                module, name = (f"benchmarks.{kinds}:{case.kind}" if case.kind in KINDS else case.kind).split(":")
                 running = getattr(importlib.import_module(module), name)(case)
             answer: Any = next(running) if inspect.isgenerator(running) else ("ok", running)
         except StopIteration as end:

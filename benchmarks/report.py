@@ -25,6 +25,7 @@ BASES = {
     "by hand": ("hand", "hand+xla"),
     "Keras": ("keras", "keras+tuned", "keras+xla"),
     "PyTorch": ("torch", "torch+compile"),
+    "JAX": ("jax",),
 }
 SHARED = ("floor", "full")
 TUNED = {"tuned", "compile", "xla", "fold"}  # changes that make an arm a tuned one
@@ -119,7 +120,7 @@ def mib(value: Any) -> str:
 FLOORS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "what trains": ("group", str), "floor ms": ("floor ms", number), "tapeloop ms": ("step_ms", number),
     **{name: (name, share) for name in ("/ floor", "/ by hand", "/ full", "peak / floor", "peak / full", "/ Keras",
-                                        "/ PyTorch", "cached", "folded")},
+                                        "/ PyTorch", "/ JAX", "cached", "folded")},
 }  # fmt: skip
 FIGURES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "arm": ("arm", str), "as": ("as", str), "step ms": ("step_ms", number), "from": ("low", number),
@@ -243,8 +244,8 @@ def where(rows: Sequence[Row], source: str) -> list[str]:
     machines = []
     for on in (row["environment"] for row in some):
         device = f"{on['cores']} cores of {on['processor']}" if on["device"] == "CPU" else on["device"]
-        names = ("TensorFlow", "Keras", "PyTorch", "Lightning")
-        versions = zip(names, ("tensorflow", "keras", "torch", "lightning"))
+        names = ("TensorFlow", "Keras", "PyTorch", "Lightning", "JAX")
+        versions = zip(names, ("tensorflow", "keras", "torch", "lightning", "jax"))
         machines.append(", ".join([device, *(f"{name} {on[key]}" for name, key in versions if on.get(key))]))
     on, at = " and on ".join(dict.fromkeys(machines)), ", ".join(sorted({row["commit"] or row["code"] for row in some}))
     lines = [

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import pathlib
@@ -26,7 +27,7 @@ from benchmarks.devices import gpus
 ROOT = pathlib.Path(__file__).parents[1]
 # What reads results, and does not make them: a change to it leaves results as they are.
 READERS = ("__main__.py", "compare.py", "plots.py", "report.py", "results.py", "runner.py", "tune.py")
-PACKAGES = ("tensorflow", "keras", "numpy", "torch", "lightning")
+PACKAGES = ("tensorflow", "keras", "numpy", *dict.fromkeys(itertools.chain(*(needed for _, needed in PEERS.values()))))
 
 Row = dict[str, Any]
 
@@ -88,7 +89,9 @@ def newest(rows: Sequence[Row]) -> list[Row]:
 
 def key_of(case: Case) -> str:
     """Return the digest of a case, and of the code and the environment here, less frameworks that it does not use."""
-    here = {name: what for name, what in environment().items() if name not in PEERS or case.base in PEERS}
+    _, needed = PEERS.get(case.base, ("", ()))
+    others = {name for _, packages in PEERS.values() for name in packages}.difference(needed)
+    here = {name: what for name, what in environment().items() if name not in others}
     parts = {"case": dataclasses.asdict(case), "code": code(), "environment": here, "own": own_code(case)}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 

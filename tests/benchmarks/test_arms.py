@@ -14,7 +14,7 @@ import pytest
 
 import tapeloop as tl
 from benchmarks import arms, cases, compare, kinds, results, runner
-from benchmarks.cases import Case
+from benchmarks.cases import PEERS, Case
 from benchmarks.workloads import make, policy_of
 from tests.support.params import params
 from tests.support.planted import make_arm as make_planted
@@ -326,10 +326,10 @@ def test_memory_is_capped_and_digits_are_learnt(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arm", ["torch", "torch+compile", "lightning"])
+@pytest.mark.parametrize("arm", ["torch", "torch+compile", "lightning", "jax"])
 def test_other_frameworks_are_timed_where_they_are_installed(arm, tmp_path):
-    pytest.importorskip("torch")
-    pytest.importorskip("lightning" if arm == "lightning" else "torch")
+    for package in PEERS[arm.split("+")[0]][1]:
+        pytest.importorskip(package)
     case = dataclasses.replace(MLP, arm=arm)
     (row,), _ = runner.run([case], tmp_path / "results.jsonl", show=lambda line: None)
     assert row["status"] == "ok", row["error"]
@@ -339,7 +339,7 @@ def test_other_frameworks_are_timed_where_they_are_installed(arm, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("workload", ["resnet50", "encoder", "vit-b16", "gpt2-small"])
 def test_the_models_of_other_frameworks_have_as_many_weights(workload):
-    peers = pytest.importorskip("benchmarks.peers", reason="needs PyTorch")
+    peers = pytest.importorskip("benchmarks.torch_peer", reason="needs PyTorch")
     case = Case(workload, "all", "torch", 1, {"encoder": 16, "gpt2-small": 16}.get(workload, 32), steps=1, scale=0.2)
     backbone, head, *_ = peers.make(case)
     theirs = sum(parameter.numel() for parameter in [*backbone.parameters(), *head.parameters()])

@@ -159,7 +159,7 @@ def test_a_file_of_something_else_is_named(tmp_path, capsys):
     ("arguments", "said"),
     [
         (["--workloads", "resnet"], "There is no workload 'resnet'. There are: mlp, mobilenetv2,"),
-        (["--arms", "jax"], "There is no arm 'jax'. There are: forward, full,"),
+        (["--arms", "mxnet"], "There is no arm 'mxnet'. There are: forward, full,"),
         (["--arms", "hand+magic"], "There is no arm 'hand+magic'."),
         (["--workloads", "resnet50"], "Nothing is left to run: no case has the workloads ['resnet50']"),
         (["--suite", "gpu"], "The suite `gpu` needs a GPU, and `nvidia-smi` shows none. `--scale 0.1` tries"),
