@@ -227,10 +227,10 @@ def quick() -> list[Case]:
     """Three minutes on two cores."""
     plan = Plan(SMALL, shared=("full",))
     plan.add("mobilenetv2", "head", CORE, processes=1)
-    plan.add("mlp", "all", (*CORE, "hand+guard", "keras", "keras+tuned", "torch"))
+    plan.add("mlp", "all", (*CORE, "hand+guard"))
     plan.add("mobilenetv2", "head", ("tapeloop+fold", "keras"), processes=1, soon=1)
     plan.add("encoder", "lora", CORE, processes=1, soon=1)
-    plan.add("mlp", "all", ("torch+compile", "jax"), processes=1, soon=1)
+    plan.add("mlp", "all", ("keras", "keras+tuned", "torch", "torch+compile", "jax"), processes=1, soon=1)
     plan.add("mlp", "head", ("hand", "tapeloop", "torch", "lightning"), processes=1, soon=1, kinds=["step"])
     plan.check("mlp", "head")
     for batch in (16, 256):
@@ -255,6 +255,7 @@ def cpu() -> list[Case]:
     plan.add("encoder", "all", ("tapeloop", "torch", "torch+compile"), **later)
     plan.add("encoder", "lora", CORE, dtype="bfloat16", **later)
     plan.add("vit", "norm", XLA, **later)
+    plan.add("mlp", "all", XLA, **later)
     plan.add("mlp", "all", CORE, width=4.0, steps=250, soon=2)
     for batch in (4, 64):
         plan.add("mobilenetv2", "head", CORE, batch=batch, steps=320 // batch, **later)

@@ -29,7 +29,7 @@ BASES = {
 }
 SHARED = ("floor", "full")
 TUNED = {"tuned", "compile", "xla", "fold"}  # changes that make an arm a tuned one
-VARIANTS = {"cached": "tapeloop+cache", "folded": "tapeloop+fold"}  # which are compared with `tapeloop`
+VARIANTS = {"cached": "tapeloop+cache", "folded": "tapeloop+fold", "XLA": "tapeloop+xla"}  # which are compared with `tapeloop`
 TIMES = ("step_ms", "fixed_ms", "first_step_s", "compile_s", "examples_per_s", "joules_a_step")
 BYTES = ("peak", "persistent", "growth", "weight_bytes", "optimizer_bytes", "data_bytes", "activation_bytes", "nodes")
 SAID = {
@@ -120,7 +120,7 @@ def mib(value: Any) -> str:
 FLOORS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "what trains": ("group", str), "floor ms": ("floor ms", number), "tapeloop ms": ("step_ms", number),
     **{name: (name, share) for name in ("/ floor", "/ by hand", "/ full", "peak / floor", "peak / full", "/ Keras",
-                                        "/ PyTorch", "/ JAX", "cached", "folded")},
+                                        "/ PyTorch", "/ JAX", *VARIANTS)},
 }  # fmt: skip
 FIGURES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "arm": ("arm", str), "as": ("as", str), "step ms": ("step_ms", number), "from": ("low", number),

@@ -172,9 +172,9 @@ def test_the_table_and_the_sentence_of_a_group():
     frame = report.frame(rows)
     assert report.markdown(report.floors(frame)) == [
         "| what trains | floor ms | tapeloop ms | / floor | / by hand | / full | peak / floor | peak / full | / Keras"
-        " | / PyTorch | / JAX | cached | folded |",
-        "| --- | --: | --: | --: | --: | --: | --: | --: | --: | --: | --: | --: | --: |",
-        "| mlp head, batch 64 | 1 | 1.5 | 1.50 | 1.20 | 0.38 | 1.10 | 0.22 | - | - | - | 0.20 | - |",
+        " | / PyTorch | / JAX | cached | folded | XLA |",
+        "| --- | --: | --: | --: | --: | --: | --: | --: | --: | --: | --: | --: | --: | --: |",
+        "| mlp head, batch 64 | 1 | 1.5 | 1.50 | 1.20 | 0.38 | 1.10 | 0.22 | - | - | - | 0.20 | - | - |",
     ]
     assert report.sentences(frame) == [
         "mlp, batch 64: training the head takes 0.38 of the time and 0.22 of the memory of full backprop."
