@@ -35,19 +35,33 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     asked = verbs.add_parser("run", help="measure what was not measured before, and report")
     asked.set_defaults(do=run)
     add = asked.add_argument
-    add("--suite", choices=(*cases.SUITES, *cases.FEATURES), default="quick")
-    add("--arms", nargs="+", metavar="ARM", help=f"of {', '.join(cases.ARMS)}, with +CHANGE; by default all")
+    add("--suite", choices=(*cases.SUITES, *cases.FEATURES), default="quick", help="what to measure; by default quick")
+    add(
+        "--arms",
+        nargs="+",
+        metavar="ARM",
+        help=f"of {', '.join(cases.ARMS)}, each with +CHANGE or without; by default all",
+    )
     add("--workloads", nargs="+", metavar="NAME", help=f"of {', '.join(cases.SELECTIONS)}; by default all")
-    add("--time-limit", type=float, metavar="SECONDS", help="begin nothing that will not fit, and end by then")
-    add("--scale", type=float, default=1.0, help="shrink sizes to this part, to try things out")
-    add("--processes", type=int, help="measure the first so many processes of each case alone")
-    add("--resume", type=pathlib.Path, nargs="+", default=[], help="results whose cases are done")
+    add(
+        "--time-limit",
+        type=float,
+        metavar="SECONDS",
+        help="start what is expected to end by then, and stop what runs on",
+    )
+    add("--scale", type=float, default=1.0, help="multiply sizes by this, from 0 to 1, for a trial")
+    add("--processes", type=int, help="measure only so many processes of each case")
+    add("--resume", type=pathlib.Path, nargs="+", default=[], help="more results whose cases are done")
     add("--out", type=pathlib.Path, help=f"where lines are added; by default {HERE}/SUITE.jsonl")
-    add("--model", metavar=FUNCTION, help="your own model instead of a suite")
+    add("--model", metavar=FUNCTION, help="your own model instead of a suite: what returns it")
     add("--data", default="", metavar=FUNCTION, help="its data: `make(count)` gives inputs, targets")
-    add("--loss", default="", help=f"its loss: a class of `keras.losses`, or {FUNCTION}")
-    add("--optimizer", default="", help=f"its optimizer: a name, or {FUNCTION}")
-    add("--policy", default="TrainAll()", help="what trains of it, in tapeloop's names")
+    add("--loss", default="", help=f"its loss: a class of `keras.losses`, or {FUNCTION} that returns one")
+    add("--optimizer", default="", help=f"its optimizer: a name, or {FUNCTION} that returns one")
+    add(
+        "--policy",
+        default="TrainAll()",
+        help=f"what trains of it: an expression in tapeloop's names, or {FUNCTION} that returns a policy",
+    )
     add("--batch", type=int, default=16, help="examples in a batch of it")
     add("--steps", type=int, default=20, help="steps in a long round of it")
     asked = verbs.add_parser("merge", help="put results together, each case once")

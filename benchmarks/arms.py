@@ -98,12 +98,12 @@ def datasets(data: Any, batch: int) -> Callable[[int], tf.data.Dataset]:
     return functools.cache(lambda steps: tf.data.Dataset.from_tensor_slices(data).batch(batch, True).take(steps))
 
 
-def epoch_of(case: Case) -> int:
-    """Return how many steps the epochs have in which an arm goes through features again and again.
+def epoch_of(case: Case, steps: int) -> int:
+    """Return how many steps the epochs of a round have in which an arm goes through features again and again.
 
     A long round has more of them than a short one, over the same data: it takes features to be computed once for both.
     """
-    return math.gcd(case.steps, short_of(case.steps))
+    return math.gcd(case.steps, short_of(case.steps), steps)
 
 
 def _look(self: keras.callbacks.Callback, number: int, logs: dict[str, Any] | None = None) -> None:
@@ -140,7 +140,7 @@ def tapeloop(case: Case, work: Workload, optimizer: Any, trainer_type: type[tl.T
     def run(steps: int) -> float:
         if "onbatch" in changes:
             return float([trainer.train_on_batch(*batch) for batch in batches(steps)][-1]["loss"])
-        epoch = 1 if "epochwise" in changes else epoch_of(case)
+        epoch = 1 if "epochwise" in changes else epoch_of(case, steps)
         if "epochwise" in changes or "cache" in changes:
             return float(trainer.fit(some(epoch), epochs=steps // epoch, **options).history["loss"][-1])
         with tempfile.TemporaryDirectory() if "saved" in changes else contextlib.nullcontext() as folder:
@@ -150,22 +150,35 @@ def tapeloop(case: Case, work: Workload, optimizer: Any, trainer_type: type[tl.T
     return run
 
 
+class FrozenFirst(keras.Model):
+    """A model whose frozen backbone infers in Keras' `fit` too, its Dropout included, which flags alone do not do."""
+
+    def __init__(self, work: Workload) -> None:
+        super().__init__()
+        self.whole, self.way = work.model, work.frozen_first
+
+    def call(self, x: Any, training: bool = False) -> Any:
+        """Call it so."""
+        return self.way(x, training=training)
+
+
 def keras_fit(case: Case, work: Workload, optimizer: Any) -> Callable[[int], float]:
     """Return Keras' `fit`: as it comes, or with several steps a call."""
+    model = FrozenFirst(work) if work.frozen_first else work.model
     metrics = list(METRICS) if "metrics" in case.changes else None
     several = min(16, case.steps) if "tuned" in case.changes else 1
     xla = "xla" in case.changes
-    work.model.compile(optimizer, work.loss, metrics=metrics, jit_compile=xla, steps_per_execution=several)
+    model.compile(optimizer, work.loss, metrics=metrics, jit_compile=xla, steps_per_execution=several)
     some, batches = cuts(work.data, case.batch), datasets(work.data, case.batch)
     options = _fitted(case)
 
     def run(steps: int) -> float:
         if "onbatch" in case.changes:
-            logs = [work.model.train_on_batch(*batch, return_dict=True) for batch in batches(steps)]
+            logs = [model.train_on_batch(*batch, return_dict=True) for batch in batches(steps)]
             return float(logs[-1]["loss"])
         if "dataset" in case.changes:
-            return float(work.model.fit(batches(steps), **options).history["loss"][-1])
-        return float(work.model.fit(*some(steps), batch_size=case.batch, **options).history["loss"][-1])
+            return float(model.fit(batches(steps), **options).history["loss"][-1])
+        return float(model.fit(*some(steps), batch_size=case.batch, **options).history["loss"][-1])
 
     return run
 
@@ -243,7 +256,7 @@ def looped(case: Case, step: Callable[..., Any], data: Any, seen: Any) -> Callab
         if "dataset" in case.changes:
             over_dataset(iter(batches(steps)), tf.constant(steps))
         else:
-            some = 1 if "epochwise" in case.changes else epoch_of(case) if "features" in case.changes else steps
+            some = epoch_of(case, steps) if "features" in case.changes else 1 if "epochwise" in case.changes else steps
             for _ in range(steps // some):
                 over_arrays(order, tf.constant(some))
         if isinstance(seen, tf.Variable):

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import tensorflow as tf
 
+from benchmarks import devices
 from benchmarks.cases import Case
 from benchmarks.measure import rounds
 from benchmarks.workloads import make
@@ -59,6 +60,8 @@ def make_arm(case: Case) -> Callable[[int], float]:
 
 def step(case: Case) -> Generator[None, None, dict[str, Any]]:
     """Time an arm; on a GPU, read JAX's allocator too, less the data of steps but two, as for TensorFlow."""
+    if devices.gpus() and jax.default_backend() == "cpu":
+        raise RuntimeError("JAX does not see the GPU: install `jax[cuda12]`, or whatever its CUDA is.")
     tf.config.set_visible_devices([], "GPU")  # which draws the data, and must not take a GPU's memory
     arm, figures = yield from rounds(case, lambda: make_arm(case))
     said = jax.local_devices()[0].memory_stats() or {}

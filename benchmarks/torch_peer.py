@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks import devices
 from benchmarks.cases import TRANSFORMERS, Case, Transformer
 from benchmarks.measure import rounds
 
@@ -136,6 +137,8 @@ def make_arm(case: Case) -> Callable[[int], float]:
 def step(case: Case) -> Generator[None, None, dict[str, Any]]:
     """Time an arm; on a GPU, read PyTorch's allocator too, less the data of steps but two, as for TensorFlow."""
     is_on_gpu = torch.cuda.is_available()
+    if devices.gpus() and not is_on_gpu:
+        raise RuntimeError("PyTorch does not see the GPU: install a build of it for CUDA.")
     if is_on_gpu:
         torch.cuda.reset_peak_memory_stats()
     arm, figures = yield from rounds(case, lambda: make_arm(case))

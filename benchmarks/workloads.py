@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -285,11 +286,7 @@ def own(options: dict[str, str], count: int) -> Workload:
     x, y = _given(options["data"], count) if options.get("data") else _drawn_for(model, count)
     if not model.built:
         model(tf.nest.map_structure(lambda part: part[:1], x))
-    try:
-        policy = eval(options["policy"], {"__builtins__": {}}, {name: getattr(tl, name) for name in tl.__all__})
-    except Exception as error:
-        asked = f"`--policy` must be a policy such as `Freeze('backbone')`. Received: {options['policy']!r}."
-        raise ValueError(asked) from error
+    policy = _policy_of(options["policy"])
     said = "a class of `keras.losses`, such as `MeanSquaredError`"
     loss = _asked("--loss", options.get("loss") or "MeanSquaredError", keras.losses.get, said)
     optimizer: Callable[[], Any] = adam
@@ -299,6 +296,17 @@ def own(options: dict[str, str], count: int) -> Workload:
         )
         optimizer()  # that it cannot be had is better said now
     return Workload(model, (x, y), loss, policy, optimizer=optimizer)
+
+
+def _policy_of(text: str) -> tl.VariablePolicy:
+    """Return the policy that an expression in tapeloop's names stands for, or that a function of the user's returns."""
+    if re.fullmatch(r"[\w.]+:\w+", text):
+        return function_of("--policy", text)()
+    try:
+        return eval(text, {"__builtins__": {}}, {name: getattr(tl, name) for name in tl.__all__})
+    except Exception as error:
+        asked = "`--policy` must be a policy such as `Freeze('backbone')`, or `package.module:function`."
+        raise ValueError(f"{asked} Received: {text!r}.") from error
 
 
 def function_of(option: str, text: str) -> Callable[..., Any]:

@@ -74,6 +74,13 @@ def own_loss():
     return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
+class Biases(tl.VariablePolicy):
+    """A policy of the user's own, for `--policy tests.benchmarks.test_arms:Biases`."""
+
+    def group(self, variable):
+        return "default" if variable.name == "bias" else None
+
+
 def own(name, policy="TrainAll()", **options):
     given = {"model": f"{HERE}:{name}", "data": "", "loss": "", "optimizer": "", "policy": policy, **options}
     return Case("own", policy, "tapeloop", 4, steps=2, own=tuple(given.items()))
@@ -245,6 +252,9 @@ def test_what_an_own_model_does_not_say_is_asked_for(model, options, said):
 
 def test_an_own_model_comes_with_its_data_loss_and_optimizer():
     assert arms.make_arm(own("model_of_any_length", data=f"{HERE}:sequences"))(2) >= 0
+    arm = arms.make_arm(own("own_model", f"{HERE}:Biases"))
+    assert np.isfinite(arm(2))
+    assert isinstance(arm.work.policy, Biases)
     case = own("Subclassed", "Freeze('body')", data=f"{HERE}:vectors", loss=f"{HERE}:own_loss", optimizer="sgd")
     arm = arms.make_arm(case)
     assert np.isfinite(arm(2))
@@ -296,6 +306,14 @@ def test_the_stages_of_the_mobilenet_are_a_chain_that_ends_near_the_stem():
         "Conv1", "bn_Conv1", "expanded_conv_depthwise", "expanded_conv_depthwise_BN", "expanded_conv_project",
         "expanded_conv_project_BN",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("arm", ["tapeloop+cache", "hand+features"])
+def test_a_round_on_features_has_as_many_steps_as_are_asked_for(arm):
+    made = arms.make_arm(dataclasses.replace(MLP, arm=arm, steps=10))
+    for steps in (1, 2, 10):
+        assert np.isfinite(made(steps))
+    assert int(made.optimizers[0].iterations.numpy()) == 13
 
 
 def test_flags_freeze_what_is_not_chosen_and_nothing_else():
