@@ -27,7 +27,7 @@ from benchmarks.workloads import Workload
 METRICS = ("accuracy", "sparse_top_k_categorical_accuracy", "sparse_categorical_crossentropy")
 NETWORKS = ("discriminator", "generator")  # of a GAN, in the order of their updates
 TRAINER_OPTIONS: dict[str, dict[str, Any]] = {  # by what is changed of tapeloop's arm
-    "xla": {"jit_compile": True}, "fold": {"fold_frozen": True}, "plain": {"fold_frozen": False},
+    "xla": {"jit_compile": True}, "plain": {"fold_frozen": False},
     "metrics": {"metrics": list(METRICS)}, **{f"micro{number}": {"microbatches": number} for number in (2, 4, 8)},
 }  # fmt: skip
 
@@ -65,22 +65,9 @@ def make_arm(case: Case, work: Workload | None = None) -> Arm:
         features = tf.random.stateless_normal((case.batch * case.steps, model.kernel.shape[0]), (0, 1))
         work = dataclasses.replace(work, model=model, data=(features, work.data[1]))
     elif case.base != "subset":
-        freeze(model, trained)
-        model = work.frozen_first or model
+        workloads.freeze(model, trained)
     run = keras_fit(case, work, made) if case.base == "keras" else by_hand(case, work, model, trained, made)
     return Arm(run, work, (made,))
-
-
-def freeze(model: keras.Model, trained: Sequence[keras.Variable]) -> None:
-    """Set Keras' flags so that nothing but `trained` trains, and what has nothing that trains is in inference mode."""
-    chosen = {id(variable) for variable in trained}
-    for layer in model.layers:
-        if isinstance(layer, keras.Model):
-            freeze(layer, trained)
-        elif layer.trainable_variables and chosen.isdisjoint(map(id, layer.trainable_variables)):
-            layer.trainable = False
-    for variable in model.trainable_variables:
-        variable.trainable = id(variable) in chosen
 
 
 def cuts(data: Any, batch: int) -> Callable[[int], Any]:
@@ -124,9 +111,13 @@ def _fitted(case: Case) -> dict[str, Any]:
 
 
 def tapeloop(case: Case, work: Workload, optimizer: Any, trainer_type: type[tl.Trainer] = tl.Trainer) -> Any:
-    """Return a trainer's run, with what comes by default but for what the case changes."""
+    """Return a trainer's run, with what comes by default in a long fit but for what the case changes.
+
+    A fit of 50 steps or more is folded by default. Rounds may be shorter, and stand for such a fit.
+    """
     changes, options = case.changes, _fitted(case)
-    made = {"loss": work.loss, "optimizer": optimizer}
+    is_long = not {"onbatch", "watches"} & {*changes}  # the host has a look at each batch: never folded by default
+    made = {"loss": work.loss, "optimizer": optimizer, "fold_frozen": True if is_long else "auto"}
     for change in changes:
         made |= TRAINER_OPTIONS.get(change, {})
     if "remat" in changes:
@@ -150,26 +141,16 @@ def tapeloop(case: Case, work: Workload, optimizer: Any, trainer_type: type[tl.T
     return run
 
 
-class FrozenFirst(keras.Model):
-    """A model whose frozen backbone infers in Keras' `fit` too, its Dropout included, which flags alone do not do."""
-
-    def __init__(self, work: Workload) -> None:
-        super().__init__()
-        self.whole, self.way = work.model, work.frozen_first
-
-    def call(self, x: Any, training: bool = False) -> Any:
-        """Call it so."""
-        return self.way(x, training=training)
-
-
 def keras_fit(case: Case, work: Workload, optimizer: Any) -> Callable[[int], float]:
     """Return Keras' `fit`: as it comes, or with several steps a call."""
-    model = FrozenFirst(work) if work.frozen_first else work.model
+    model = work.model
     metrics = list(METRICS) if "metrics" in case.changes else None
     several = min(16, case.steps) if "tuned" in case.changes else 1
-    xla = "xla" in case.changes
+    xla = True if "xla" in case.changes else "auto"
     model.compile(optimizer, work.loss, metrics=metrics, jit_compile=xla, steps_per_execution=several)
-    some, batches = cuts(work.data, case.batch), datasets(work.data, case.batch)
+    with tf.device("CPU:0"):  # from where Keras reads; of data on a GPU it would make a copy in each fit
+        data = tf.nest.map_structure(tf.identity, work.data)
+    some, batches = cuts(data, case.batch), datasets(data, case.batch)
     options = _fitted(case)
 
     def run(steps: int) -> float:

@@ -14,8 +14,13 @@ FIXED = ("name", "driver_version", "memory.total")
 STATE = ("clocks.sm", "clocks.max.sm", "temperature.gpu", "power.draw", "utilization.gpu", "memory.used")
 
 
+def _first() -> str:
+    """Return the index or the UUID of the first GPU that programs may see, nothing if they may see none."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+
+
 def _ask(*arguments: str) -> list[list[str]]:
-    command = ["nvidia-smi", *arguments, "--format=csv,noheader,nounits"]
+    command = ["nvidia-smi", f"--id={_first()}", *arguments, "--format=csv,noheader,nounits"]
     try:
         said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError):
@@ -25,8 +30,8 @@ def _ask(*arguments: str) -> list[list[str]]:
 
 @functools.cache
 def gpus() -> list[dict[str, str]]:
-    """Return the name, the driver and the memory (MiB) of each GPU that programs may see."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+    """Return the name, the driver and the memory (MiB) of the first GPU that programs may see, if there is one."""
+    if _first() in ("", "-1"):
         return []
     return [dict(zip(FIXED, row)) for row in _ask(f"--query-gpu={','.join(FIXED)}") if len(row) == len(FIXED)]
 
@@ -45,8 +50,15 @@ def state() -> dict[str, Any]:
     for name, value in zip(STATE, row):
         with contextlib.suppress(ValueError):
             found[name] = float(value)
-    others = [row[0] for row in _ask("--query-compute-apps=pid") if row and row[0] != str(os.getpid())]
-    return {**found, "other_processes": len(others)}
+    others = [int(row[0]) for row in _ask("--query-compute-apps=pid") if row and row[0].isdigit()]
+    return {**found, "other_processes": sum(not _is_ours(pid) for pid in others)}
+
+
+def _is_ours(pid: int) -> bool:
+    """Tell whether a process is of this run. In a container, processes have other numbers: none is found there."""
+    with contextlib.suppress(OSError):
+        return os.getpgid(pid) == os.getpgrp()
+    return False
 
 
 @functools.cache
@@ -55,8 +67,14 @@ def _nvml() -> tuple[ctypes.CDLL, ctypes.c_void_p] | None:
     handle = ctypes.c_void_p()
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL("libnvidia-ml.so.1")
-        if not library.nvmlInit_v2() and not library.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(handle)):
-            return library, handle
+        first, place = _first(), ctypes.byref(handle)
+        if library.nvmlInit_v2():
+            return None
+        if first.isdigit():
+            failed = library.nvmlDeviceGetHandleByIndex_v2(int(first), place)
+        else:
+            failed = library.nvmlDeviceGetHandleByUUID(first.encode(), place)
+        return None if failed else (library, handle)
     return None
 
 

@@ -8,7 +8,7 @@ import gc
 import os
 import tempfile
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -16,14 +16,17 @@ import numpy as np
 import tensorflow as tf
 
 import tapeloop as tl
+from benchmarks import devices
 from benchmarks.arms import Arm, make_arm
 from benchmarks.cases import Case, is_there
 from benchmarks.measure import rounds
 from benchmarks.workloads import Workload, cross_entropy, make
 
 MEMORY_STEPS = 2  # steps in a round of the memory pass
-COMPARED = ("hand+guard", "tapeloop", "tapeloop+cache", "tapeloop+fold", "keras")  # with `hand`, by `equivalence`
-TOLERANCE = {"float32": 1e-3, "bfloat16": 1e-1}  # of the norm of a gradient
+COMPARED = ("hand+guard", "tapeloop", "tapeloop+cache", "tapeloop+plain", "keras")  # with `hand`, by `equivalence`
+# Of the norm of a gradient. Folding alone makes up to 4e-3 of it in a deep network of random weights.
+TOLERANCE = {"float32": 5e-3, "bfloat16": 1e-1}
+SETTLED = 64  # inputs of which normalizations get their statistics
 LARGEST_BATCH = 65_536
 ACCURACY, MOST_EPOCHS, DIGITS = 0.95, 60, 32  # the last: digits in a batch
 
@@ -34,6 +37,8 @@ def set_up(case: Case, one_thread: bool = False) -> str:
     Where ops run one after the other, in one thread, peaks of memory do not depend on chance.
     """
     gpus = tf.config.list_physical_devices("GPU")
+    if devices.gpus() and not gpus:
+        raise RuntimeError("TensorFlow does not see the GPU: install it with `tensorflow[and-cuda]`.")
     for gpu in gpus:
         if case.cap_mb:
             limited = tf.config.LogicalDeviceConfiguration(memory_limit=case.cap_mb)
@@ -179,7 +184,9 @@ def _stepped(case: Case) -> dict[str, dict[int, np.ndarray]]:
 
     Returns the last gradients and all weights, by the number of the variable in the model.
     """
-    arm = make_arm(case, dataclasses.replace(make(case), optimizer=functools.partial(Recording, 1e-6)))
+    work = make(case)
+    settle(work.model, work.data[0])
+    arm = make_arm(case, dataclasses.replace(work, optimizer=functools.partial(Recording, 1e-6)))
     for _ in range(2):
         arm(1)
     (optimizer,) = arm.optimizers
@@ -191,6 +198,29 @@ def _stepped(case: Case) -> dict[str, dict[int, np.ndarray]]:
         what: {place[id(variable)]: np.asarray(value.value, "float32") for variable, value in pairs}
         for what, pairs in (("gradients", kept), ("weights", weights))
     }
+
+
+def settle(model: keras.Model, x: Any) -> None:
+    """Give the normalizations of a model the statistics of many inputs like these.
+
+    With those that they begin with, a deep frozen network of random weights gives next to nothing, and so all the same.
+    """
+    norms = list(_normalizations(model))
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    if norms:
+        model(tf.random.stateless_normal((SETTLED, *x.shape[1:]), (0, 3)), training=True)
+    for norm, momentum in zip(norms, momenta):
+        norm.momentum = momentum
+
+
+def _normalizations(model: keras.Model) -> Iterator[keras.layers.BatchNormalization]:
+    for layer in model.layers:
+        if isinstance(layer, keras.Model):
+            yield from _normalizations(layer)
+        elif isinstance(layer, keras.layers.BatchNormalization):
+            yield layer
 
 
 def _error(found: dict[int, np.ndarray], expected: dict[int, np.ndarray]) -> float:
@@ -223,7 +253,9 @@ def fits(case: Case, batch: int) -> bool:
         arm = make_arm(dataclasses.replace(case, batch=batch, steps=1))
         for _ in range(2):
             arm(1)
-    except tf.errors.ResourceExhaustedError:
+    except tf.errors.OpError as error:
+        if batch == case.batch and not isinstance(error, tf.errors.ResourceExhaustedError):
+            raise  # of a larger batch it may be another limit, of an op or a library
         return False
     return True
 

@@ -124,8 +124,9 @@ def rounds(case: Case, make: Callable[[], Callable[[int], Any]]) -> Generator[No
         started = devices.joules()
         short.append(timed(lambda: arm(few)))
         long.append(timed(lambda: arm(case.steps)))
-        if started is not None:
-            joules.append(((devices.joules() or 0) - started) / (few + case.steps))
+        ended = devices.joules()
+        if started is not None and ended is not None:
+            joules.append((ended - started) / (few + case.steps))
         yield
     figures = summary(short[1:], long[1:], case.steps, case.batch, first)
     if joules:

@@ -12,12 +12,11 @@ import pandas as pd
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from benchmarks.cases import UNFREEZE, Case
+from benchmarks.cases import SHARED, UNFREEZE, Case
 from benchmarks.results import Row, newest
 
 MIB = 2**20
 FULL = ("full", "full+xla")
-SHARED = ("forward", *FULL)  # arms that do not depend on what trains
 CUT = 2  # bars end here, with a mark; their labels go on
 PARTS = {
     "weight_bytes": "weights",
@@ -101,7 +100,7 @@ def _against(frame: pd.DataFrame) -> Any:
 def _stacked(frame: pd.DataFrame) -> Any:
     """Draw what peak memory is made of."""
     some = frame[frame["peak"].notna() & frame["weight_bytes"].notna()]
-    some = some[some["arm"].isin(["full", "forward", "hand", "tapeloop", "tapeloop+cache", "tapeloop+fold"])]
+    some = some[some["arm"].isin(["full", "forward", "hand", "tapeloop", "tapeloop+cache", "tapeloop+plain"])]
     if some.empty:
         return None
     rest = (some["persistent"] - some["weight_bytes"] - some["optimizer_bytes"]).clip(lower=0)

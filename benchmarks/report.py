@@ -28,9 +28,9 @@ BASES = {
     "JAX": ("jax",),
 }
 SHARED = ("floor", "full")
-TUNED = {"tuned", "compile", "xla", "fold"}  # changes that make an arm a tuned one
+TUNED = {"tuned", "compile", "xla"}  # changes that make an arm a tuned one
 # Arms that are compared with `tapeloop`.
-VARIANTS = {"cached": "tapeloop+cache", "folded": "tapeloop+fold", "XLA": "tapeloop+xla"}
+VARIANTS = {"cached": "tapeloop+cache", "unfolded": "tapeloop+plain", "XLA": "tapeloop+xla"}
 TIMES = ("step_ms", "fixed_ms", "first_step_s", "compile_s", "examples_per_s", "joules_a_step")
 BYTES = ("peak", "persistent", "growth", "weight_bytes", "optimizer_bytes", "data_bytes", "activation_bytes", "nodes")
 SAID = {

@@ -103,7 +103,7 @@ def make_arm(case: Case) -> Callable[[int], float]:
     backbone.requires_grad_(case.selection == "all").train(case.selection == "all")
     if case.selection == "last_block":
         blocks = [p for p in backbone.modules() if isinstance(p, (nn.TransformerEncoderLayer, Bottleneck))]
-        (blocks or [backbone[-2]])[-1].requires_grad_(True)
+        (blocks or [backbone[-2]])[-1].requires_grad_(True).train()
     is_tuned = "compile" in case.changes
     if is_tuned and x.ndim == 4:
         backbone, x = backbone.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
@@ -135,14 +135,14 @@ def make_arm(case: Case) -> Callable[[int], float]:
 
 
 def step(case: Case) -> Generator[None, None, dict[str, Any]]:
-    """Time an arm; on a GPU, read PyTorch's allocator too, less the data of steps but two, as for TensorFlow."""
+    """Time an arm; on a GPU, read PyTorch's allocator afterwards, less the data of steps but two, as for TensorFlow."""
     is_on_gpu = torch.cuda.is_available()
     if devices.gpus() and not is_on_gpu:
         raise RuntimeError("PyTorch does not see the GPU: install a build of it for CUDA.")
-    if is_on_gpu:
-        torch.cuda.reset_peak_memory_stats()
     arm, figures = yield from rounds(case, lambda: make_arm(case))
     if is_on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+        arm(min(case.steps, 2))
         spare = int(arm.data_bytes * (1 - min(case.steps, 2) / case.steps))
         figures["peak"] = torch.cuda.max_memory_allocated() - spare
     return figures

@@ -56,9 +56,6 @@ class Workload:
     data: Any  # inputs and targets, as tensors with the examples first; images alone for a GAN
     loss: keras.losses.Loss | None  # a GAN has its own
     policy: tl.VariablePolicy
-    # Where all that trains comes after a frozen backbone: the model, its backbone called in inference mode. Keras'
-    # functional models have no other way to say that.
-    frozen_first: Callable[[Any], Any] | None = None
     optimizer: Callable[[], keras.optimizers.Optimizer] = adam
 
 
@@ -72,7 +69,6 @@ def make(case: Case) -> Workload:
     keras.config.set_dtype_policy("mixed_bfloat16" if case.dtype == "bfloat16" else "float32")
     keras.utils.set_random_seed(0)
     count, size, name = case.batch * case.steps, case.size, case.workload
-    frozen_first = None
     if case.own:
         return own(dict(case.own), count)
     if name == "gan":
@@ -96,12 +92,29 @@ def make(case: Case) -> Workload:
         inputs = keras.Input((size, size, 3))
         model = keras.Model(inputs, head(backbone(inputs)))
         x, y = _drawn((count, size, size, 3)), _whole((count,), 10)
-        if case.selection == "head":
+    return Workload(model, (x, y), cross_entropy(), policy_of(case))
 
-            def frozen_first(x: Any, training: bool) -> Any:
-                return head(backbone(x, training=False), training=training)
 
-    return Workload(model, (x, y), cross_entropy(), policy_of(case), frozen_first)
+def freeze(model: keras.Model, trained: Sequence[keras.Variable]) -> None:
+    """Freeze all but some variables as one does in Keras: by flags, and submodels that are frozen as a whole infer.
+
+    A flag alone leaves Dropout at work, and functional models do not heed `submodel(x, training=False)`.
+    """
+    chosen = {id(variable) for variable in trained}
+    for layer in model.layers:
+        is_frozen = chosen.isdisjoint(map(id, layer.trainable_variables))
+        if isinstance(layer, keras.Model):
+            if is_frozen and layer.trainable_variables:
+                layer.call = functools.partial(_inferred, layer.call)
+            freeze(layer, trained)
+        elif layer.trainable_variables and is_frozen:
+            layer.trainable = False
+    for variable in model.trainable_variables:
+        variable.trainable = id(variable) in chosen
+
+
+def _inferred(call: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+    return call(*inputs, **{**options, "training": False})
 
 
 # Drawn by TensorFlow: what NumPy draws is copied into its memory or not, by where it happens to lie; and as tensors,

@@ -15,7 +15,7 @@ import pytest
 import tapeloop as tl
 from benchmarks import arms, cases, compare, kinds, results, runner
 from benchmarks.cases import PEERS, Case
-from benchmarks.workloads import make, policy_of
+from benchmarks.workloads import freeze, make, policy_of
 from tests.support.params import params
 from tests.support.planted import make_arm as make_planted
 
@@ -37,6 +37,12 @@ def two_headed_model():
     body = layers.ActivityRegularization(l2=0.1, name="activity")(body)
     heads = [layers.Dense(width, kernel_regularizer="l2", name=f"head_{width}") for width in (1, 2)]
     return keras.Model(inputs, [head(body) for head in heads])
+
+
+def dropping_model():
+    """A model with Dropout in a part that may be frozen."""
+    backbone = keras.Sequential([layers.Dense(4), layers.Dropout(0.5)], name="backbone")
+    return keras.Sequential([keras.Input((3,)), backbone, layers.Dense(2)])
 
 
 def model_of_any_length():
@@ -115,7 +121,7 @@ def test_a_process_measures_the_time_and_memory_of_an_arm(tmp_path):
     assert found["tapeloop", "memory"]["nodes"] < found["full", "memory"]["nodes"]
 
 
-ALL_ARMS = ("hand+guard", "tapeloop", "tapeloop+cache", "tapeloop+fold", "keras")
+ALL_ARMS = ("hand+guard", "tapeloop", "tapeloop+cache", "tapeloop+plain", "keras")
 
 
 @pytest.mark.parametrize(
@@ -134,6 +140,19 @@ def test_arms_compute_the_same(case, arms_of):
     assert found["invalid"] == {}
     assert set(found["errors"]) == {arm for arm in arms_of if cases.is_there(dataclasses.replace(case, arm=arm))}
     assert all(error["gradients"] < 1e-3 for error in found["errors"].values())
+
+
+def test_arms_of_an_own_model_whose_frozen_backbone_drops_out_compute_the_same():
+    case = own("dropping_model", "Freeze('backbone')", data=f"{HERE}:vectors", loss=f"{HERE}:own_loss")
+    found = kinds.compared(dataclasses.replace(case, kind="equivalence"), kinds.COMPARED)
+    assert found["said"] == "5 arms compute the same"
+
+
+def test_a_frozen_network_tells_inputs_apart_when_its_gradients_are_compared():
+    case = Case("mobilenetv2", "head", "hand", 4, 32, steps=2)
+    gradients = kinds._stepped(case)["gradients"]
+    norms = [np.linalg.norm(gradient) for gradient in gradients.values()]
+    assert min(norms) > 1e-2 * max(norms)  # or those of the kernel would be lost beside those of the bias
 
 
 def test_an_arm_that_computes_something_else_is_found(monkeypatch):
@@ -320,7 +339,7 @@ def test_flags_freeze_what_is_not_chosen_and_nothing_else():
     model = make(Case("vit", "norm", "hand", 1, 16, steps=1, scale=0.3)).model
     norms = [v for v in model.variables if "norm" in v.path]
     assert len(norms) == 8
-    arms.freeze(model, norms)
+    freeze(model, norms)
     assert {id(variable) for variable in model.trainable_variables} == {id(variable) for variable in norms}
 
 

@@ -1,19 +1,15 @@
 """What is made of rows: figures, verdicts, tables and reports."""
 
-import json
-import pathlib
 import re
 
 import numpy as np
 import pytest
 
 from benchmarks import __main__ as cli
-from benchmarks import cases, compare, measure, plots, report, results
+from benchmarks import compare, measure, plots, report, results
 from benchmarks.cases import Case
 from tests.support.measured import figures
 
-ROOT = pathlib.Path(__file__).parents[2]
-RESULTS = ROOT / "benchmarks" / "results"
 ARMS = ("forward", "full", "hand", "tapeloop")
 MIB = 2**20
 
@@ -172,7 +168,7 @@ def test_the_table_and_the_sentence_of_a_group():
     frame = report.frame(rows)
     assert report.markdown(report.floors(frame)) == [
         "| what trains | floor ms | tapeloop ms | / floor | / by hand | / full | peak / floor | peak / full | / Keras"
-        " | / PyTorch | / JAX | cached | folded | XLA |",
+        " | / PyTorch | / JAX | cached | unfolded | XLA |",
         "| --- | --: | --: | --: | --: | --: | --: | --: | --: | --: | --: | --: | --: | --: |",
         "| mlp head, batch 64 | 1 | 1.5 | 1.50 | 1.20 | 0.38 | 1.10 | 0.22 | - | - | - | 0.20 | - | - |",
     ]
@@ -258,80 +254,3 @@ def test_results_of_several_versions_are_said_to_be_so():
 def test_colours_are_those_of_the_arm():
     frame = report.frame(FIVE)
     assert len({plots.colour(frame, arm) for arm in frame["arm"]}) == len(set(frame["arm"]))
-
-
-@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.jsonl")), ids=lambda path: path.stem)
-def test_the_documentation_shows_the_committed_results(path):
-    rows = results.load(path)
-    document = (ROOT / "docs" / "benchmarks.md").read_text()
-    frame = report.frame(rows)
-    assert "\n".join(report.markdown(report.floors(frame))) in document
-    assert set(map(Case.of, rows)) <= set(cases.suite(path.stem))
-    pictures = re.findall(rf"results/{path.stem}/(.*?\.png)\)", document)
-    assert set(pictures) <= {found.name for found in (RESULTS / path.stem).glob("*.png")}
-    assert "\n".join(report.markdown(report.floors(frame))) in (RESULTS / path.stem / "report.md").read_text()
-
-
-def test_the_guide_shows_what_workers_took_and_sent():
-    document = (ROOT / "docs" / "guides" / "distribution.md").read_text()
-    found = {(row["selection"], row["workers"]): row for row in json.loads((RESULTS / "workers.json").read_text())}
-    for selection, said in (("all", "all of it trains"), ("head", "the head trains")):
-        one, two = (found[selection, count] for count in (1, 2))
-        line = f"| {said} | {one['step_ms']:.0f} ms | {two['step_ms']:.0f} ms | {two['bytes']:,} bytes |"
-        assert line in document
-        # What a ring of 1.25 GB/s and 50 us a message takes.
-        waits = [2e3 * (n - 1) * (two["bytes"] / n / 1.25e9 + 50e-6) for n in (8, 64, 512)]
-        assert f"| {said.removesuffix(' trains')} | {' | '.join(f'{wait:.1f} ms' for wait in waits)} |" in document
-    assert found["head", 2]["bytes"] < 0.01 * found["all", 2]["bytes"]
-
-
-# Tables of before this suite, whose results are of another form: a step has a share of the start of its fit.
-def earlier_lines(name):
-    """The lines of the table of earlier results, by what they measure."""
-    groups = {}
-    for row in json.loads((RESULTS / f"{name}.json").read_text())["rows"]:
-        said = [f"{row['workload']} {row['selection']}", f"batch {row['batch']}"]
-        said += [f"size {row['size']}"] * bool(row["size"]) + [f"width {row['width']:g}"] * (row["width"] != 1)
-        groups.setdefault(", ".join([*said, *[row["dtype"]] * (row["dtype"] != "float32")]), {})[row["arm"]] = row
-
-    def ratio(rows, one, other, what="rounds_ms"):
-        if one not in rows or other not in rows:
-            return "-"
-        pair = rows[one][what], rows[other][what]
-        return f"{np.median(np.divide(*pair)):.2f}"
-
-    lines = {}
-    for group, rows in groups.items():
-        if len(rows) > 1:
-            figures = [report.number(rows[arm]["step_ms"]) if arm in rows else "-" for arm in ("forward", "tapeloop")]
-            figures += [ratio(rows, "tapeloop", arm) for arm in ("forward", "selective", "full")]
-            figures += [ratio(rows, "tapeloop", arm, "peak") for arm in ("forward", "full")]
-            lines[group] = [*figures, ratio(rows, "tapeloop", "keras"), ratio(rows, "tapeloop+cache", "tapeloop")]
-    return lines
-
-
-@pytest.mark.parametrize("name", ["quick", "cpu"])
-def test_the_documentation_shows_the_figures_of_the_earlier_suite(name):
-    document = (ROOT / "docs" / "benchmarks.md").read_text()
-    assert f"`{json.loads((RESULTS / f'{name}.json').read_text())['command']}`" in document
-    table = "\n".join(f"| {' | '.join([group, *cells])} |" for group, cells in earlier_lines(name).items())
-    assert table in document
-
-
-def test_the_front_page_shows_the_figures_of_the_earlier_suite():
-    page, lines = (ROOT / "README.md").read_text(), earlier_lines("cpu")
-    for said, group in (
-        ("the head of a MobileNetV2, 96x96, batch 16", "mobilenetv2 head, batch 16, size 96"),
-        ("the last block of that MobileNetV2, and its head", "mobilenetv2 last_block, batch 16, size 96"),
-        ("the head of a ResNet50, 96x96, batch 16", "resnet50 head, batch 16, size 96"),
-    ):
-        _, step, *ratios, floor_peak, full_peak, _, _ = lines[group]
-        shown = re.search(rf"\| {said} \| (.*) \|", page)[1].split(" | ")
-        assert [*shown[:4], *shown[5:]] == [f"{step} ms", *ratios, floor_peak, full_peak]
-
-
-def test_the_guide_shows_the_figures_of_steps_on_one_batch():
-    found = json.loads((RESULTS / "on_batch.json").read_text())["cases"]
-    guide = (ROOT / "docs" / "guides" / "reinforcement-learning.md").read_text()
-    mlp, mobilenet = (f"{case['ratio']:.2f}" for case in found.values())
-    assert f"takes {mlp} of Keras' `train_on_batch` on the MLP and {mobilenet} on the" in guide
