@@ -35,7 +35,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     asked = verbs.add_parser("run", help="measure what was not measured before, and report")
     asked.set_defaults(do=run)
     add = asked.add_argument
-    add("--suite", choices=(*cases.SUITES, *cases.FEATURES), default="quick", help="what to measure; by default quick")
+    add("--suite", choices=(*cases.SUITES, *cases.FEATURES), help="what to measure; by default quick")
     add(
         "--arms",
         nargs="+",
@@ -52,6 +52,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--scale", type=float, default=1.0, help="multiply sizes by this, from 0 to 1, for a trial")
     add("--processes", type=int, help="measure only so many processes of each case")
     add("--resume", type=pathlib.Path, nargs="+", default=[], help="more results whose cases are done")
+    add("--retry", action="store_true", help="measure again what failed")
     add("--out", type=pathlib.Path, help=f"where lines are added; by default {HERE}/SUITE.jsonl")
     add("--model", metavar=FUNCTION, help="your own model instead of a suite: what returns it")
     add("--data", default="", metavar=FUNCTION, help="its data: `make(count)` gives inputs, targets")
@@ -86,7 +87,11 @@ def selected(options: argparse.Namespace) -> list[Case]:
     Raises:
         ValueError: There is no such workload or arm, or nothing is left.
     """
+    if options.processes is not None and options.processes < 1:
+        raise ValueError(f"`--processes` must be 1 or more. Received: {options.processes}.")
     if options.model:
+        if options.suite or options.workloads or options.scale != 1:
+            raise ValueError("`--model` is instead of a suite: leave out `--suite`, `--workloads` and `--scale`.")
         batch, steps = options.batch, options.steps
         if batch < 1 or steps < 2:
             raise ValueError(f"`--batch` must be 1 or more and `--steps` 2 or more. Received: {batch}, {steps}.")
@@ -101,13 +106,14 @@ def selected(options: argparse.Namespace) -> list[Case]:
     else:
         if not 0 < options.scale <= 1:
             raise ValueError(f"`--scale` must be above 0, and 1 at most. Received: {options.scale}.")
-        found = cases.suite(options.suite, options.scale)
-    found = cases.chosen(found, options.arms, None if options.model else options.workloads)
+        found = cases.suite(options.suite or "quick", options.scale)
+    found = cases.chosen(found, options.arms, options.workloads)
     missing = {arm for arm, (_, needed) in cases.PEERS.items() if not all(map(importlib.util.find_spec, needed))}
     found = [case for case in found if not options.processes or case.process < options.processes]
     for arm in sorted(missing & {case.base for case in found}):
         print(f"The arm `{arm}` is skipped: it needs {' and '.join(cases.PEERS[arm][1])}, which is not all installed.")
-    return [case for case in found if case.base not in missing]
+    room = 0.9 * devices.memory_mb()
+    return [case for case in found if case.base not in missing and not 0 < room < case.cap_mb]
 
 
 def run(options: argparse.Namespace) -> int:
@@ -116,17 +122,20 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         ValueError: What is asked for is not there, a GPU suite has no GPU, or nothing could be measured.
     """
-    if options.suite.startswith("gpu") and not options.model and options.scale == 1 and not devices.gpus():
+    if (options.suite or "").startswith("gpu") and options.scale == 1 and not devices.gpus():
         raise ValueError(
             f"The suite `{options.suite}` needs a GPU, and `nvidia-smi` shows none. `--scale 0.1` tries it out on a "
             "CPU; the suite `cpu` needs none."
         )
     importlib.import_module("benchmarks.report")  # which needs pandas and Matplotlib, better missed now than in the end
     found = selected(options)
-    out = options.out or HERE / f"{'own' if options.model else options.suite}.jsonl"
+    if not found:
+        raise ValueError("Nothing is left to run.")
+    out = options.out or HERE / f"{'own' if options.model else options.suite or 'quick'}.jsonl"
     if out.suffix != ".jsonl":
         raise ValueError(f"`--out` must be a file that ends in .jsonl. Received: {str(out)!r}.")
     before = results.load(*dict.fromkeys([*options.resume, *[out] * out.exists()]))
+    before = [row for row in before if not options.retry or row["status"] != "error"]
     made, left = runner.run(found, out, before=before, limit_s=options.time_limit)
     wanted = {results.key_of(case) for case in found}
     rows = [row for row in [*before, *made] if row["key"] in wanted]
@@ -136,10 +145,11 @@ def run(options: argparse.Namespace) -> int:
     if left:
         again = "run the same command again to go on" if made else "none was thought to fit the time limit: give more"
         print(f"{len(left)} of {len(found)} cases are left: {again}.")
-    if any("step_ms" in row for row in rows):
+    if any(row["status"] == "ok" for row in rows):
         write_report(results.ended(rows), out.with_suffix(""), out.name)
-    elif bad:
+    else:
         print("Nothing could be measured.", file=sys.stderr)
+        return 1
     return int(bool(bad))
 
 
@@ -172,7 +182,7 @@ def show(options: argparse.Namespace) -> int:
 
 def judge(options: argparse.Namespace) -> int:
     """Compare results, measure again what seems slower, and return 1 if anything got worse."""
-    before, after = (results.ended(results.load(path)) for path in (options.before, options.after))
+    before, after = (results.newest(results.ended(results.load(path))) for path in (options.before, options.after))
     verdict = compare.compare(before, after)
     print("\n".join(verdict.said) or "Nothing else changed beyond the noise.")
     worse = verdict.worse

@@ -51,29 +51,31 @@ def compare(before: Sequence[Row], after: Sequence[Row]) -> Verdict:
     one, other = _by_case(before), _by_case(after)
     verdict.said += [f"{name(case)}: only in the first results" for case in one if case not in other]
     for case, rows in other.items():
-        failed = [
-            next((row["error"] for row in some if row["status"] == "error"), "") for some in (one.get(case, []), rows)
-        ]
+        errors = [[row["error"] for row in some if row["status"] == "error"] for some in (one.get(case, []), rows)]
         if case not in one:
-            what = f"{name(case)}: only in the second results, where it failed: {failed[1]}"
-            verdict.said += [what] * bool(failed[1])
-        elif any(failed):
-            if not failed[0]:
-                verdict.worse.append(f"{name(case)}: error: {failed[1]}")
-            elif not failed[1]:
-                verdict.said.append(f"{name(case)}: no longer fails: {failed[0]}")
+            what = f"{name(case)}: only in the second results, where it failed: {''.join(errors[1][:1])}"
+            verdict.said += [what] * bool(errors[1])
+        elif any(errors):
+            before_share, after_share = (len(some) / len(of) for some, of in zip(errors, (one[case], rows)))
+            if after_share > before_share:
+                verdict.worse.append(f"{name(case)}: error: {errors[1][0]}")
+            elif after_share < before_share:
+                fewer = "fails less often" if errors[1] else "no longer fails"
+                verdict.said.append(f"{name(case)}: {fewer}: {errors[0][0]}")
         else:
             invalid = [some[-1].get("invalid", {}) for some in (one[case], rows)]
             verdict.worse += [f"{name(case)}: {arm}: {why}" for arm, why in invalid[1].items() if arm not in invalid[0]]
-            _gates(case, one[case], rows, verdict, is_same=not differing)
+            used = [results.used_by(case, row["environment"]) for row in (*one[case], *rows)]
+            _gates(case, one[case], rows, verdict, is_same=all(other == used[0] for other in used))
             if case.kind == "step":
                 _times(case, one, other, verdict)
     return verdict
 
 
 def confirmed(first: Verdict, again: Verdict) -> list[str]:
-    """Return what is worse: what is sure, and what seemed slower twice."""
-    return [*first.worse, *(text for case, text in again.slower.items() if case in first.slower)]
+    """Return what is worse: what is sure, then or when it was measured again, and what seemed slower twice."""
+    sure = dict.fromkeys([*first.worse, *again.worse])
+    return [*sure, *(text for case, text in again.slower.items() if case in first.slower)]
 
 
 def measured_again(verdict: Verdict, after: Sequence[Row], run: Callable[[list[Case]], list[Row]]) -> list[Row]:
@@ -101,7 +103,8 @@ def _gates(case: Case, old: list[Row], new: list[Row], verdict: Verdict, is_same
     """Compare what is no time: what is exact, if machine and versions are the same, and bytes of memory."""
     for what, (text, least, share) in GATES.items():
         sides = [[row[what] for row in rows if row.get(what) is not None] for rows in (old, new)]
-        if not all(sides) or (least and case.kind != "memory"):
+        is_read_beside = what == "peak" and new[0]["environment"]["device"] != "CPU"  # there no other process tells it
+        if not all(sides) or (least and case.kind != "memory" and not is_read_beside):
             continue
         one, other = map(statistics.median, sides)
         if abs(other - one) > max(least, share * one):

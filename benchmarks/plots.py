@@ -25,7 +25,8 @@ PARTS = {
     "activation_bytes": "activations",
 }
 X_LABELS = {"batch": "batch size", "depth": "stages unfrozen, the head first", "width": "width, relative"}
-COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#999999", "#F0E442", "#555555")
+COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#999999", "#F0E442", "#555555",
+           *map(matplotlib.colors.to_hex, matplotlib.colormaps["tab20b"].colors))  # fmt: skip
 
 
 def draw(frame: pd.DataFrame, rows: list[Row], folder: pathlib.Path) -> list[str]:

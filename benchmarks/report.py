@@ -20,14 +20,14 @@ from benchmarks.results import Row, ended, newest
 # What lines are compared with, the fastest of some arms of the same group. The first two do not depend on what trains:
 # where they were measured once for all selections, they stand with `all`.
 BASES = {
-    "floor": ("forward",),
+    "forward": ("forward",),
     "full": ("full", "full+xla"),
     "by hand": ("hand", "hand+xla"),
     "Keras": ("keras", "keras+tuned", "keras+xla"),
     "PyTorch": ("torch", "torch+compile"),
     "JAX": ("jax",),
 }
-SHARED = ("floor", "full")
+SHARED = ("forward", "full")
 TUNED = {"tuned", "compile", "xla"}  # changes that make an arm a tuned one
 # Arms that are compared with `tapeloop`.
 VARIANTS = {"cached": "tapeloop+cache", "unfolded": "tapeloop+plain", "XLA": "tapeloop+xla"}
@@ -63,7 +63,8 @@ def frame(rows: Sequence[Row]) -> pd.DataFrame:
             found, key=lambda line: (place[line[0]], place[line[1].split("+")[0]], line[1].count("+"), line[1])
         )
     ]
-    return _compared(pd.DataFrame(lines))
+    columns = ["group", "arm", "error", "processes", *TIMES, *BYTES, "low", "high", "invalid"]
+    return _compared(pd.DataFrame(lines, columns=columns))
 
 
 def _like(case: Case) -> Any:
@@ -88,8 +89,10 @@ def _compared(frame: pd.DataFrame) -> pd.DataFrame:
     of_all = group.map(lambda one: dataclasses.replace(one, selection="all"))
     for name, arms in BASES.items():
         fastest = valid[valid["arm"].isin(arms)].drop_duplicates("group").set_index("group")
-        where = group.where(group.isin(fastest.index), of_all) if name in SHARED else group
-        base = fastest.reindex(where).set_axis(frame.index)
+        base = fastest.reindex(group).set_axis(frame.index)
+        if name in SHARED:
+            other = fastest.reindex(of_all).set_axis(frame.index)
+            base = base.where(base["step_ms"].fillna(np.inf) <= other["step_ms"].fillna(np.inf), other)
         for ratio, what in ((f"/ {name}", "step_ms"), (f"peak / {name}", "peak")):
             frame[ratio] = (frame[what] / base[what]).where(is_valid)
         frame[f"{name} ms"] = base["step_ms"]
@@ -118,15 +121,15 @@ def mib(value: Any) -> str:
 
 
 # The columns of tables: what they are called, of what they are made, and how that is written.
-FLOORS: dict[str, tuple[str, Callable[[Any], str]]] = {
-    "what trains": ("group", str), "floor ms": ("floor ms", number), "tapeloop ms": ("step_ms", number),
-    **{name: (name, share) for name in ("/ floor", "/ by hand", "/ full", "peak / floor", "peak / full", "/ Keras",
+SAVINGS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "what trains": ("group", str), "forward ms": ("forward ms", number), "tapeloop ms": ("step_ms", number),
+    **{name: (name, share) for name in ("/ forward", "/ by hand", "/ full", "peak / forward", "peak / full", "/ Keras",
                                         "/ PyTorch", "/ JAX", *VARIANTS)},
 }  # fmt: skip
 FIGURES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "arm": ("arm", str), "as": ("as", str), "step ms": ("step_ms", number), "from": ("low", number),
-    "to": ("high", number), "/ forward": ("/ floor", share), "/ full": ("/ full", share), "/ first": ("/ first", share),
-    "peak / first": ("peak / first", share), "fit ms": ("fixed_ms", number), "compile s": ("compile_s", number),
+    "to": ("high", number), "/ forward": ("/ forward", share), "/ full": ("/ full", share),
+    "/ first": ("/ first", share), "peak / first": ("peak / first", share), "fit ms": ("fixed_ms", number), "compile s": ("compile_s", number),
     "examples/s": ("examples_per_s", number), "J a step": ("joules_a_step", number), "peak MiB": ("peak", mib),
     "weights": ("weight_bytes", mib), "optimizer": ("optimizer_bytes", mib), "activations": ("activation_bytes", mib),
     "nodes": ("nodes", number), "": ("note", str),
@@ -137,10 +140,10 @@ def _shown(lines: pd.DataFrame, columns: dict[str, tuple[str, Callable[[Any], st
     return pd.DataFrame({title: lines[name].map(write) for title, (name, write) in columns.items()})
 
 
-def floors(frame: pd.DataFrame) -> pd.DataFrame:
+def savings(frame: pd.DataFrame) -> pd.DataFrame:
     """Say for each group how far tapeloop is from the forward pass alone, from code by hand, and from full backprop."""
-    compared = frame[["/ floor", "/ full", "/ by hand"]].notna().any(axis=1)
-    return _shown(frame[(frame["arm"] == "tapeloop") & compared], FLOORS)
+    compared = frame[["/ forward", "/ full", "/ by hand"]].notna().any(axis=1)
+    return _shown(frame[(frame["arm"] == "tapeloop") & compared], SAVINGS)
 
 
 def sentences(frame: pd.DataFrame) -> list[str]:
@@ -201,7 +204,7 @@ def parts(rows: Sequence[Row], frame: pd.DataFrame, pictures: Sequence[str], sou
     Those are headings, paragraphs, lists, tables and pictures.
     """
     found: list[tuple[str, Any]] = [("h1", "Benchmarks"), *(("p", line) for line in where(rows, source))]
-    if not (table := floors(frame)).empty:
+    if not (table := savings(frame)).empty:
         found += [("h2", "What is saved"), ("list", sentences(frame)), ("table", table)]
     found += [("picture", name) for name in pictures]
     if not (table := others(rows)).empty:
@@ -269,7 +272,9 @@ def write(rows: Sequence[Row], folder: pathlib.Path, source: str) -> str:
     page = [HEAD, *(as_html(kind, what, folder) for kind, what in found)]
     (folder / "report.md").write_text("\n\n".join(as_markdown(*part) for part in found) + "\n")
     (folder / "report.html").write_text("\n".join(page) + "\n")
-    if not (table := floors(lines)).empty:
+    if not (table := savings(lines)).empty:
         return "\n".join([*sentences(lines), "", *markdown(table)])
+    if lines.empty:
+        return "\n".join(markdown(others(rows)))
     groups = dict.fromkeys(lines["group"])  # of a feature, each arm beside the first
     return "\n".join("\n".join([f"\n{group}", *markdown(group_table(lines, group))]) for group in groups)

@@ -50,7 +50,9 @@ def append(path: pathlib.Path, rows: Iterable[Row]) -> None:
 
 
 def load(*paths: pathlib.Path) -> list[Row]:
-    """Return the rows of some files: of those with one key the last that ended. Torn lines are left out.
+    """Return the rows of some files: of those with one key the last that ended, or else the longest that was cut off.
+
+    Torn lines are left out.
 
     Raises:
         ValueError: A file has lines, and none of them is a result.
@@ -63,7 +65,8 @@ def load(*paths: pathlib.Path) -> list[Row]:
         if not rows and any(lines):
             raise ValueError(f"`{path}` has no results of this suite: no line is a JSON object with a key and a case.")
         for row in rows:
-            if row["key"] not in found or row["status"] != "cut":
+            last = found.get(row["key"])
+            if not last or row["status"] != "cut" or (last["status"] == "cut" and row["wall_s"] > last["wall_s"]):
                 found[row["key"]] = row
     return list(found.values())
 
@@ -89,11 +92,16 @@ def newest(rows: Sequence[Row]) -> list[Row]:
 
 def key_of(case: Case) -> str:
     """Return the digest of a case, and of the code and the environment here, less frameworks that it does not use."""
-    _, needed = PEERS.get(case.base, ("", ()))
-    others = {name for _, packages in PEERS.values() for name in packages}.difference(needed)
-    here = {name: what for name, what in environment().items() if name not in others}
+    here = used_by(case, environment())
     parts = {"case": dataclasses.asdict(case), "code": code(), "environment": here, "own": own_code(case)}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def used_by(case: Case, environment: dict[str, Any]) -> dict[str, Any]:
+    """Return an environment, less the frameworks that a case does not use."""
+    _, needed = PEERS.get(case.base, ("", ()))
+    others = {name for _, packages in PEERS.values() for name in packages}.difference(needed)
+    return {name: what for name, what in environment.items() if name not in others}
 
 
 def row_of(case: Case, status: str, wall_s: float, **figures: Any) -> Row:
@@ -103,13 +111,16 @@ def row_of(case: Case, status: str, wall_s: float, **figures: Any) -> Row:
 
 
 def own_code(case: Case) -> list[str]:
-    """Return digests of the modules that a user's own model is named in."""
+    """Return digests of the modules that a user's own model is named in, of packages all that is in them."""
     found = []
-    for name in sorted({value.split(":")[0] for _, value in case.own if ":" in value}):
+    for name in sorted({value.split(":")[0].split(".")[0] for _, value in case.own if ":" in value}):
         with contextlib.suppress(ImportError, ValueError):
             spec = importlib.util.find_spec(name)
-            if spec is not None and spec.origin is not None:
-                found.append(hashlib.sha256(pathlib.Path(spec.origin).read_bytes()).hexdigest()[:16])
+            folders = spec.submodule_search_locations if spec else None
+            files = [path for folder in folders or () for path in sorted(pathlib.Path(folder).rglob("*.py"))]
+            if spec is not None and spec.origin is not None and not files:
+                files = [pathlib.Path(spec.origin)]
+            found.append(hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16])
     return found
 
 

@@ -81,7 +81,7 @@ def test_committed_results_are_of_cases_that_the_suite_has_today(path):
 def test_the_page_shows_the_committed_results(suite):
     rows, page = results.load(RESULTS / f"{suite}.jsonl"), (ROOT / "docs" / "benchmarks.md").read_text()
     frame = report.frame(rows)
-    table = "\n".join(report.markdown(report.floors(frame)))
+    table = "\n".join(report.markdown(report.savings(frame)))
     assert table in page
     assert table in (RESULTS / suite / "report.md").read_text()
     assert set(map(Case.of, rows)) == set(cases.suite(suite))
@@ -101,8 +101,8 @@ def test_the_page_shows_the_committed_results(suite):
 )
 def test_the_front_page_shows_the_committed_results(said, group):
     line = lines_of("cpu").loc[group, "tapeloop"]
-    times = [report.share(line[ratio]) for ratio in ("/ floor", "/ by hand", "/ full")]
-    peaks = [report.share(line[ratio]) for ratio in ("peak / floor", "peak / full")]
+    times = [report.share(line[ratio]) for ratio in ("/ forward", "/ by hand", "/ full")]
+    peaks = [report.share(line[ratio]) for ratio in ("peak / forward", "peak / full")]
     cells = [said, f"{report.number(line['step_ms'])} ms", *times, f"{report.mib(line['peak'])} MiB", *peaks]
     assert f"| {' | '.join(cells)} |" in (ROOT / "README.md").read_text()
 

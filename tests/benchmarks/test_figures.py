@@ -125,6 +125,34 @@ def test_a_failure_and_an_arm_that_computes_something_else_are_worse():
     ]
 
 
+def test_a_failure_of_more_processes_than_before_is_worse_and_one_when_it_is_measured_again():
+    def failing(count):
+        rows = rows_of(arms=("tapeloop",))
+        return [row | {"status": "error", "error": "out of memory"} for row in rows[:count]] + rows[count:]
+
+    assert compare.compare(failing(1), failing(3)).worse == ["mlp head, batch 64, tapeloop: error: out of memory"]
+    verdict = compare.compare(failing(3), failing(1))
+    assert (verdict.worse, verdict.said) == ([], ["mlp head, batch 64, tapeloop: fails less often: out of memory"])
+    assert compare.confirmed(compare.Verdict([], {}, []), compare.Verdict(["it fails"], {}, [])) == ["it fails"]
+
+
+def test_on_a_gpu_the_peak_that_is_read_beside_the_times_counts():
+    def on(device, **planted):
+        return [row | {"environment": {**row["environment"], "device": device}} for row in rows_of(**planted)]
+
+    larger = {"tapeloop": {"peak": 2**24}}
+    assert compare.compare(on("CPU"), on("CPU", **larger)).worse == []
+    (said,) = compare.compare(on("A GPU"), on("A GPU", **larger)).worse
+    assert said.startswith("mlp head, batch 64, tapeloop: peak ")
+
+
+def test_nodes_count_though_a_framework_that_the_arm_does_not_use_is_another():
+    after = [row | {"environment": {**row["environment"], "torch": "9.9"}} for row in rows_of(tapeloop={"nodes": 120})]
+    assert compare.compare(rows_of(), after).worse == [
+        "mlp head, batch 64, tapeloop: 100 to 120 nodes in the step's graph"
+    ]
+
+
 def test_other_machines_are_warned_of_and_their_nodes_are_no_alarm():
     after = rows_of(tapeloop={"nodes": 120})
     for row in after:
@@ -166,9 +194,9 @@ FIVE = [
 def test_the_table_and_the_sentence_of_a_group():
     rows = [*FIVE, exact("tapeloop+cache", 0.3, 11)]
     frame = report.frame(rows)
-    assert report.markdown(report.floors(frame)) == [
-        "| what trains | floor ms | tapeloop ms | / floor | / by hand | / full | peak / floor | peak / full | / Keras"
-        " | / PyTorch | / JAX | cached | unfolded | XLA |",
+    assert report.markdown(report.savings(frame)) == [
+        "| what trains | forward ms | tapeloop ms | / forward | / by hand | / full | peak / forward | peak / full |"
+        " / Keras | / PyTorch | / JAX | cached | unfolded | XLA |",
         "| --- | --: | --: | --: | --: | --: | --: | --: | --: | --: | --: | --: | --: | --: |",
         "| mlp head, batch 64 | 1 | 1.5 | 1.50 | 1.20 | 0.38 | 1.10 | 0.22 | - | - | - | 0.20 | - | - |",
     ]
@@ -182,7 +210,7 @@ def test_arms_of_a_feature_stand_beside_the_first():
     table = report.group_table(frame, frame["group"][0])
     assert list(table["/ first"]) == ["1.00", "1.50"]
     assert list(table["peak / first"]) == ["1.00", "0.50"]
-    assert report.floors(frame).empty
+    assert report.savings(frame).empty
     assert "/ first" not in report.group_table(report.frame(FIVE), Case.of(FIVE[0]).group)
 
 
@@ -191,7 +219,14 @@ def test_full_backprop_that_was_measured_once_counts_for_all_selections():
     hand = FIVE[3] | {"case": {**FIVE[3]["case"], "selection": "all"}}
     frame = report.frame([*shared, hand, FIVE[4]])
     assert report.sentences(frame)[0].startswith("mlp, batch 64: training the head takes 0.38")
-    assert list(report.floors(frame)["/ by hand"]) == ["-"]  # which does depend on what trains
+    assert list(report.savings(frame)["/ by hand"]) == ["-"]  # which does depend on what trains
+
+
+def test_the_faster_counts_of_what_was_measured_for_all_selections_and_of_what_was_for_this_one():
+    of_all = {"case": {**FIVE[1]["case"], "selection": "all"}}
+    for own, shared, faster in ((5.0, 4.0, "0.38"), (3.0, 4.0, "0.50")):
+        rows = [exact("full+xla", own, 60), exact("full", shared, 50) | of_all, FIVE[4]]
+        assert report.sentences(report.frame(rows))[0].startswith(f"mlp, batch 64: training the head takes {faster}")
 
 
 def test_arms_that_failed_or_compute_something_else_stand_in_no_comparison():
@@ -243,6 +278,13 @@ def test_a_report_has_sentences_tables_and_pictures_in_markdown_and_html(tmp_pat
     assert all(f"![{name.removesuffix('.png').replace('-', ' ')}]({name})" in text for name in pictures)
     assert page.count("data:image/png;base64,") == len(pictures)
     assert "<li>mlp, batch 32: training the head takes" in page
+
+
+def test_results_without_times_are_reported_too(tmp_path, capsys):
+    case, path = Case("mlp", "head", "tapeloop", 1, kind="capacity", cap_mb=512), tmp_path / "results.jsonl"
+    results.append(path, [results.row_of(case, "ok", 1.0, largest_batch=100)])
+    assert cli.main(["report", str(path)]) == 0
+    assert "| mlp head, batch 1, cap 512 MiB | tapeloop | capacity | 0 | batch 100 |" in capsys.readouterr().out
 
 
 def test_results_of_several_versions_are_said_to_be_so():

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from benchmarks import __main__ as cli
-from benchmarks import cases, results, runner
+from benchmarks import cases, devices, results, runner
 from benchmarks.cases import Case
 from tests.support.measured import case_of, lines
 
@@ -124,8 +124,6 @@ def test_results_of_other_code_or_another_machine_are_none_of_this(monkeypatch):
     case = case_of("brief")
     key = results.key_of(case)
     assert key == results.key_of(Case.of(json.loads(json.dumps(results.row_of(case, "ok", 1.0)))))
-    own = [case_of("brief", own=(("model", f"tests.support.{name}:f"),)) for name in ("models", "params")]
-    assert results.own_code(own[0]) != results.own_code(own[1]) != []
     monkeypatch.setattr(results, "code", lambda: "other code")
     assert results.key_of(case) != key
     monkeypatch.undo()
@@ -134,6 +132,56 @@ def test_results_of_other_code_or_another_machine_are_none_of_this(monkeypatch):
     assert results.key_of(case) == key  # which has nothing to do with PyTorch
     monkeypatch.setattr(results, "environment", lambda: {**here, "processor": "another"})
     assert results.key_of(case) != key
+
+
+def test_an_own_model_is_another_when_anything_in_its_package_is(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("ownmodule.py", "ownpackage/__init__.py", "ownpackage/parts.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    for named, changed in (("ownmodule:f", "ownmodule.py"), ("ownpackage:f", "ownpackage/parts.py")):
+        case = case_of("brief", own=(("model", named),))
+        before = results.key_of(case)
+        assert results.key_of(case) == before
+        (tmp_path / changed).write_text("1")
+        assert results.key_of(case) != before
+
+
+def test_of_what_was_cut_off_the_longest_counts_until_it_ends(tmp_path):
+    path = tmp_path / "results.jsonl"
+    for status, seconds, expected in (
+        ("cut", 100.0, 100.0),
+        ("cut", 540.0, 540.0),
+        ("cut", 50.0, 540.0),
+        ("ok", 7.0, 7.0),
+    ):
+        results.append(path, [results.row_of(case_of("brief"), status, seconds, error="cut")])
+        assert [row["wall_s"] for row in results.load(path)] == [expected]
+
+
+def test_the_gpu_that_programs_see_first_is_asked(monkeypatch):
+    asked = []
+    monkeypatch.setattr(devices.subprocess, "run", lambda command, **options: asked.append(command[1]) or 1 / 0)
+    for visible, expected in (("1,0", "--id=1"), ("GPU-12ab", "--id=GPU-12ab"), (None, "--id=0")):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if visible:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        with pytest.raises(ZeroDivisionError):
+            devices.gpus.__wrapped__()
+        assert asked.pop() == expected
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert devices.gpus.__wrapped__() == []
+
+
+def test_what_failed_is_measured_again_where_that_is_asked_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "selected", lambda options: [case_of("broken")])
+    out = tmp_path / "results.jsonl"
+    for more, count in (([], 1), ([], 1), (["--retry"], 2)):
+        assert cli.main(["run", "--out", str(out), *more]) == 1
+        assert lines(out) == count
+        said = capsys.readouterr().err
+        assert "RuntimeError: this case cannot be measured" in said
+        assert "Nothing could be measured." in said
 
 
 def test_files_are_merged_into_one_that_is_not_there_yet(tmp_path, capsys):
@@ -165,11 +213,15 @@ def test_a_file_of_something_else_is_named(tmp_path, capsys):
         (["--suite", "gpu"], "The suite `gpu` needs a GPU, and `nvidia-smi` shows none. `--scale 0.1` tries"),
         (["--scale", "2"], "`--scale` must be above 0, and 1 at most. Received: 2.0."),
         (["--model", "a:b", "--steps", "1"], "`--batch` must be 1 or more and `--steps` 2 or more. Received: 16, 1."),
+        (["--model", "a:b", "--suite", "cpu"], "`--model` is instead of a suite: leave out `--suite`, `--workloads`"),
+        (["--processes", "0"], "`--processes` must be 1 or more. Received: 0."),
+        (["--arms", "jax", "--workloads", "mlp"], "Nothing is left to run."),
         (["--workloads", "mlp", "--out", "a.json"], "`--out` must be a file that ends in .jsonl. Received: 'a.json'"),
     ],
 )
 def test_wrong_use_is_a_clear_error(arguments, said, monkeypatch, capsys):
     monkeypatch.setattr(cli.devices, "gpus", list)
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)  # as if no other framework were there
     assert cli.main(["run", *arguments]) == 2
     assert said in capsys.readouterr().err
 
