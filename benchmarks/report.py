@@ -129,7 +129,8 @@ SAVINGS: dict[str, tuple[str, Callable[[Any], str]]] = {
 FIGURES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "arm": ("arm", str), "as": ("as", str), "step ms": ("step_ms", number), "from": ("low", number),
     "to": ("high", number), "/ forward": ("/ forward", share), "/ full": ("/ full", share),
-    "/ first": ("/ first", share), "peak / first": ("peak / first", share), "fit ms": ("fixed_ms", number), "compile s": ("compile_s", number),
+    "/ first": ("/ first", share), "peak / first": ("peak / first", share), "fit ms": ("fixed_ms", number),
+    "compile s": ("compile_s", number),
     "examples/s": ("examples_per_s", number), "J a step": ("joules_a_step", number), "peak MiB": ("peak", mib),
     "weights": ("weight_bytes", mib), "optimizer": ("optimizer_bytes", mib), "activations": ("activation_bytes", mib),
     "nodes": ("nodes", number), "": ("note", str),
