@@ -153,6 +153,28 @@ def test_the_guide_shows_what_checkpoints_cost():
     assert f"a step of a run that is saved every 50 steps takes {one / other:.2f} of the time" in page
 
 
+def tuned_cells():
+    """The lines of the guide's table of models that were tuned."""
+    said = {
+        "encoder": "encoder, adapters",
+        "vit": "ViT, normalizations",
+        "mlp": "MLP, all",
+        "mobilenetv2": "MobileNetV2, head",
+    }
+    for row in json.loads((RESULTS / "tune.json").read_text()):
+        picked = f"`{row['picked']}`" if row["picked"] else "as it is"
+        yield [said[row["model"]], f"{row['seconds']:.0f}", picked, f"{row['ratio']:.2f}"]
+
+
+def test_the_guide_shows_what_tuning_chose():
+    page = (ROOT / "docs" / "guides" / "tuning.md").read_text()
+    assert len(list(tuned_cells())) == 4
+    for cells in tuned_cells():
+        assert f"| {' | '.join(cells)} |" in page
+    encoder = json.loads((RESULTS / "tune.json").read_text())[0]["table"]
+    assert encoder.strip() in page
+
+
 def test_the_guide_shows_what_workers_took_and_sent():
     document = (ROOT / "docs" / "guides" / "distribution.md").read_text()
     found = {(row["selection"], row["workers"]): row for row in json.loads((RESULTS / "workers.json").read_text())}
