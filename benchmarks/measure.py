@@ -33,6 +33,7 @@ def serve(pipe: Connection, case: Case) -> None:
     os.environ["TF_CPU_ALLOCATOR_USE_BFC"] = "1"  # or the CPU's allocator counts nothing
     if case.cap_mb:
         os.environ["TF_CPU_BFC_MEM_LIMIT_IN_MB"] = str(case.cap_mb)
+        os.environ["TF_ENABLE_ONEDNN_OPTS"] = "0"  # which dies of a segmentation fault where there is no memory left
     if case.base == "jax":
         os.environ |= {"KERAS_BACKEND": "jax", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     running: Any = None

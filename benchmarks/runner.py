@@ -31,7 +31,8 @@ class Child:
     """A process that measures one case, a turn at a time."""
 
     def __init__(self, case: Case) -> None:
-        context = multiprocessing.get_context("spawn" if case.base in PEERS else METHOD)
+        is_fresh = case.base in PEERS or case.kind == "capacity"
+        context = multiprocessing.get_context("spawn" if is_fresh else METHOD)
         self.case, self.used_s = case, 0.0
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=serve, args=(theirs, case), daemon=True)
