@@ -31,7 +31,8 @@ COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#C
 
 def draw(frame: pd.DataFrame, rows: list[Row], folder: pathlib.Path) -> list[str]:
     """Draw what there is to draw, and return the names of the files."""
-    frame = frame[frame["step_ms"].notna() & (frame["error"] == "") & (frame["invalid"] == "")]
+    is_shown = frame["step_ms"].notna() & (frame["error"] == "") & (frame["invalid"] == "")
+    frame = frame[is_shown.astype(bool)]  # of no lines it is of another type
     figures = {
         "step-time.png": _bars(frame, "/ full", "time of a step / full backprop"),
         "peak-memory.png": _bars(frame, "peak / full", "peak memory / full backprop"),

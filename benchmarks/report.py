@@ -84,7 +84,7 @@ def _figures(step: list[Row], memory: list[Row]) -> dict[str, Any]:
 
 def _compared(frame: pd.DataFrame) -> pd.DataFrame:
     """Add to lines what they take of other arms, and the bounds of what they take of full backprop."""
-    is_valid = (frame["step_ms"] > 0) & (frame["error"] + frame["invalid"] == "")
+    is_valid = ((frame["step_ms"] > 0) & (frame["error"] + frame["invalid"] == "")).astype(bool)
     valid, group = frame[is_valid].sort_values("step_ms", kind="stable"), frame["group"]
     of_all = group.map(lambda one: dataclasses.replace(one, selection="all"))
     for name, arms in BASES.items():
