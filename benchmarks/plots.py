@@ -38,7 +38,7 @@ def draw(frame: pd.DataFrame, rows: list[Row], folder: pathlib.Path) -> list[str
         "peak-memory.png": _bars(frame, "peak / full", "peak memory / full backprop"),
         "memory-against-time.png": _against(frame),
         "memory-parts.png": _stacked(frame),
-        **{f"{axis}.png": _sweep(frame, axis) for axis in X_LABELS},
+        **{f"{axis}.png": _sweep(frame, axis) for axis in X_LABELS if not frame.empty},
         "largest-batch.png": _largest(rows),
     }
     drawn = {name: figure for name, figure in figures.items() if figure is not None}
