@@ -62,19 +62,18 @@ def _bars(frame: pd.DataFrame, what: str, label: str) -> Any:
     some = some[some.groupby("group", sort=False)["arm"].transform("count") > 1]
     if some.empty:
         return None
-    arms, names = list(dict.fromkeys(some["arm"])), list(dict.fromkeys(map(str, some["group"])))
-    ends, height = ("least", "most") if what == "/ full" else (what, what), 0.85 / len(arms)
-    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.16 * len(names) * (len(arms) + 1)), layout="constrained")
-    for number, arm in enumerate(arms):
-        lines = some[some["arm"] == arm]
-        places = [names.index(str(group)) + (number + 0.5) * height - 0.425 for group in lines["group"]]
+    names, ends = some["group"].map(str), ("least", "most") if what == "/ full" else (what, what)
+    some = some.assign(name=names, y=range(len(some)) + 0.7 * (names != names.shift()).cumsum())
+    figure, axes = plt.subplots(figsize=(9, 1.5 + 0.14 * some["y"].max()), layout="constrained")
+    for arm, lines in some.groupby("arm", sort=False):
         value, low, high = (lines[end].fillna(lines[what]).clip(upper=CUT) for end in (what, *ends))
-        style = {"error_kw": {"elinewidth": 0.6}, "color": colour(frame, arm), "label": arm}
-        bars = axes.barh(places, value, height, xerr=[(value - low).abs(), (high - value).abs()], **style)
+        style = {"error_kw": {"elinewidth": 0.6}, "color": colour(frame, str(arm)), "label": arm}
+        bars = axes.barh(lines["y"], value, 0.9, xerr=[(value - low).abs(), (high - value).abs()], **style)
         said = [f"{ratio:.2f}" + " //" * (ratio > CUT) for ratio in lines[what]]
         axes.bar_label(bars, said, padding=2, fontsize=6)
-    axes.set_yticks(range(len(names)), names)
-    axes.set_ylim(len(names) - 0.5, -0.5)
+    middles = some.groupby("name", sort=False)["y"].mean()
+    axes.set_yticks(middles, middles.index)
+    axes.set_ylim(some["y"].max() + 1, some["y"].min() - 1)
     axes.tick_params(labelsize=8)
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xlim(0, 1.12 * min(max(1.0, some[what].max()), CUT))
