@@ -7,6 +7,7 @@ import pathlib
 from typing import Any
 
 import matplotlib
+import numpy as np
 import pandas as pd
 
 matplotlib.use("Agg")
@@ -63,7 +64,7 @@ def _bars(frame: pd.DataFrame, what: str, label: str) -> Any:
     if some.empty:
         return None
     names, ends = some["group"].map(str), ("least", "most") if what == "/ full" else (what, what)
-    some = some.assign(name=names, y=range(len(some)) + 0.7 * (names != names.shift()).cumsum())
+    some = some.assign(name=names, y=np.arange(len(some)) + 0.7 * (names != names.shift()).cumsum())
     figure, axes = plt.subplots(figsize=(9, 1.5 + 0.14 * some["y"].max()), layout="constrained")
     for arm, lines in some.groupby("arm", sort=False):
         value, low, high = (lines[end].fillna(lines[what]).clip(upper=CUT) for end in (what, *ends))
