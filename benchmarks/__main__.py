@@ -85,7 +85,7 @@ def selected(options: argparse.Namespace) -> list[Case]:
     """Return the cases that are asked for.
 
     Raises:
-        ValueError: There is no such workload or arm, or nothing is left.
+        ValueError: There is no such workload or arm, options do not go together, or nothing is left.
     """
     if options.processes is not None and options.processes < 1:
         raise ValueError(f"`--processes` must be 1 or more. Received: {options.processes}.")
