@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from benchmarks.cases import ARMS, CHANGES, Case
+from benchmarks.cases import ARMS, CHANGES, SHARED, Case
 from benchmarks.measure import interval
 from benchmarks.plots import MIB, draw
 from benchmarks.results import Row, ended, newest
 
-# What lines are compared with, the fastest of some arms of the same group. The first two do not depend on what trains:
-# where they were measured once for all selections, they stand with `all`.
+# What lines are compared with: the fastest of some arms of the same group. Arms that do not depend on what trains may
+# stand with `all`, if they were measured once for all selections.
 BASES = {
     "forward": ("forward",),
     "full": ("full", "full+xla"),
@@ -27,7 +27,6 @@ BASES = {
     "PyTorch": ("torch", "torch+compile"),
     "JAX": ("jax",),
 }
-SHARED = ("forward", "full")
 TUNED = {"tuned", "compile", "xla"}  # changes that make an arm a tuned one
 # Arms that are compared with `tapeloop`.
 VARIANTS = {"cached": "tapeloop+cache", "unfolded": "tapeloop+plain", "XLA": "tapeloop+xla"}
@@ -90,7 +89,7 @@ def _compared(frame: pd.DataFrame) -> pd.DataFrame:
     for name, arms in BASES.items():
         fastest = valid[valid["arm"].isin(arms)].drop_duplicates("group").set_index("group")
         base = fastest.reindex(group).set_axis(frame.index)
-        if name in SHARED:
+        if set(arms) <= set(SHARED):
             other = fastest.reindex(of_all).set_axis(frame.index)
             base = base.where(base["step_ms"].fillna(np.inf) <= other["step_ms"].fillna(np.inf), other)
         for ratio, what in ((f"/ {name}", "step_ms"), (f"peak / {name}", "peak")):
